@@ -1,0 +1,23 @@
+"""The operators: public functions, their schemas and their autograd formulas."""
+
+from .coefficient_grad import coefficient_grad
+from .softmax_kl import (
+    argmax_cross_entropy,
+    argmax_cross_entropy_with_grad,
+    entropy,
+    entropy_with_grad,
+    softmax_kl,
+    softmax_kl_with_grad,
+)
+from .weighted_sum import weighted_sum
+
+__all__ = [
+    "argmax_cross_entropy",
+    "argmax_cross_entropy_with_grad",
+    "coefficient_grad",
+    "entropy",
+    "entropy_with_grad",
+    "softmax_kl",
+    "softmax_kl_with_grad",
+    "weighted_sum",
+]

@@ -1,0 +1,61 @@
+"""What the operators share: their library in the dispatcher, and checks of packed arguments."""
+
+import torch
+
+BLOCK = 1024  # numbers per block; a block belongs to one layer
+
+library = torch.library.Library("samerge", "DEF")
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def define(schema: str) -> None:
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def accumulator(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that sums over `tensor` are kept and returned in: fp64 for fp64, else fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def shape(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)}"
+
+
+def check_dtypes(**tensors: torch.Tensor) -> None:
+    """Each of fp32, bf16, fp16 in any mix, or all fp64, and all on one device."""
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NARROW and tensor.dtype != torch.float64:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
+        if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(
+                f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; float64 does not mix with other dtypes, "
+                "convert one of them"
+            )
+    check_devices(**tensors)
+
+
+def check_devices(**tensors: torch.Tensor) -> None:
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}; move one of them")
+
+
+def check_packed(name: str, vector: torch.Tensor, task_vectors: torch.Tensor, block_layer: torch.Tensor) -> None:
+    """vector [N], task_vectors [T, N], block_layer [N // 1024] int32."""
+    if vector.dim() != 1 or vector.shape[0] % BLOCK:
+        raise ValueError(f"{name} has shape {shape(vector)}; it must be [N] with N a multiple of {BLOCK}, as a Layout packs it")
+    if task_vectors.dim() != 2 or task_vectors.shape[1] != vector.shape[0]:
+        raise ValueError(f"task_vectors has shape {shape(task_vectors)}; with {name} of {shape(vector)} it must be [T, {vector.shape[0]}]")
+    if block_layer.dtype != torch.int32:
+        raise TypeError(f"block_layer is {block_layer.dtype}; it must be int32")
+    if block_layer.dim() != 1 or block_layer.shape[0] != vector.shape[0] // BLOCK:
+        raise ValueError(
+            f"block_layer has shape {shape(block_layer)}; with {name} of {shape(vector)} it must be [{vector.shape[0] // BLOCK}]"
+        )
+    check_dtypes(**{name: vector, "task_vectors": task_vectors})
+    check_devices(**{name: vector, "block_layer": block_layer})
+    if task_vectors.requires_grad:
+        raise ValueError("task_vectors requires grad, but task vectors are constants here; pass task_vectors.detach()")

@@ -1,0 +1,261 @@
+"""Losses between rows of raw logits, with their gradient from the same call.
+
+With p_k = softmax(teacher[k, r] / teacher_temperature), q = softmax(student[r] / student_temperature), a row's loss is
+
+    softmax_kl              Σ_k v[k, r] · KL(p_k ‖ q)           (arXiv 2512.21288; no τ² factor)
+    argmax_cross_entropy    Σ_k v[k, r] · −log q[argmax p_k]    (arXiv 2506.04567)
+    entropy                 H(q)                                (arXiv 2310.02575)
+
+and the reductions are Σ_r w_r · loss_r / R ("batchmean"), Σ_r w_r · loss_r ("sum") and w_r · loss_r ("none").
+"""
+
+import math
+
+import torch
+
+from .. import backend
+from ._common import accumulator, check_devices, check_dtypes, define, library, shape
+
+_ARGUMENTS = "Tensor student, Tensor? teacher, Tensor? teacher_weights, Tensor? num_classes"
+_SETTINGS = "str loss, float student_temperature, float teacher_temperature"
+define(f"softmax_kl({_ARGUMENTS}, {_SETTINGS}) -> Tensor")
+define(f"softmax_kl_grad({_ARGUMENTS}, Tensor row_scale, {_SETTINGS}) -> (Tensor, Tensor)")
+
+
+def softmax_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    student_temperature: float = 2.0,
+    teacher_temperature: float = 2.0,
+    row_weights: torch.Tensor | None = None,
+    teacher_weights: torch.Tensor | None = None,
+    num_classes: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """Kullback–Leibler divergence of the student from its teachers, Σ_r w_r Σ_k v_kr KL(p_kr ‖ q_r) / R.
+
+    Differentiable in `student` and `row_weights`; teachers are constants. Computed from log-sum-exp, in fp32 or wider:
+    logits of any finite size are fine, and so is −inf for a class that does not exist.
+
+    Args:
+        student: [R, V] logits; fp32, bf16 or fp16, or fp64 with fp64 teachers.
+        teacher: [R, V] or [K, R, V] logits, their dtype independent of the student's.
+        student_temperature, teacher_temperature: positive; logits are divided by them.
+        row_weights: [R] w, 1 by default.
+        teacher_weights: [K] or [K, R] v, 1/K by default; a constant.
+        num_classes: [R] int64 in 1 … V: only the first classes of a row count, the others get gradient 0. Rows of
+            tasks with different numbers of classes can so share one padded matrix; what the padding holds is ignored.
+        reduction: "batchmean", "sum" or "none". Of zero rows, the first two are 0.
+
+    Returns:
+        A scalar, or [R] for "none"; fp32 (fp64 for an fp64 student).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or setting does not fit, or a teacher requires grad.
+    """
+    options = (student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction)
+    return _loss("kl", student, teacher, *options)
+
+
+def softmax_kl_with_grad(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    student_temperature: float = 2.0,
+    teacher_temperature: float = 2.0,
+    row_weights: torch.Tensor | None = None,
+    teacher_weights: torch.Tensor | None = None,
+    num_classes: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`softmax_kl` and its gradient by the student's logits in one call, outside autograd.
+
+    Arguments and errors are those of `softmax_kl`. Continue with `student.backward(grad)`.
+
+    Returns:
+        The loss, and its gradient [R, V] in the student's dtype; for "none", row r is the gradient of loss r.
+    """
+    options = (student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction)
+    return _loss_with_grad("kl", student, teacher, *options)
+
+
+def argmax_cross_entropy(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    student_temperature: float = 1.0,
+    row_weights: torch.Tensor | None = None,
+    teacher_weights: torch.Tensor | None = None,
+    num_classes: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """Cross-entropy of the student against its teachers' most likely classes, Σ_r w_r Σ_k v_kr (−log q_r[argmax p_kr]) / R.
+
+    Arguments, result and errors are those of `softmax_kl`; of equal largest teacher logits the first counts.
+    """
+    options = (student_temperature, 1.0, row_weights, teacher_weights, num_classes, reduction)
+    return _loss("cross_entropy", student, teacher, *options)
+
+
+def argmax_cross_entropy_with_grad(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    student_temperature: float = 1.0,
+    row_weights: torch.Tensor | None = None,
+    teacher_weights: torch.Tensor | None = None,
+    num_classes: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`argmax_cross_entropy` and its gradient [R, V] in one call, outside autograd; as `softmax_kl_with_grad`."""
+    options = (student_temperature, 1.0, row_weights, teacher_weights, num_classes, reduction)
+    return _loss_with_grad("cross_entropy", student, teacher, *options)
+
+
+def entropy(
+    student: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    row_weights: torch.Tensor | None = None,
+    num_classes: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """Entropy of the student's rows in nats, Σ_r w_r H(q_r) / R; arguments and errors are those of `softmax_kl`."""
+    return _loss("entropy", student, None, temperature, 1.0, row_weights, None, num_classes, reduction)
+
+
+def entropy_with_grad(
+    student: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    row_weights: torch.Tensor | None = None,
+    num_classes: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`entropy` and its gradient [R, V] in one call, outside autograd; as `softmax_kl_with_grad`."""
+    return _loss_with_grad("entropy", student, None, temperature, 1.0, row_weights, None, num_classes, reduction)
+
+
+def _loss(loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction):
+    teacher, teacher_weights = _check(
+        student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+    )
+    losses = torch.ops.samerge.softmax_kl(
+        student, teacher, teacher_weights, num_classes, loss, student_temperature, teacher_temperature
+    )
+    return _reduce(losses, row_weights, reduction)
+
+
+@torch.no_grad()
+def _loss_with_grad(
+    loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+):
+    teacher, teacher_weights = _check(
+        student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+    )
+    rows = student.shape[0]
+    row_scale = student.new_ones(rows, dtype=accumulator(student)) if row_weights is None else row_weights
+    if reduction == "batchmean":
+        row_scale = row_scale / max(rows, 1)
+    losses, grad = torch.ops.samerge.softmax_kl_grad(
+        student, teacher, teacher_weights, num_classes, row_scale, loss, student_temperature, teacher_temperature
+    )
+    return _reduce(losses, row_weights, reduction), grad
+
+
+def _reduce(losses, row_weights, reduction):  # [R], [R]
+    if row_weights is not None:
+        losses = losses * row_weights
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / max(losses.shape[0], 1) if reduction == "batchmean" else total
+
+
+def _check(
+    student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Raises on the first argument that does not fit; returns the teachers as [K, R, V] and their weights as [K, R]."""
+    if reduction not in ("batchmean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; choose batchmean, sum or none")
+    for name, temperature in (("student", student_temperature), ("teacher", teacher_temperature)):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"the {name}'s temperature is {temperature}; it must be positive and finite")
+    if student.dim() != 2 or student.shape[1] == 0:
+        raise ValueError(f"student has shape {shape(student)}; it must be [R, V] with at least one class")
+    rows, classes = student.shape
+    check_dtypes(student=student)
+    if teacher is not None:
+        if teacher.dim() == 2:
+            teacher = teacher.unsqueeze(0)
+        if teacher.dim() != 3 or teacher.shape[0] == 0 or teacher.shape[1:] != student.shape:
+            raise ValueError(
+                f"teacher has shape {shape(teacher)}; with student of {shape(student)} it must be [{rows}, {classes}] or "
+                f"[K, {rows}, {classes}]"
+            )
+        check_dtypes(student=student, teacher=teacher)
+        if teacher.requires_grad:
+            raise ValueError("teacher requires grad, but teachers are constants here; pass teacher.detach()")
+    if row_weights is not None:
+        _check_weights("row_weights", row_weights, student, ([rows],))
+    if teacher_weights is not None:
+        _check_weights("teacher_weights", teacher_weights, student, ([teacher.shape[0]], [teacher.shape[0], rows]))
+        if teacher_weights.requires_grad:
+            raise ValueError("teacher_weights requires grad, but it is a constant here; pass teacher_weights.detach()")
+        if teacher_weights.dim() == 1:
+            teacher_weights = teacher_weights[:, None].expand(-1, rows)
+    if num_classes is not None:
+        if num_classes.dtype != torch.int64:
+            raise TypeError(f"num_classes is {num_classes.dtype}; it must be int64")
+        if list(num_classes.shape) != [rows]:
+            raise ValueError(f"num_classes has shape {shape(num_classes)}; with student of {shape(student)} it must be [{rows}]")
+        check_devices(student=student, num_classes=num_classes)
+    return teacher, teacher_weights
+
+
+def _check_weights(name, weights, student, shapes) -> None:
+    if list(weights.shape) not in shapes:
+        raise ValueError(f"{name} has shape {shape(weights)}; it must be {' or '.join(map(str, shapes))}")
+    if weights.dtype != accumulator(student):
+        raise TypeError(f"{name} is {weights.dtype}; with student of {student.dtype} it must be {accumulator(student)}")
+    check_devices(**{"student": student, name: weights})
+
+
+def _forward(student, teacher, teacher_weights, num_classes, *settings):
+    kernel = backend.kernel("softmax_kl", student)
+    return kernel(student, teacher, teacher_weights, num_classes, None, *settings)[0]
+
+
+def _forward_grad(student, *args):
+    return backend.kernel("softmax_kl", student)(student, *args)
+
+
+def _fake(student, *_):
+    return student.new_empty(student.shape[0], dtype=accumulator(student))
+
+
+def _fake_grad(student, *_):
+    return _fake(student), student.new_empty(student.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _backward(ctx, row_scale):  # [R]
+    _, grad = torch.ops.samerge.softmax_kl_grad(*ctx.saved_tensors, row_scale, *ctx.settings)
+    return grad, None, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("softmax_kl, entropy and argmax_cross_entropy have no second derivative")
+
+
+library.impl("softmax_kl", _forward, "CompositeExplicitAutograd")
+library.impl("softmax_kl_grad", _forward_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("samerge::softmax_kl", _fake, lib=library)
+torch.library.register_fake("samerge::softmax_kl_grad", _fake_grad, lib=library)
+torch.library.register_autograd("samerge::softmax_kl", _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd("samerge::softmax_kl_grad", _no_second_derivative, lib=library)
