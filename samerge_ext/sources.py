@@ -1,0 +1,110 @@
+"""Where tensors come from: modules, state dicts and checkpoint folders, read one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+# Running statistics of normalisation layers, as state dicts and checkpoints name them.
+FLOAT_BUFFERS = ("*running_mean", "*running_var")
+
+
+class Source:
+    """Named tensors of one model.
+
+    label: what messages call it.
+    names: every stored tensor once, in order.
+    aliases: other name of a tied tensor -> the name it is stored under; every method takes both.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    aliases: dict[str, str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.aliases or name in self._stored
+
+    def shape(self, name: str) -> torch.Size:
+        return self._shape(self.aliases.get(name, name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype(self.aliases.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        return self._read(self.aliases.get(name, name))
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is a buffer. Without its module: counters, masks and positions, or running statistics."""
+        return self.dtype(name) in (torch.int64, torch.bool) or matches(name, FLOAT_BUFFERS)
+
+
+class _Held(Source):
+    """Tensors that are in memory already."""
+
+    _stored: dict[str, Tensor]
+
+    def _shape(self, name: str) -> torch.Size:
+        return self._stored[name].shape
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].dtype
+
+    def _read(self, name: str) -> Tensor:
+        return self._stored[name].detach()
+
+
+class ModuleSource(_Held):
+    """The parameters and persistent buffers of a module."""
+
+    def __init__(self, module: nn.Module, label: str):
+        self.label = label
+        parameters = dict(module.named_parameters())
+        stored_as = {id(p): name for name, p in parameters.items()}
+        everything = module.named_parameters(remove_duplicate=False)
+        self.aliases = {name: stored_as[id(p)] for name, p in everything if name not in parameters}
+        persistent = module.state_dict(keep_vars=True).keys()
+        self._buffers = {name: b for name, b in module.named_buffers() if name in persistent}
+        self._stored = {**parameters, **self._buffers}
+        self.names = tuple(self._stored)
+
+    def is_buffer(self, name: str) -> bool:
+        return name in self._buffers
+
+
+class StateDictSource(_Held):
+    """A state dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str):
+        self.label = label
+        self.aliases = {}
+        self._stored = {}
+        first_at: dict[tuple, str] = {}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}: '{name}' is a {type(tensor).__name__}, not a tensor; pass module.state_dict()")
+            where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if tensor.numel() and where in first_at:
+                self.aliases[name] = first_at[where]
+            else:
+                first_at[where] = name
+                self._stored[name] = tensor
+        self.names = tuple(self._stored)
+
+
+class CheckpointSource(Source):
+    """A model folder, opened as a `checkpoints.Checkpoint`."""
+
+    def __init__(self, checkpoint, label: str):
+        self.label = f"{label} ({checkpoint.path})"
+        self.names = checkpoint.names
+        self.aliases = dict(checkpoint.tied)
+        self._stored = frozenset(checkpoint.names)
+        self._shape, self._dtype, self._read = checkpoint.shape, checkpoint.dtype, checkpoint.read
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor's name fits one of the shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,67 @@
+"""Models small enough to follow by hand: a shared encoder with BatchNorm and a tied pair, frozen heads per task."""
+
+import torch
+from torch import nn
+
+from samerge_ext.models import SharedEncoder
+
+TASKS = ("red", "green", "blue")
+CLASSES = {"red": 3, "green": 5, "blue": 2}
+WIDTH = 8
+
+
+class Encoder(nn.Module):
+    """Two linear layers around a BatchNorm, and a projection tied to the first layer's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.second = nn.Linear(WIDTH, 2 * WIDTH)
+        self.frozen = nn.Linear(2 * WIDTH, WIDTH)
+        self.tied = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x):
+        x = torch.tanh(self.norm(self.first(x)))
+        return self.tied(self.frozen(torch.tanh(self.second(x))))
+
+
+def make(seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return Encoder().to(dtype).eval()
+
+
+def make_experts(base, scale=0.3, tasks=TASKS):
+    """Experts that differ from the base everywhere but in `frozen`, BatchNorm statistics included."""
+    experts = {}
+    for seed, task in enumerate(tasks):
+        torch.manual_seed(100 + seed)
+        expert = Encoder().to(next(base.parameters()).dtype).eval()
+        expert.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for name, tensor in expert.named_parameters():
+                if not name.startswith("frozen"):
+                    tensor += scale * torch.randn_like(tensor)
+            expert.norm.running_mean += 0.1 * torch.randn(WIDTH)
+            expert.norm.running_var *= 1 + torch.rand(WIDTH)
+        experts[task] = expert
+    return experts
+
+
+def make_heads(dtype=torch.float64, tasks=TASKS):
+    generator = torch.Generator().manual_seed(7)
+    return {t: torch.randn(WIDTH, CLASSES[t], generator=generator, dtype=torch.float64).to(dtype) for t in tasks}
+
+
+def make_batches(count=3, rows=6, dtype=torch.float64, tasks=TASKS):
+    generator = torch.Generator().manual_seed(11)
+    return {t: [torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)] for t in tasks}
+
+
+def shared_encoder(heads):
+    return SharedEncoder(lambda module, batch: module(batch), lambda features, task: features @ heads[task])
+
+
+def plain(heads):
+    return lambda module, batch, task: module(batch) @ heads[task]
