@@ -1,0 +1,75 @@
+"""The methods as SPEC-like loops in plain autograd: no packing, no operators, no caching. The truth of the tests."""
+
+import torch
+from torch.func import functional_call
+
+
+def merged_parameters(base, experts, coefficients):
+    """θ₀ + Σ_t λ_t,l τ_t,l, differentiable in coefficients [T, L], by name."""
+    theta = dict(base.named_parameters())
+    tuned = [dict(expert.named_parameters()) for expert in experts.values()]
+    return {
+        name: value.detach() + sum(coefficients[t, l] * (e[name].detach() - value.detach()) for t, e in enumerate(tuned))
+        for l, (name, value) in enumerate(theta.items())
+    }
+
+
+def averaged_buffers(base, experts):
+    buffers = {name: value.clone() for name, value in base.named_buffers()}
+    for name, value in buffers.items():
+        if value.is_floating_point():
+            value.copy_(torch.stack([dict(e.named_buffers())[name] for e in experts.values()]).mean(0))
+    return buffers
+
+
+def kl(student, teacher, temperature):
+    p = torch.softmax(teacher / temperature, -1)
+    return (p * (torch.log_softmax(teacher / temperature, -1) - torch.log_softmax(student / temperature, -1))).sum(-1).mean()
+
+
+def entropy(student):
+    q = torch.log_softmax(student, -1)
+    return -(q.exp() * q).sum(-1).mean()
+
+
+def learn(
+    base, experts, heads, batches, *, steps, loss="kl", temperature=2.0, sam="paper", rho=0.07, adaptive=False,
+    optimizer=None, task_wise=False, start=0.3, alpha=None,
+):
+    """Coefficients [T, L] after each step."""
+    tasks, layers = list(experts), len(list(base.parameters()))
+    shape = (len(tasks), 1 if task_wise else layers)
+    coefficients = torch.full(shape, start, dtype=torch.float64, requires_grad=True)
+    optimizer = (optimizer or (lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=5e-4)))([coefficients])
+    buffers = averaged_buffers(base, experts)
+    alpha = alpha or {task: 1.0 for task in tasks}
+
+    def gradient(at, step):
+        at = at.detach().requires_grad_()
+        weights = merged_parameters(base, experts, at.expand(len(tasks), layers))
+        total = 0.0
+        for task in tasks:
+            batch = batches[task][step % len(batches[task])]
+            student = functional_call(base, {**weights, **buffers}, batch) @ heads[task]
+            if loss == "kl":
+                with torch.no_grad():
+                    teacher = experts[task](batch) @ heads[task]
+                total = total + alpha[task] * kl(student, teacher, temperature)
+            else:
+                total = total + alpha[task] * entropy(student)
+        return torch.autograd.grad(total, at)[0]
+
+    trajectory = []
+    for step in range(steps):
+        g = gradient(coefficients, step)
+        if sam == "paper":
+            value = coefficients.detach()
+            scaled = value.abs() * g if adaptive else g
+            ascent = value**2 * g if adaptive else g
+            norm = scaled.norm()
+            epsilon = rho * ascent / norm if norm > 0 else torch.zeros_like(g)
+            g = gradient(value + epsilon, step)
+        coefficients.grad = g
+        optimizer.step()
+        trajectory.append(coefficients.detach().expand(len(tasks), layers).clone())
+    return trajectory
