@@ -1,0 +1,287 @@
+"""One weight file, safetensors or torch pickle: its tensors' names, types and shapes, and one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The types of the safetensors format that torch has; the two newest are missing from older versions of torch.
+SAFETENSORS_DTYPES = {
+    code: getattr(torch, name)
+    for code, name in {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+        "F4": "float4_e2m1fn_x2",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U64": "uint64",
+        "U32": "uint32",
+        "U16": "uint16",
+        "U8": "uint8",
+        "BOOL": "bool",
+        "C64": "complex64",
+    }.items()
+    if hasattr(torch, name)
+}
+
+# What a folder's weights are called; where it holds several, the first counts, as in transformers.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# The bound of the safetensors library.
+MAX_HEADER_BYTES = 100_000_000
+
+# Pages of a mapped file that were read count as this process's memory until the file is mapped again.
+MAX_MAPPED_BYTES = 64 << 20
+
+
+class CheckpointError(ValueError):
+    """A model folder or a file of it cannot be read or written. The message names it, the tensor and the fix."""
+
+
+class Entry(NamedTuple):
+    """A tensor of a safetensors file. begin: its first byte, counted from the start of the file."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    begin: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """A safetensors file: 8 bytes of little-endian header length, a JSON header, the tensors without gaps.
+
+    The header is checked whole when the file is opened. Reads are `preadv` into a new buffer: pages of a mapped file
+    would stay in the process's resident memory for as long as it is open.
+
+    names: in the order of their bytes in the file.
+    Raises CheckpointError where the file is cut off or its header does not describe its bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tied: dict[str, str] = {}
+        _refuse_pointer(path)
+        self._file = open(path, "rb", buffering=0)
+        try:
+            self._entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+        self.names = tuple(self._entries)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in new CPU memory, in its stored type and shape."""
+        entry = self._entries[name]
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")  # [nbytes]
+        view = memoryview(buffer.numpy())
+        done = 0
+        while done < entry.nbytes:  # the kernel reads at most 2 GiB at once
+            count = os.preadv(self._file.fileno(), [view[done:]], entry.begin + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} was cut off while '{name}' was being read; restore the file")
+            done += count
+        return buffer.view(entry.dtype).reshape(entry.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_header(self) -> dict[str, Entry]:
+        file_bytes = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
+        data = 8 + length
+        if file_bytes < 8 or data > file_bytes:
+            raise self._damaged(f"its header should end at byte {data} and the file has {file_bytes}")
+        if length > MAX_HEADER_BYTES:
+            raise self._damaged(f"its header claims {length} bytes, more than the format's {MAX_HEADER_BYTES}")
+        try:
+            header = json.loads(os.pread(self._file.fileno(), length, 8), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"its header is not valid JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise self._damaged("its header is not a JSON object")
+        header.pop("__metadata__", None)
+        entries = {name: self._entry(name, spec, data) for name, spec in header.items()}
+        ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes))
+        self._check_extents(ordered, data, file_bytes)
+        return dict(ordered)
+
+    def _entry(self, name: str, spec: object, data: int) -> Entry:
+        match spec:
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if all(
+                type(n) is int and n >= 0 for n in (*shape, begin, end)
+            ):
+                pass
+            case _:
+                raise self._damaged(f"the header's entry for '{name}' lacks a valid dtype, shape or data_offsets")
+        if code not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{self.path}: '{name}' has type {code}, which torch {torch.__version__} lacks; "
+                f"convert it to one of {', '.join(SAFETENSORS_DTYPES)}"
+            )
+        dtype = SAFETENSORS_DTYPES[code]
+        if code == "F4" and shape:  # the header counts numbers, torch counts pairs of them
+            shape[-1], odd = divmod(shape[-1], 2)
+            if odd:
+                raise self._damaged(f"'{name}' has an odd number of F4 columns")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if end - begin != nbytes:
+            span = end - begin
+            raise self._damaged(f"'{name}', {code} {shape}, takes {nbytes} bytes and its data_offsets span {span}")
+        return Entry(dtype, torch.Size(shape), data + begin, nbytes)
+
+    def _check_extents(self, ordered: list[tuple[str, Entry]], data: int, file_bytes: int) -> None:
+        """Tensors fill the file from its header to its end: first within the file, then without gap or overlap."""
+        for name, entry in ordered:
+            end = entry.begin + entry.nbytes
+            if end > file_bytes:
+                raise self._damaged(f"'{name}' should end at byte {end} and the file has {file_bytes}")
+        position = data
+        for name, entry in ordered:
+            if entry.begin != position:
+                fault = "after a gap" if entry.begin > position else "inside the tensor before it"
+                raise self._damaged(f"'{name}' begins at byte {entry.begin}, {fault}: {position} was expected")
+            position += entry.nbytes
+        if position != file_bytes:
+            raise self._damaged(f"{file_bytes - position} bytes at its end belong to no tensor")
+
+    def _damaged(self, fault: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {fault}. The file is truncated, damaged or not safetensors; download it or save it again"
+        )
+
+
+class TorchFile:
+    """A state dict written by torch.save, read with weights_only=True, so that code in it is never run.
+
+    The file is mapped, and mapped again whenever 64 MiB of it have been touched. Files in the format from before torch
+    1.6 cannot be mapped and are held in memory whole while open.
+
+    names: in the state dict's order, tensors that share their memory once. tied: other name -> name in `names`.
+    Raises CheckpointError where the file is damaged, holds code, or is not a flat dictionary of dense tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        _refuse_pointer(path)
+        with open(path, "rb") as file:
+            self._mappable = file.read(4) == b"PK\x03\x04"
+        self._identity = _identity(path)
+        self._tensors = self._load()
+        self._touched = 0
+        self._check()
+        self.tied: dict[str, str] = {}
+        first_at: dict[tuple, str] = {}
+        for name, tensor in self._tensors.items():
+            where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if tensor.numel() and where in first_at:
+                self.tied[name] = first_at[where]
+            else:
+                first_at[where] = name
+        self.names = tuple(name for name in self._tensors if name not in self.tied)
+        self._types = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+
+    def shape(self, name: str) -> torch.Size:
+        return self._types[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._types[name][1]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in new, contiguous CPU memory, in its stored type and shape."""
+        tensor = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+        self._touched += tensor.nbytes
+        if self._mappable and self._touched > MAX_MAPPED_BYTES:
+            if _identity(self.path) != self._identity:
+                raise CheckpointError(f"{self.path} changed while it was being read; read it again")
+            self._tensors = self._load()
+            self._touched = 0
+        return tensor
+
+    def close(self) -> None:
+        self._tensors = {}
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
+        except MemoryError:
+            raise
+        except pickle.UnpicklingError as error:
+            called = re.search(r"GLOBAL\s+([\w.]+)", str(error))
+            fault = f"its pickle refers to {called[1]}" if called else "its pickle is damaged or not only tensors"
+            # torch's own message, left out here, advises to load the file with its code.
+            raise CheckpointError(
+                f"{self.path}: {fault}, and code in a weight file is never run; "
+                "where you trust its source, convert to safetensors"
+            ) from None
+        except Exception as error:  # torch raises many types for a file that is cut off or of another format
+            raise CheckpointError(
+                f"{self.path} is truncated, damaged or not from torch.save ({error!r}); download it or save it again"
+            ) from error
+
+    def _check(self) -> None:
+        if not isinstance(self._tensors, dict):
+            kind = type(self._tensors).__name__
+            raise CheckpointError(f"{self.path} holds a {kind}, not a state dict; save module.state_dict() instead")
+        for name, tensor in self._tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise CheckpointError(
+                    f"{self.path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; "
+                    "save the model's state dict by itself, without wrapper or training state"
+                )
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                raise CheckpointError(f"{self.path}: '{name}' is sparse or quantised; save it as a dense tensor")
+
+
+def folder_of(path: str | Path) -> Path:
+    """The model folder that a path, a folder or a file in one, stands for."""
+    path = Path(path)
+    return path.parent if path.is_file() else path
+
+
+def check_relative(name: str, what: str) -> None:
+    """Refuses a file name that leads out of the folder it belongs to."""
+    parts = PurePosixPath(name)
+    if not parts.parts or parts.is_absolute() or ".." in parts.parts:
+        raise CheckpointError(f"{what} {name!r} is outside of its folder; use a relative path without '..'")
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _refuse_pointer(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
+    return result

@@ -1,0 +1,51 @@
+"""AdaMerging: coefficients that minimise the entropy of the merged model's predictions (arXiv 2310.02575)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from samerge_ext.calibration import Calibration
+from samerge_ext.learning import LearningConfig, learn
+from samerge_ext.merged import MergedModel
+from samerge_ext.ops.softmax_kl import entropy_with_grad
+from samerge_ext.packing import PackedWeights
+from samerge_ext.passes import Logits
+from samerge_ext.result import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMergingConfig(LearningConfig):
+    """LearningConfig with the published defaults: no SAM, no weight decay."""
+
+    weight_decay: float = 0.0
+
+
+def adamerging(
+    module: nn.Module,
+    packed: PackedWeights,
+    calibration: Mapping[str, Iterable[Any]],
+    logits: Logits,
+    *,
+    config: AdaMergingConfig | None = None,
+) -> Result:
+    """Learns λ so that the merged model is certain of its predictions, right or wrong: it has no teachers.
+
+        loss(λ) = Σ_t α_t · mean over task t's batch of H(softmax(z_λ))
+
+    Arguments, result and errors as `samerging`.
+    """
+    config = config or AdaMergingConfig()
+    started = time.perf_counter()
+    held = Calibration(calibration, packed.tasks, shuffle=config.shuffle, seed=config.seed)
+    model = MergedModel(module, packed, config.initial_coefficient)
+
+    def uncertainty(task: str, index: int, student: Tensor) -> tuple[Tensor, Tensor]:
+        return entropy_with_grad(student)
+
+    history = learn(model, held, logits, uncertainty, config, "adamerging")
+    return Result.of_model(model, "adamerging", config, history, time.perf_counter() - started)

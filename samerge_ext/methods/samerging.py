@@ -1,0 +1,80 @@
+"""SAMerging: coefficients by multi-teacher distillation with Sharpness-Aware Minimisation (arXiv 2512.21288)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from samerge_ext.calibration import Calibration, teacher_logits
+from samerge_ext.learning import LearningConfig, learn
+from samerge_ext.merged import MergedModel
+from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
+from samerge_ext.packing import PackedWeights
+from samerge_ext.passes import Logits
+from samerge_ext.result import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAMergingConfig(LearningConfig):
+    """LearningConfig, and:
+
+    temperature: τ of the student's soft-max, and of the teachers' unless ``teacher_temperature`` is given.
+    scale_by_temperature: multiply the loss by the two temperatures' product (τ², as in Hinton's distillation).
+    """
+
+    sam: str = "paper"
+    temperature: float = 2.0
+    teacher_temperature: float | None = None
+    scale_by_temperature: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("temperature", "teacher_temperature"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"{key}={value!r}; expected a number > 0")
+
+
+def samerging(
+    module: nn.Module,
+    packed: PackedWeights,
+    calibration: Mapping[str, Iterable[Any]],
+    logits: Logits,
+    *,
+    config: SAMergingConfig | None = None,
+) -> Result:
+    """Learns λ so that the merged model imitates every expert on that expert's own unlabelled calibration batches.
+
+        loss(λ) = Σ_t α_t · mean over task t's batch of KL(softmax(z_t/τ) ‖ softmax(z_λ/τ))
+
+    minimised by SAM: the step at λ follows the gradient at λ + ε, where the loss is worst nearby.
+
+    module: of the experts' architecture; taken over, and given back merged as ``result.module``.
+    calibration: task -> unlabelled batches. logits(module, batch, task) -> [B, V], or a SharedEncoder.
+    Raises ValueError for a calibration set that does not fit the tasks, FloatingPointError for a loss that diverges.
+    """
+    config = config or SAMergingConfig()
+    started = time.perf_counter()
+    held = Calibration(calibration, packed.tasks, shuffle=config.shuffle, seed=config.seed)
+    config.weights(packed.tasks)
+    model = MergedModel(module, packed, config.initial_coefficient)
+    teachers = teacher_logits(model, held, logits, config.precision)
+    student_temperature = config.temperature
+    teacher_temperature = config.teacher_temperature or config.temperature
+    scale = student_temperature * teacher_temperature if config.scale_by_temperature else 1.0
+
+    def distillation(task: str, index: int, student: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = softmax_kl_with_grad(
+            student,
+            teachers[task][index],
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+        return loss * scale, gradient.mul_(scale)
+
+    history = learn(model, held, logits, distillation, config, "samerging")
+    return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)

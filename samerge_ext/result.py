@@ -1,0 +1,111 @@
+"""What a merge method returns, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from samerge_ext.checkpoints import save_checkpoint
+from samerge_ext.merged import MergedModel
+from samerge_ext.packing import PackedWeights
+
+
+@dataclass
+class Result:
+    """A merged model.
+
+    packed: what was merged. coefficients: [T, L]. merged: [N], the packed layers.
+    method, config, seconds: how it was made. module: the merged module, where one was given.
+    history: per step of a learned method the loss, each task's loss and the gradient norm.
+    """
+
+    packed: PackedWeights
+    coefficients: Tensor
+    merged: Tensor
+    method: str
+    config: Any = None
+    history: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+    module: nn.Module | None = None
+
+    @classmethod
+    def of_model(cls, model: MergedModel, method: str, config: Any, history: list[dict], seconds: float) -> Result:
+        coefficients = model.coefficients.detach().clone()
+        return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The merged model's tensors in the base's names, order and dtypes; heads are in ``packed.heads``."""
+        return self.packed.state_dict(self.merged)
+
+    def save_pretrained(
+        self, path: str | Path, *, card: str | None = None, companions: str | Path | None = None, overwrite: bool = False
+    ) -> Path:
+        """Writes a model folder that transformers loads; it appears whole or not at all.
+
+        model.safetensors (or shards), the configuration and tokenizer of ``companions`` (the base's folder by
+        default; otherwise the module's own configuration), heads/TASK.safetensors where tasks have heads,
+        coefficients.json, and README.md, the model card.
+        """
+        files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
+        for task, head in self.packed.heads.items():
+            if head:
+                files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
+        companions = companions or self.packed.folder
+        config = getattr(self.module, "config", None)
+        if companions is None and hasattr(config, "to_json_string"):
+            files["config.json"] = config.to_json_string()
+        files["README.md"] = card or self._card()
+        tensors = {n: t.detach().cpu() for n, t in self.state_dict().items() if n not in self.packed.aliases}
+        return save_checkpoint(path, tensors, companions_from=companions, extra_files=files, overwrite=overwrite)
+
+    def summary(self) -> dict:
+        """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""
+        from samerge_ext import __version__
+
+        settings = asdict(self.config) if is_dataclass(self.config) else {}
+        names = self.packed.layout.names
+        return {
+            "method": self.method,
+            "config": {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in settings.items()},
+            "steps": len(self.history),
+            "seconds": round(self.seconds, 3),
+            "versions": {"samerge_ext": __version__, "torch": torch.__version__},
+            "coefficients": {
+                task: dict(zip(names, row.tolist(), strict=True))
+                for task, row in zip(self.packed.tasks, self.coefficients, strict=True)
+            },
+        }
+
+    def _card(self) -> str:
+        rows = [
+            f"| {task} | {row.mean():.3f} | {row.min():.3f} | {row.max():.3f} |"
+            for task, row in zip(self.packed.tasks, self.coefficients, strict=True)
+        ]
+        lines = [
+            "---",
+            "tags: [merge, samerge_ext]",
+            "---",
+            "",
+            "# Merged model",
+            "",
+            f"{self.packed.num_tasks} experts merged by `{self.method}` ({len(self.history)} steps).",
+            "",
+            "| task | mean λ | min λ | max λ |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "`coefficients.json` holds every coefficient and the settings.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
