@@ -76,7 +76,8 @@ def save_checkpoint(
         keep its values until its shard is written.
     metadata: joins {"format": "pt"} in the header of every weight file.
     companions_from: a model folder whose configuration and tokenizer are copied (`copy_companions`).
-    extra_files: path within the folder -> content; wins over a companion of the same name.
+    extra_files: path within the folder -> content; wins over a companion of the same name. Safetensors files go into
+        subfolders, the top level is for the weights.
     shard_size: bytes, or a number with KB, MB, GB or TB (powers of 1000). A larger tensor gets a shard of its own.
     overwrite: replaces an existing model folder with all its contents. A folder without config.json or weights is
         refused even so.
@@ -89,7 +90,9 @@ def save_checkpoint(
     contents = {name: data.encode() if isinstance(data, str) else data for name, data in (extra_files or {}).items()}
     for name in contents:
         check_relative(name, "extra file")
-    _check_target(target, overwrite)
+        if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json")):
+            raise CheckpointError(f"extra file '{name}' could be taken for the weights; put it in a subfolder")
+    require_target(target, overwrite=overwrite)
     extra_bytes = sum(map(len, contents.values()))
     if isinstance(tensors, Mapping):
         for name, tensor in tensors.items():
@@ -125,6 +128,19 @@ def require_space(path: str | Path, num_bytes: int) -> None:
     """Raises CheckpointError unless `num_bytes` are free where `path` is or will be. For use before long work."""
     if _free_bytes(Path(path)) < num_bytes:
         raise _no_space(Path(path), num_bytes)
+
+
+def require_target(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raises CheckpointError unless a model folder may be written at `path`. For use before long work."""
+    target = Path(os.path.realpath(path))
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; choose another folder")
+    if not overwrite:
+        raise CheckpointError(f"{target} exists and is not empty; choose another folder or pass overwrite=True")
+    if not any((target / name).exists() for name in ("config.json", *WEIGHTS)):
+        raise CheckpointError(f"{target} is not a model folder, overwrite=True would delete it; choose another folder")
 
 
 @contextmanager
@@ -216,17 +232,6 @@ def _check_storable(target: Path, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target} is a file; choose another folder")
-    if not overwrite:
-        raise CheckpointError(f"{target} exists and is not empty; choose another folder or pass overwrite=True")
-    if not any((target / name).exists() for name in ("config.json", *WEIGHTS)):
-        raise CheckpointError(f"{target} is not a model folder, overwrite=True would delete it; choose another folder")
-
-
 def _replace(temporary: Path, target: Path) -> None:
     """Renames a folder to one that may exist; a full one steps aside first, as rename replaces only empty folders."""
     if not target.exists() or not any(target.iterdir()):
@@ -264,7 +269,7 @@ def _parse_size(size: int | str) -> int:
 
 
 def _out_of_space(error: BaseException | None) -> bool:
-    """Whether a full disk caused an exception: safetensors says so in its message, torch.save in an earlier exception."""
+    """Whether a full disk caused it: safetensors says so in its message, torch.save in an earlier exception."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

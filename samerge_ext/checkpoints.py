@@ -17,7 +17,7 @@ from samerge_ext.checkpoint_files import (
     check_relative,
     folder_of,
 )
-from samerge_ext.checkpoint_saving import atomic_write, copy_companions, require_space, save_checkpoint
+from samerge_ext.checkpoint_saving import atomic_write, copy_companions, require_space, require_target, save_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -27,6 +27,7 @@ __all__ = [
     "open_checkpoint",
     "read_config",
     "require_space",
+    "require_target",
     "save_checkpoint",
 ]
 
@@ -110,7 +111,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         stored = {file.path: {*file.names, *file.tied} for file in files}
         for name, shard in indexed.items():
             if name not in stored[weights.parent / shard]:
-                raise CheckpointError(f"{weights}: {shard} lacks '{name}', which the index places there; save the model again")
+                raise CheckpointError(f"{weights} places '{name}' in {shard}, which lacks it; save the model again")
         checkpoint = Checkpoint(path, files)
         stack.pop_all()
     return checkpoint
@@ -144,8 +145,8 @@ def _find_weights(path: Path) -> Path:
 
 def _adapter(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is a PEFT adapter (adapter_config.json), not supported yet; load it with peft, call merge_and_unload() "
-        "and save the model that it returns"
+        f"{path} is a PEFT adapter (adapter_config.json), not supported yet; load it with peft, "
+        "call merge_and_unload() and save the model that it returns"
     )
 
 
@@ -163,7 +164,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         check_relative(shard, f"{path}: shard")
         if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path.parent / shard} is missing, and {path.name} says it holds '{name}'; download it")
+            raise CheckpointError(f"{path.parent / shard} is missing; {path.name} places '{name}' in it: download it")
     return weight_map
 
 
