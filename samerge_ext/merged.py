@@ -107,9 +107,11 @@ class MergedModel(nn.Module):
             self.merge()
 
     def select_head(self, task: str) -> None:
-        """Puts the task's own head tensors into the module, where it has a place for them."""
+        """Puts the task's own head tensors, in the merged weights' dtype, into the module where it has a place for them."""
         for name, tensor in self.packed.heads.get(task, {}).items():
             owner, leaf = _find(self.module, name)
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.merged)
             if owner is not None and leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             elif owner is not None and leaf in owner._buffers:

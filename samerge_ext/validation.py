@@ -28,7 +28,7 @@ def check_sources(
     for _, expert in experts:
         _check_names(base, expert, shared, heads)
         _check_shapes(base, expert, shared)
-    _check_heads(experts, heads)
+    _check_heads(base, experts, heads)
     for source in (base, *(expert for _, expert in experts)):
         _check_dtypes(source, [name for name in shared if not base.is_buffer(name)])
     return _check_values(base, experts, shared)
@@ -67,13 +67,13 @@ def _check_shapes(base: Source, expert: Source, shared: list[str]) -> None:
         )
 
 
-def _check_heads(experts: Experts, heads: tuple[str, ...]) -> None:
+def _check_heads(base: Source, experts: Experts, heads: tuple[str, ...]) -> None:
+    """A pattern fits a tensor of every expert, or the base's own head, which the merged model does without."""
     for pattern in heads:
         for _, expert in experts:
-            if not any(matches(name, (pattern,)) for name in expert.names):
-                raise ValueError(
-                    f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {_some(expert.names[-3:])}"
-                )
+            if not any(matches(name, (pattern,)) for name in (*expert.names, *base.names)):
+                last = _some(expert.names[-3:])
+                raise ValueError(f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {last}")
 
 
 def _check_dtypes(source: Source, layers: list[str]) -> None:
