@@ -34,9 +34,9 @@ def entropy(student):
 
 def learn(
     base, experts, heads, batches, *, steps, loss="kl", temperature=2.0, sam="paper", rho=0.07, adaptive=False,
-    optimizer=None, task_wise=False, start=0.3, alpha=None,
+    optimizer=None, task_wise=False, start=0.3, alpha=None, logits=lambda model, batch, head: model(batch) @ head,
 ):
-    """Coefficients [T, L] after each step."""
+    """Coefficients [T, L] after each step; logits(model, batch, head) with a model that is called as a module is."""
     tasks, layers = list(experts), len(list(base.parameters()))
     shape = (len(tasks), 1 if task_wise else layers)
     coefficients = torch.full(shape, start, dtype=torch.float64, requires_grad=True)
@@ -47,13 +47,17 @@ def learn(
     def gradient(at, step):
         at = at.detach().requires_grad_()
         weights = merged_parameters(base, experts, at.expand(len(tasks), layers))
+
+        def merged(*args, **kwargs):
+            return functional_call(base, {**weights, **buffers}, args, kwargs)
+
         total = 0.0
         for task in tasks:
             batch = batches[task][step % len(batches[task])]
-            student = functional_call(base, {**weights, **buffers}, batch) @ heads[task]
+            student = logits(merged, batch, heads[task])
             if loss == "kl":
                 with torch.no_grad():
-                    teacher = experts[task](batch) @ heads[task]
+                    teacher = logits(experts[task], batch, heads[task])
                 total = total + alpha[task] * kl(student, teacher, temperature)
             else:
                 total = total + alpha[task] * entropy(student)
