@@ -1,0 +1,1 @@
+"""The demonstration on real experts: eight text tasks, a small sentence encoder, one merged model."""

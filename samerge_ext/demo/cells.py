@@ -1,0 +1,189 @@
+"""One cell of a table: one way of merging, with one seed, on one variant; computed once and kept in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import samerge_ext as sm
+from samerge_ext.checkpoints import atomic_write
+from samerge_ext.demo.data import calibration_texts, load_tasks
+from samerge_ext.demo.experts import (
+    Batch,
+    Evaluator,
+    Protocol,
+    base_folder,
+    build_heads,
+    encode,
+    expert_folder,
+    load_folder,
+    text_batches,
+)
+from samerge_ext.memory import PeakMemory
+
+# Of learned rows, unless a row says otherwise.
+CALIBRATION_TEXTS = 64  # per task
+BATCH = 4  # texts per task and step
+STEPS = 300
+SCALES = tuple(round(0.1 * k, 1) for k in range(1, 11))  # what Task Arithmetic's λ is chosen from, on tuning texts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of merging.
+
+    label: as the table shows it. kind: a key of `KINDS`.
+    settings: of the method's configuration, and `texts` (per task) and `batch` of its calibration set.
+    """
+
+    label: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Workbench:
+    """Everything that the cells of one variant and seed share, made when first needed: data, heads, experts, packing.
+
+    The seed varies the experts (order of their batches) and the calibration texts and their order.
+    """
+
+    def __init__(self, protocol: Protocol, seed: int, cache: Path, progress: bool = True):
+        self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
+
+    @cached_property
+    def tasks(self):
+        return load_tasks(self.protocol.tasks)
+
+    @cached_property
+    def heads(self):
+        return build_heads(self.tasks, self.protocol)
+
+    @cached_property
+    def base(self) -> Path:
+        return base_folder(self.protocol, self.cache)
+
+    def expert(self, task: str) -> Path:
+        """The folder of a task's expert, fine-tuned now if the cache does not have it."""
+        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache)
+
+    @cached_property
+    def experts(self) -> dict[str, Path]:
+        return {task: self.expert(task) for task in self.tasks}
+
+    @cached_property
+    def packed(self) -> sm.PackedWeights:
+        return sm.PackedWeights.from_folders(self.base, self.experts)
+
+    @cached_property
+    def test(self) -> Evaluator:
+        return Evaluator(self.tasks, self.heads, self.protocol, "test")
+
+    @cached_property
+    def tuning(self) -> Evaluator:
+        """Labelled texts of the training part, for choices that need labels."""
+        return Evaluator(self.tasks, self.heads, self.protocol, "tuning")
+
+    def module(self) -> nn.Module:
+        """A module of the encoder's architecture."""
+        return load_folder(self.base)
+
+    def calibration(self, texts: int, batch: int) -> dict[str, list[Batch]]:
+        """Unlabelled batches per task, of texts drawn from the training split."""
+        return {
+            name: text_batches(calibration_texts(task, texts, self.seed), self.protocol, batch)
+            for name, task in self.tasks.items()
+        }
+
+    @property
+    def logits(self) -> sm.models.SharedEncoder:
+        return sm.models.SharedEncoder(encode, self.heads)
+
+
+def average(bench: Workbench, settings: dict) -> sm.Result:
+    return sm.average(bench.packed, module=bench.module())
+
+
+def task_arithmetic(bench: Workbench, settings: dict) -> sm.Result:
+    """At `scale`, or at the scale that is best on the tuning texts."""
+    if "scale" in settings:
+        return sm.task_arithmetic(bench.packed, settings["scale"], module=bench.module())
+    results = (sm.task_arithmetic(bench.packed, scale, module=bench.module()) for scale in SCALES)
+    return max(results, key=lambda result: mean(bench.tuning.accuracies(result.module)))
+
+
+def samerging(bench: Workbench, settings: dict) -> sm.Result:
+    return _learned(sm.samerging, sm.SAMergingConfig, bench, settings)
+
+
+def adamerging(bench: Workbench, settings: dict) -> sm.Result:
+    return _learned(sm.adamerging, sm.AdaMergingConfig, bench, settings)
+
+
+def _learned(method: Callable, config: type, bench: Workbench, settings: dict) -> sm.Result:
+    settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
+    calibration = bench.calibration(settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH))
+    return method(bench.module(), bench.packed, calibration, bench.logits, config=config(**settings))
+
+
+# How each kind of row makes its merged model; a new method is one more entry.
+KINDS: dict[str, Callable[[Workbench, dict], sm.Result]] = {
+    "average": average,
+    "task_arithmetic": task_arithmetic,
+    "samerging": samerging,
+    "adamerging": adamerging,
+}
+
+
+def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | None = None) -> dict:
+    """The cell's accuracies per task, seconds and peak memory: from its file, or computed now and written to it.
+
+    split: "test", or "tuning" where hyper-parameters are chosen.
+    save_to: also keep the merged model's folder there.
+    """
+    path = _cell_path(bench, row, split)
+    if path.exists() and (save_to is None or save_to.exists()):
+        return json.loads(path.read_text())
+    evaluator = getattr(bench, split)
+    cell = {"label": row.label, "kind": row.kind, "settings": row.settings, "variant": bench.protocol.name, "seed": bench.seed}
+    if row.kind == "pretrained":
+        accuracies = evaluator.accuracies(bench.module())
+    elif row.kind == "experts":
+        accuracies = {task: evaluator.accuracy(load_folder(folder), task) for task, folder in bench.experts.items()}
+    else:
+        bench.packed  # made outside of what is measured
+        with PeakMemory() as peak:
+            started = perf_counter()
+            result = KINDS[row.kind](bench, row.settings)
+            seconds = perf_counter() - started
+        accuracies = evaluator.accuracies(result.module)
+        cell |= {"seconds": seconds, "peak_bytes": peak.rise, "coefficient_mean": result.coefficients.mean().item()}
+        if result.history:
+            cell |= {"steps": len(result.history), "first_loss": result.history[0]["loss"], "last_loss": result.history[-1]["loss"]}
+        if save_to is not None:
+            result.save_pretrained(save_to, companions=bench.base, overwrite=True)
+    cell |= {"accuracies": accuracies, "mean": mean(accuracies)}
+    cell["versions"] = {"samerge_ext": sm.__version__, "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(cell, indent=1).encode())
+    return cell
+
+
+def mean(accuracies: dict[str, float]) -> float:
+    return sum(accuracies.values()) / len(accuracies)
+
+
+def _cell_path(bench: Workbench, row: Row, split: str) -> Path:
+    """Named after the row, with a digest of all that its numbers depend on."""
+    recipe = [asdict(bench.protocol), row.kind, row.settings, split, CALIBRATION_TEXTS, BATCH, STEPS, SCALES]
+    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
+    return bench.cache / "cells" / bench.protocol.name / f"seed{bench.seed}" / f"{row.kind}-{split}-{digest}.json"

