@@ -1,0 +1,113 @@
+"""The subcommands of `samerge`: merge, demo, info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import samerge_ext as sm
+
+app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+# Errors that the user can mend: shown as one message, without a traceback.
+MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError)
+
+
+def _pairs(option: str, values: list[str], parse=lambda text: text) -> dict[str, Any]:
+    pairs = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            raise typer.BadParameter(f"{value!r}; expected NAME=VALUE", param_hint=option)
+        pairs[key] = parse(text)
+    return pairs
+
+
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="YAML file with mergekit's keys", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    merge_method: Annotated[str | None, typer.Option(help="linear, task_arithmetic, samerging or adamerging")] = None,
+    base_model: Annotated[Path | None, typer.Option(help="folder of the pretrained model")] = None,
+    models: Annotated[list[Path], typer.Option("--model", help="folder of an expert; once for each")] = [],  # noqa: B006
+    tasks: Annotated[list[str], typer.Option("--task", help="name of a model's task; once for each")] = [],  # noqa: B006
+    heads: Annotated[list[str], typer.Option("--head", help='pattern of task heads, "classifier.*"')] = [],  # noqa: B006
+    parameters: Annotated[list[str], typer.Option("--parameter", help="KEY=VALUE of the method")] = [],  # noqa: B006
+    calibration: Annotated[list[str], typer.Option(help="TASK=FILE of unlabelled texts")] = [],  # noqa: B006
+    calibration_texts: Annotated[int | None, typer.Option(help="texts per task; all by default")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="calibration texts per task and step")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens of a calibration text")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
+) -> None:
+    """Merge as CONFIG says; options replace its keys."""
+    from samerge_ext.recipe import load_recipe, run_recipe
+
+    calibration_keys = {
+        "files": _pairs("--calibration", calibration),
+        "texts": calibration_texts,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    given = {
+        "merge_method": merge_method,
+        "base_model": base_model,
+        "models": [{"model": model} for model in models],
+        "tasks": tasks,
+        "heads": heads,
+        "parameters": _pairs("--parameter", parameters, yaml.safe_load),
+        "calibration": {key: value for key, value in calibration_keys.items() if value},
+        "dtype": dtype,
+    }
+    try:
+        recipe = load_recipe(config, {key: value for key, value in given.items() if value})
+        result = run_recipe(recipe, out, overwrite=overwrite)
+    except MISTAKES as error:
+        _fail(error)
+    console.print(f"{result.method}: {result.packed.num_tasks} experts merged in {result.seconds:.1f} s, written to {out}")
+
+
+@app.command()
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="all eight tasks and six layers")] = False,
+    study: Annotated[str, typer.Option(help="main, claims, tuning or ablation")] = "main",
+    seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the table, the plots and the merged model")] = Path("samerge-demo"),
+    cache: Annotated[Path, typer.Option(help="folder for experts and finished cells")] = Path(".cache-demo"),
+    progress: Annotated[bool, typer.Option(help="show progress bars")] = True,
+) -> None:
+    """Fine-tune experts, merge them with every method, and show what came out."""
+    from samerge_ext.demo.studies import run_study
+
+    try:
+        run_study(study, full=full, seeds=seeds or (3 if full else 1), out=out, cache=cache, progress=progress, console=console)
+    except MISTAKES as error:
+        _fail(error)
+
+
+@app.command()
+def info() -> None:
+    """Versions, backends and why those that are missing are, threads and devices."""
+    table = Table("", "", box=None, show_header=False)
+    table.add_row("samerge_ext", sm.__version__)
+    table.add_row("torch", torch.__version__)
+    for name, reason in sm.available().items():
+        table.add_row(f"backend {name}", reason or "available")
+    table.add_row("threads", str(torch.get_num_threads()))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("CUDA devices", ", ".join(devices) or "none")
+    console.print(table)
+
+
+def _fail(error: Exception) -> None:
+    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    raise typer.Exit(1)

@@ -1,0 +1,221 @@
+"""`samerge merge`: recipes, what is refused in them, and folders that transformers loads."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import samerge_ext as sm
+from samerge_ext.commands import app
+from samerge_ext.recipe import load_recipe, run_recipe
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = ["good", "bad", "rain", "sun", "goal", "vote"]
+LABELS = {"mood": 2, "topic": 3}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny BERT classifier, two experts with heads of their own, and calibration texts."""
+    root = tmp_path_factory.mktemp("models")
+    vocabulary = root / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = transformers.BertTokenizerFast(vocab_file=str(vocabulary))
+
+    def classifier(seed, labels):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(
+            vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=labels
+        )
+        return transformers.BertForSequenceClassification(config)
+
+    base = classifier(0, 2)
+    shared = {n: t for n, t in base.state_dict().items() if not n.startswith("classifier")}
+    for seed, (name, labels) in enumerate({"base": 2, **LABELS}.items()):
+        model = classifier(seed, labels)
+        model.load_state_dict(shared, strict=False)
+        if name != "base":
+            with torch.no_grad():
+                for parameter in model.bert.parameters():
+                    parameter += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "mood.txt").write_text("good rain\nbad sun sun\n\nrain rain good\nsun\n")
+    (root / "topic.jsonl").write_text("".join(json.dumps({"text": f"{a} {b}"}) + "\n" for a in WORDS for b in WORDS[:2]))
+    return root
+
+
+@pytest.fixture
+def write(models, tmp_path):
+    def write(**keys):
+        content = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(models / "base"),
+            "models": [{"model": str(models / task)} for task in LABELS],
+            "heads": ["classifier.*"],
+            **keys,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+        return path
+
+    return write
+
+
+def learned(models, **keys):
+    files = {"mood": str(models / "mood.txt"), "topic": str(models / "topic.jsonl")}
+    return {
+        "merge_method": "samerging",
+        "calibration": {"files": files, "batch_size": 2},
+        "parameters": {"steps": 4, "learning_rate": 0.01, "progress": False},
+        **keys,
+    }
+
+
+def weights(folder):
+    return transformers.AutoModel.from_pretrained(folder).state_dict()
+
+
+def test_task_arithmetic_with_mergekits_keys(models, write, tmp_path):
+    entries = [{"model": str(models / task), "parameters": {"weight": w}} for task, w in zip(LABELS, (0.2, 0.5), strict=True)]
+    run_recipe(load_recipe(write(models=entries, parameters={"lambda": 2.0}), {}), tmp_path / "out")
+    base, mood, topic, merged = (weights(f) for f in (models / "base", models / "mood", models / "topic", tmp_path / "out"))
+    for name, tensor in merged.items():
+        expected = base[name] + 0.4 * (mood[name] - base[name]) + 1.0 * (topic[name] - base[name])
+        torch.testing.assert_close(tensor, expected)
+
+
+def test_linear_is_the_weighted_mean(models, write, tmp_path):
+    entries = [{"model": str(models / task), "parameters": {"weight": w}} for task, w in zip(LABELS, (1.0, 3.0), strict=True)]
+    run_recipe(load_recipe(write(merge_method="linear", models=entries), {}), tmp_path / "out")
+    mood, topic, merged = (weights(f) for f in (models / "mood", models / "topic", tmp_path / "out"))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.25 * mood[name] + 0.75 * topic[name])
+
+
+@pytest.mark.parametrize("method", ["samerging", "adamerging"])
+def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method):
+    result = run_recipe(load_recipe(write(**learned(models, merge_method=method)), {}), tmp_path / "out")
+    packed = sm.PackedWeights.from_folders(
+        models / "base", {task: models / task for task in LABELS}, heads="classifier.*"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "base")
+    texts = {
+        "mood": [line for line in (models / "mood.txt").read_text().splitlines() if line],
+        "topic": [json.loads(line)["text"] for line in (models / "topic.jsonl").read_text().splitlines()],
+    }
+    batches = {
+        task: [tokenizer(held[i : i + 2], padding=True, return_tensors="pt") for i in range(0, len(held), 2)]
+        for task, held in texts.items()
+    }
+    experts = {task: transformers.AutoModelForSequenceClassification.from_pretrained(models / task) for task in LABELS}
+
+    def logits(module, batch, task):
+        pooled = module.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+        return experts[task].classifier(pooled)
+
+    module = transformers.AutoModelForSequenceClassification.from_pretrained(models / "base")
+    configs = {"samerging": sm.SAMergingConfig, "adamerging": sm.AdaMergingConfig}
+    config = configs[method](steps=4, learning_rate=0.01, progress=False)
+    expected = getattr(sm, method)(module, packed, batches, logits, config=config)
+    torch.testing.assert_close(result.coefficients, expected.coefficients, rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "out/heads/topic.safetensors").exists()
+    assert not (tmp_path / "out.state").exists(), "the state of a finished merge is removed"
+    summary = json.loads((tmp_path / "out/coefficients.json").read_text())
+    assert summary["steps"] == 4 and set(summary["coefficients"]) == set(LABELS)
+    torch.testing.assert_close(weights(tmp_path / "out")["pooler.dense.weight"], result.state_dict()["bert.pooler.dense.weight"])
+
+
+def test_every_key_is_an_option_too(models, write, tmp_path):
+    arguments = [
+        "merge", str(write()), str(tmp_path / "out"), "--merge-method", "samerging", "--dtype", "bfloat16",
+        "--task", "a", "--task", "b", "--calibration", f"a={models / 'mood.txt'}", "--calibration", f"b={models / 'topic.jsonl'}",
+        "--calibration-texts", "2", "--batch-size", "1", "--max-length", "4",
+        "--parameter", "steps=2", "--parameter", "progress=false",
+    ]  # fmt: skip
+    run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 0, run.output
+    assert "samerging: 2 experts merged" in run.output
+    assert set(json.loads((tmp_path / "out/coefficients.json").read_text())["coefficients"]) == {"a", "b"}
+
+
+def test_a_taken_target_is_refused_before_any_work(models, write, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("mine")
+    run = CliRunner().invoke(app, ["merge", str(write(base_model="/nowhere")), str(tmp_path / "out")])
+    assert run.exit_code == 1 and "overwrite" in run.output
+    assert (tmp_path / "out/precious").read_text() == "mine"
+
+
+def test_an_interrupted_merge_continues(models, write, tmp_path, monkeypatch):
+    """The state lies beside the target until the folder is whole."""
+    keys = learned(models)
+    keys["parameters"] |= {"checkpoint_every": 2}
+    recipe = load_recipe(write(**keys), {})
+    expected = run_recipe(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(sm.Result, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "out")
+    assert (tmp_path / "out.state/state.pt").exists() and not (tmp_path / "out").exists()
+    assert torch.equal(run_recipe(recipe, tmp_path / "out").coefficients, expected.coefficients)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"merge_methud": "linear"}, "merge_methud: Extra inputs are not permitted"),
+        ({"merge_method": "slerp"}, "merge_method: Input should be 'linear'"),
+        ({"parameters": {"lamda": 1.0}}, r"unknown \['lamda'\]"),
+        ({"merge_method": "samerging"}, "samerging needs 'calibration'"),
+        ({"calibration": {"files": {}}}, "task_arithmetic does not read 'calibration'"),
+        ({"tasks": ["one"]}, "tasks names 1, models lists 2"),
+    ],
+)
+def test_recipes_that_are_refused(write, keys, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(**keys), {})
+
+
+def test_a_learned_methods_parameters_are_checked(models, write):
+    keys = learned(models)
+    keys["parameters"] = {"learning_rates": 0.1}
+    with pytest.raises(ValueError, match="parameters of samerging: .*learning_rates"):
+        load_recipe(write(**keys), {})
+    keys["parameters"] = {"rho": -1}
+    with pytest.raises(ValueError, match="rho=-1"):
+        load_recipe(write(**keys), {})
+
+
+def test_missing_heads_advise_the_pattern(write, tmp_path):
+    run = CliRunner().invoke(app, ["merge", str(write(heads=None)), str(tmp_path / "out")])
+    assert run.exit_code == 1
+    assert "'classifier.bias' is [3], in base" in run.output and "heads=['classifier.*']" in run.output
+
+
+def test_a_calibration_file_without_texts_is_refused(models, write, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    keys = learned(models)
+    keys["calibration"]["files"]["mood"] = str(empty)
+    with pytest.raises(ValueError, match="empty.txt holds no texts"):
+        run_recipe(load_recipe(write(**keys), {}), tmp_path / "out")
+
+
+def test_a_jsonl_record_without_text_names_its_line(models, write, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "sun"}\n{"txt": "rain"}\n')
+    keys = learned(models)
+    keys["calibration"]["files"]["mood"] = str(broken)
+    with pytest.raises(ValueError, match="broken.jsonl, line 2"):
+        run_recipe(load_recipe(write(**keys), {}), tmp_path / "out")
+
+
+def test_info_lists_backends():
+    run = CliRunner().invoke(app, ["info"])
+    assert run.exit_code == 0
+    for word in (sm.__version__, torch.__version__, "backend reference", "backend cuda", "threads"):
+        assert word in run.output
