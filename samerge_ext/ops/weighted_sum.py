@@ -22,8 +22,7 @@ def weighted_sum(
     with one coefficient per layer as in arXiv 2310.02575).
 
     Differentiable in `coefficients` (through `coefficient_grad`) and in `base`. Sums are kept in fp32, in fp64 for
-    fp64 inputs. With two or more dimensions of stride one, rows of `task_vectors` may lie apart; anything else is
-    copied first.
+    fp64 inputs. Rows of `task_vectors` may lie apart in memory; where the numbers of a row do, they are copied first.
 
     Args:
         base: [N], N a multiple of 1,024; fp32, bf16 or fp16, or fp64 with everything else in fp64.

@@ -1,0 +1,33 @@
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/levels.h"
+
+namespace samerge {
+
+void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
+                      const at::Tensor& coefficients, const at::Tensor& block_layer);
+
+at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
+                                int64_t num_layers);
+
+std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
+    const at::Tensor& student, const std::optional<at::Tensor>& teacher,
+    const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
+    const std::optional<at::Tensor>& row_scale, const std::string& loss, double student_temperature,
+    double teacher_temperature);
+
+}  // namespace samerge
+
+// Signatures and shapes are those of samerge_ext/reference; the operators in samerge_ext/ops check the arguments.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using without_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  module.def("weighted_sum_cpu", samerge::weighted_sum_cpu, without_gil());
+  module.def("coefficient_grad_cpu", samerge::coefficient_grad_cpu, without_gil());
+  module.def("softmax_kl_cpu", samerge::softmax_kl_cpu, without_gil());
+  module.def("cpu_level", samerge::cpu_level, "Name of the instruction level in force.");
+  module.def("set_cpu_level", samerge::set_cpu_level, "Forces portable, avx2 or avx512; auto takes the best.");
+}

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "dtype.h"
+
+namespace samerge {
+
+// out[t, l] = sum over i in layer l of grad[i] * task_vectors[t, i].
+// The blocks are cut into segments that each lie in one layer; a segment's sums are one row of partials.
+struct CoefficientGrad {
+  double* partials;             // [segments, T]
+  const void* grad;             // [N]
+  const void* task_vectors;     // [T, N], rows task_stride apart
+  const int64_t* segment_begin; // [segments + 1], in blocks
+  int64_t num_tasks;            // T
+  int64_t task_stride;          // in numbers
+  DType grad_dtype, task_dtype;
+};
+
+}  // namespace samerge

@@ -1,0 +1,59 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include <vector>
+
+#include "arguments.h"
+#include "levels.h"
+
+namespace samerge {
+
+constexpr int64_t kSegmentBlocks = 64;  // the unit of work: fixed, so that sums do not depend on the number of threads
+
+// The first block of every segment, then the number of blocks. A segment has at most kSegmentBlocks, all of one layer.
+static std::vector<int64_t> cut_into_segments(const at::Tensor& block_layer) {
+  const auto* layer = block_layer.const_data_ptr<int32_t>();
+  std::vector<int64_t> begin;
+  for (int64_t b = 0; b < block_layer.numel(); ++b)
+    if (begin.empty() || layer[b] != layer[b - 1] || b - begin.back() == kSegmentBlocks) begin.push_back(b);
+  begin.push_back(block_layer.numel());
+  return begin;
+}
+
+at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
+                                int64_t num_layers) {  // [N], [T, N], [N / kBlock] -> [T, L]
+  const auto layer = block_layer.contiguous();
+  check_packed(grad, task_vectors, layer, num_layers);
+  const auto out = at::zeros({task_vectors.size(0), num_layers}, grad.options().dtype(accumulator(grad)));
+  if (grad.numel() == 0 || out.numel() == 0) return out;
+  const auto dense_grad = grad.contiguous(), tasks = dense_rows(task_vectors);
+  const auto segment_begin = cut_into_segments(layer);
+  const int64_t segments = segment_begin.size() - 1, num_tasks = tasks.size(0);
+  std::vector<double> partials(segments * num_tasks);
+
+  CoefficientGrad a;
+  a.partials = partials.data();
+  a.grad = dense_grad.const_data_ptr();
+  a.task_vectors = tasks.const_data_ptr();
+  a.segment_begin = segment_begin.data();
+  a.num_tasks = num_tasks;
+  a.task_stride = tasks.stride(0);
+  a.grad_dtype = dtype_of(grad);
+  a.task_dtype = dtype_of(tasks);
+  const auto loop = loops().coefficient_grad;
+  at::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) { loop(a, first, last); });
+
+  std::vector<double> sums(out.numel());  // [T, L]
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    const int64_t l = layer.const_data_ptr<int32_t>()[segment_begin[segment]];
+    for (int64_t t = 0; t < num_tasks; ++t) sums[t * num_layers + l] += partials[segment * num_tasks + t];
+  }
+  if (out.scalar_type() == at::kDouble)
+    std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<double>());
+  else
+    std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<float>());
+  return out;
+}
+
+}  // namespace samerge

@@ -1,0 +1,29 @@
+#pragma once
+
+#include "../coefficient_grad.h"
+#include "../softmax_kl.h"
+#include "../weighted_sum.h"
+
+namespace samerge {
+
+// The loops, compiled once for every instruction level. Each works on a range of its outermost index, in one thread.
+struct Loops {
+  void (*weighted_sum)(const WeightedSum&, int64_t first_block, int64_t last_block);
+  void (*coefficient_grad)(const CoefficientGrad&, int64_t first_segment, int64_t last_segment);
+  void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row);
+};
+
+extern const Loops portable_loops;  // level_portable.cpp
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SAMERGE_X86_LEVELS 1
+extern const Loops avx2_loops;    // level_avx2.cpp
+extern const Loops avx512_loops;  // level_avx512.cpp
+#endif
+
+// The loops in force: the best level that this machine runs, or the one that set_cpu_level or SAMERGE_CPU_LEVEL names.
+const Loops& loops();
+
+const char* cpu_level();
+void set_cpu_level(const char* name);  // "auto" for the best; throws std::invalid_argument, naming those that run here
+
+}  // namespace samerge

@@ -1,0 +1,85 @@
+// One block at a time: the base goes into an accumulator that stays in the first-level cache, four task vectors at a
+// time are added, and the sum is written in the dtype of the output. So any mix of dtypes needs only one loop per dtype.
+#pragma once
+
+#include "../weighted_sum.h"
+#include "simd.h"
+
+namespace samerge::SAMERGE_LEVEL {
+
+template <class Storage, class Real = lane_t<typename Storage::Vector>>
+void read_block(const void* source, Real* sum) {  // [kBlock], [kBlock]
+  using Vector = typename Storage::Vector;
+  const auto* numbers = static_cast<const typename Storage::Stored*>(source);
+  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) store(sum + i, Storage::read(numbers + i));
+}
+
+template <class Storage, class Real = lane_t<typename Storage::Vector>>
+void write_block(void* target, const Real* sum) {  // [kBlock], [kBlock]
+  using Vector = typename Storage::Vector;
+  auto* numbers = static_cast<typename Storage::Stored*>(target);
+  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) Storage::write(numbers + i, load<Vector>(sum + i));
+}
+
+// sum += coefficients[k] * block k of kCount, which lie task_stride apart.
+template <class Storage, int kCount, class Real = lane_t<typename Storage::Vector>>
+SAMERGE_INLINE void add_some(const typename Storage::Stored* block, int64_t task_stride, const Real* coefficients,
+                             Real* sum) {
+  using Vector = typename Storage::Vector;
+  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) {
+    Vector v = load<Vector>(sum + i);
+    for (int k = 0; k < kCount; ++k) v += Storage::read(block + k * task_stride + i) * coefficients[k];
+    store(sum + i, v);
+  }
+}
+
+template <class Storage, class Real = lane_t<typename Storage::Vector>>
+void add_blocks(const WeightedSum& a, int64_t b, Real* sum) {
+  const auto* block = static_cast<const typename Storage::Stored*>(a.task_vectors) + b * kBlock;
+  const auto* coefficient = static_cast<const Real*>(a.coefficients) + a.block_layer[b];
+  for (int64_t t = 0; t < a.num_tasks; t += 4) {
+    Real some[4];
+    const int64_t count = a.num_tasks - t < 4 ? a.num_tasks - t : 4;
+    for (int64_t k = 0; k < count; ++k) some[k] = coefficient[(t + k) * a.num_layers];
+    const auto* first = block + t * a.task_stride;
+    if (count == 4) add_some<Storage, 4>(first, a.task_stride, some, sum);
+    if (count == 3) add_some<Storage, 3>(first, a.task_stride, some, sum);
+    if (count == 2) add_some<Storage, 2>(first, a.task_stride, some, sum);
+    if (count == 1) add_some<Storage, 1>(first, a.task_stride, some, sum);
+  }
+}
+
+template <class Real>
+struct BlockFunctions {
+  void (*read)(const void*, Real*);
+  void (*add)(const WeightedSum&, int64_t, Real*);
+  void (*write)(void*, const Real*);
+  int64_t bytes;  // of a block
+};
+
+template <class Storage, class Real>
+constexpr BlockFunctions<Real> block_functions = {read_block<Storage>, add_blocks<Storage>, write_block<Storage>,
+                                                  kBlock * int64_t(sizeof(typename Storage::Stored))};
+
+template <class Real>
+void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base, const BlockFunctions<Real>& tasks,
+                  const BlockFunctions<Real>& out, int64_t first, int64_t last) {
+  alignas(64) Real sum[kBlock];
+  for (int64_t b = first; b < last; ++b) {
+    base.read(static_cast<const char*>(a.base) + b * base.bytes, sum);
+    tasks.add(a, b, sum);
+    out.write(static_cast<char*>(a.out) + b * out.bytes, sum);
+  }
+}
+
+void weighted_sum(const WeightedSum& a, int64_t first, int64_t last) {
+  if (a.base_dtype == DType::f64) {
+    constexpr auto wide = block_functions<F64, double>;
+    return merge_blocks<double>(a, wide, wide, wide, first, last);
+  }
+  constexpr BlockFunctions<float> of[] = {block_functions<F32, float>, block_functions<BF16, float>,
+                                          block_functions<F16, float>};
+  merge_blocks<float>(a, of[int(a.base_dtype)], of[int(a.task_dtype)], of[int(a.out_dtype)], first, last);
+}
+
+}  // namespace samerge::SAMERGE_LEVEL

@@ -1,0 +1,55 @@
+"""One tolerance table, and the packed inputs that the operator tests share."""
+
+import pytest
+import torch
+
+from samerge_ext import backend
+
+# Relative L2 error against the reference in fp64 on the same stored inputs, by the dtype of the result. The largest errors
+# measured over the operator tests, reference and C++ (best level and forced ones): fp64 1.6e-15, fp32 8.1e-7 (the
+# reference; 3.9e-7 in C++), fp16 2.9e-4, bf16 3.0e-3, the last two being mostly the rounding of the result.
+TOLERANCE = {torch.float64: 5e-15, torch.float32: 1.5e-6, torch.float16: 4e-4, torch.bfloat16: 3.5e-3}
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+LEVELS = ("portable", "avx2", "avx512")
+
+
+def assert_close(actual: torch.Tensor, truth: torch.Tensor, what: str = "result", at_least: float = 0.0) -> None:
+    """Compares with the truth in fp64, relative to its L2 norm or to `at_least` where that is larger: sums may cancel."""
+    assert actual.shape == truth.shape, f"{what} has shape {list(actual.shape)}, expected {list(truth.shape)}"
+    if not truth.numel():
+        return
+    a, b = actual.detach().double().flatten(), truth.detach().double().flatten()
+    infinite = b.isinf()
+    assert torch.equal(a[infinite], b[infinite]), f"{what} differs where the truth is infinite"
+    a, b = a[~infinite], b[~infinite]
+    difference = (a - b).abs()
+    error, tolerance = difference.norm().item(), TOLERANCE[actual.dtype] * max(b.norm().item(), at_least)
+    if error <= tolerance:
+        return
+    worst = int(difference.nan_to_num(torch.inf).argmax())
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+    raise AssertionError(
+        f"{what} ({actual.dtype}): error {error:.3e} exceeds {tolerance:.3e}; worst at {worst}: {a[worst]:.9g} instead of "
+        f"{b[worst]:.9g}; cosine {cosine:.9f}"
+    )
+
+
+def packed(num_tasks: int, blocks_per_layer: list[int], *, base=torch.float32, tasks=torch.float32, seed=0):
+    """base [N], task_vectors [T, N], coefficients [T, L], block_layer [N // 1024]; a layer may have no blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = torch.arange(len(blocks_per_layer), dtype=torch.int32)
+    block_layer = layers.repeat_interleave(torch.tensor(blocks_per_layer, dtype=torch.int64))
+    n = 1024 * block_layer.numel()
+    accumulator = torch.float64 if base == torch.float64 else torch.float32
+    return (
+        torch.randn(n, generator=generator, dtype=accumulator).to(base),
+        torch.randn(num_tasks, n, generator=generator, dtype=accumulator).to(tasks),
+        torch.randn(num_tasks, len(blocks_per_layer), generator=generator, dtype=accumulator),
+        block_layer,
+    )
+
+
+def need_backend(name: str) -> None:
+    if reason := backend.available()[name]:
+        pytest.skip(f"backend {name}: {reason}")

@@ -1,0 +1,114 @@
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "samerge_ext", "kernels", "csrc")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+@pytest.fixture
+def setup():
+    spec = importlib.util.spec_from_file_location("samerge_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build reads, without what one leaves behind."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in NEEDED:
+        source, target = ROOT / name, tmp_path / "tree" / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=ignore)
+        elif source.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(source, target)
+    return tmp_path / "tree"
+
+
+def build_wheel(tree: Path, **environment: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """The finished `pip wheel`, and the names in the wheel (none where it failed)."""
+    command = [sys.executable, "-m", "pip", "wheel", ".", "-v", "--no-build-isolation", "--no-deps", "-w", "dist"]
+    result = subprocess.run(command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True)
+    names = set()
+    for wheel in tree.glob("dist/*.whl"):
+        names.update(zipfile.ZipFile(wheel).namelist())
+    return result, names
+
+
+def test_a_wheel_holds_the_extension_and_the_kernels(tree):
+    result, names = build_wheel(tree)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert any(name.startswith("samerge_ext/_C.") for name in names)
+    assert {"samerge_ext/kernels/__init__.py", "samerge_ext/ops/weighted_sum.py"} <= names
+    assert not any(name.startswith(("tests/", "csrc/", "kernels/")) for name in names)
+
+
+def test_without_a_compiler_the_package_installs_and_warns(tree, tmp_path):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    environment = {"PATH": str(empty)}
+    if "CXX" in os.environ:
+        pytest.skip("CXX is set")
+    result, names = build_wheel(tree, **environment)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "no C++ compiler found" in result.stdout + result.stderr
+    assert "samerge_ext/kernels/__init__.py" in names and not any("_C." in name for name in names)
+
+
+def test_a_failing_compilation_fails_the_installation(tree):
+    shutil.rmtree(tree / "csrc")
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "bindings.cpp").write_text("#error broken on purpose\n")
+    result, names = build_wheel(tree)
+    assert result.returncode and not names
+    assert "broken on purpose" in result.stdout + result.stderr
+
+
+def test_a_compiler_that_is_named_must_exist(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="CXX names 'no-such-compiler'"):
+        setup.compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    assert setup.compiler() is None
+
+
+def test_without_torch_the_error_says_what_to_do(setup, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils", None)
+    with pytest.raises(SystemExit, match="pip install . --no-build-isolation"):
+        setup.import_cpp_extension()
+
+
+@pytest.mark.parametrize("toolkit", (None, "/opt/cuda"))
+@pytest.mark.parametrize("version", (None, "13.0"))
+def test_cuda_needs_a_cuda_torch_and_its_toolkit(setup, monkeypatch, tmp_path, toolkit, version):
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    for name in ("weighted_sum.cu", "weighted_sum_cuda.cpp"):
+        (tmp_path / "csrc" / "cuda" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(setup, "compiler", lambda: "c++")
+    monkeypatch.setattr(torch.version, "cuda", version)
+    fake = types.SimpleNamespace(
+        CUDA_HOME=toolkit,
+        CppExtension=lambda name, sources, **_: ("cpp", sources),
+        CUDAExtension=lambda name, sources, **_: ("cuda", sources),
+    )
+    ((kind, sources),) = setup.extensions(fake)
+    with_cuda = bool(toolkit and version)
+    assert kind == ("cuda" if with_cuda else "cpp")
+    assert ("csrc/cuda/weighted_sum.cu" in sources) == ("csrc/cuda/weighted_sum_cuda.cpp" in sources) == with_cuda
+    assert os.environ.pop("TORCH_CUDA_ARCH_LIST", None) == (setup.CUDA_ARCHITECTURES if with_cuda else None)

@@ -1,0 +1,319 @@
+import pytest
+import torch
+from helpers import NARROW, assert_close
+from torch.library import opcheck
+
+import samerge_ext as sm
+from samerge_ext import reference
+
+LOSSES = ("kl", "cross_entropy", "entropy")
+OPS = (torch.ops.samerge.softmax_kl.default, torch.ops.samerge.softmax_kl_grad.default)
+
+
+def logits(*shape, seed=0, dtype=torch.float32, scale=3.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def arguments(loss, rows, columns, teachers=1, student=torch.float32, teacher=torch.float32):
+    """student, teacher, teacher_weights, num_classes, row_scale, loss and the two temperatures of an operator call."""
+    wide = torch.float64 if student == torch.float64 else torch.float32
+    scale = torch.linspace(-1, 2, rows, dtype=wide)
+    others = (logits(teachers, rows, columns, seed=1, dtype=teacher), torch.rand(teachers, rows, dtype=wide))
+    return logits(rows, columns, dtype=student), *(others if loss != "entropy" else (None, None)), None, scale, loss, 2.0, 1.5
+
+
+def run(student, teacher, teacher_weights, num_classes, row_scale, *settings):
+    """Losses and gradient from both operators, which must agree."""
+    losses, grad = OPS[1](student, teacher, teacher_weights, num_classes, row_scale, *settings)
+    leaf = student.detach().requires_grad_()
+    alone = OPS[0](leaf, teacher, teacher_weights, num_classes, *settings)
+    alone.backward(row_scale)
+    torch.testing.assert_close(alone, losses, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(leaf.grad, grad, rtol=0, atol=0, equal_nan=True)
+    return losses, grad
+
+
+def truth(*args):
+    return reference.softmax_kl(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
+
+
+def check(*args, at_least=0.0):
+    result, expected = run(*args), truth(*args)
+    assert result[0].dtype == (torch.float64 if args[0].dtype == torch.float64 else torch.float32)
+    assert result[1].dtype == args[0].dtype
+    assert_close(result[0], expected[0], "losses", at_least)
+    assert_close(result[1], expected[1], "grad", at_least)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_truth_is_the_equation(loss):
+    """One row at a time in torch.distributions, its gradient from autograd."""
+    student, teacher, weights, _, scale, _, student_temperature, teacher_temperature = args = arguments(
+        loss, 4, 7, teachers=2, student=torch.float64, teacher=torch.float64
+    )
+    leaf = student.clone().requires_grad_()
+    q = torch.distributions.Categorical(logits=leaf / student_temperature)
+    if loss == "entropy":
+        expected = q.entropy()
+    else:
+        p = torch.distributions.Categorical(logits=teacher / teacher_temperature)
+        kl = torch.distributions.kl_divergence(p, q)
+        expected = (weights * (kl if loss == "kl" else -q.log_prob(teacher.argmax(-1)))).sum(0)
+    (expected * scale).sum().backward()
+    losses, grad = truth(*args)
+    assert_close(losses, expected)
+    assert_close(grad, leaf.grad)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("columns", (1, 2, 3, 17, 1000, 1024, 1041, 40000))
+def test_any_number_of_classes(each_level, loss, columns):
+    check(*arguments(loss, 3, columns, teachers=3 if columns < 1041 else 1), at_least=float(columns == 1))
+
+
+@pytest.mark.parametrize("student", NARROW)
+@pytest.mark.parametrize("teacher", NARROW)
+def test_dtypes_mix(each_level, student, teacher):
+    for loss in LOSSES:
+        check(*arguments(loss, 6, 133, teachers=2, student=student, teacher=teacher))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_double(each_level, loss):
+    check(*arguments(loss, 5, 1100, teachers=2, student=torch.float64, teacher=torch.float64))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_empty(each_backend, loss):
+    losses, grad = run(*arguments(loss, 0, 5))
+    assert losses.shape == (0,) and grad.shape == (0, 5)
+    function = {"kl": sm.softmax_kl, "cross_entropy": sm.argmax_cross_entropy, "entropy": sm.entropy}[loss]
+    inputs = (torch.empty(0, 5),) * (1 if loss == "entropy" else 2)
+    assert function(*inputs) == 0 and function(*inputs, reduction="none").shape == (0,)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_with_fewer_classes(each_level, loss):
+    """The result is that of each row cut to its classes, whatever the padding holds."""
+    student, teacher, weights, _, scale, *settings = arguments(loss, 5, 1300, teachers=2)
+    counts = torch.tensor([1, 17, 1024, 1025, 1300])
+    expected = [torch.zeros(5, dtype=torch.float64), torch.zeros(5, 1300, dtype=torch.float64)]
+    for r, n in enumerate(counts):
+        cut = [None if x is None else x[..., r : r + 1, :n] for x in (student, teacher)]
+        weight = None if weights is None else weights[:, r : r + 1]
+        row = truth(*cut, weight, None, scale[r : r + 1], *settings)
+        expected[0][r], expected[1][r, :n] = row[0][0], row[1][0]
+    for junk in (torch.nan, torch.inf, 1e30):
+        for r, n in enumerate(counts):
+            for x in (student, teacher):
+                if x is not None:
+                    x[..., r, n:] = junk
+        result = run(student, teacher, weights, counts, scale, *settings)
+        assert_close(result[0], expected[0])
+        assert_close(result[1], expected[1])
+        assert all(not row[n:].any() for row, n in zip(result[1], counts))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("temperatures", ((1.0, 1.0), (2.0, 0.5)))
+def test_huge_logits(each_level, loss, temperatures):
+    student, teacher, weights, _, scale, *_ = arguments(loss, 8, 50, student=torch.bfloat16)
+    student, teacher = student * 3e3, None if teacher is None else teacher * 3e3
+    assert student.abs().max() > 1e4
+    check(student, teacher, weights, None, scale, loss, *temperatures, at_least=1.0)  # entropies vanish
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_constant_offsets_do_not_matter(each_level, loss):
+    student, teacher, weights, _, scale, *settings = arguments(loss, 4, 40)
+    student = student.round()  # so that adding 10,000 is exact
+    plain = run(student, teacher, weights, None, scale, *settings)
+    shifted = run(student + 1e4, teacher, weights, None, scale, *settings)
+    assert_close(shifted[0], plain[0].double())
+    assert_close(shifted[1], plain[1].double())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_masked_classes(each_level, loss):
+    """-inf in student and teacher; in the teacher alone; in the student alone, where KL is infinite."""
+    student, teacher, weights, _, scale, *settings = arguments(loss, 4, 2100)
+    inf = torch.inf
+    student[0, 3:9] = student[1, :1500] = -inf
+    if teacher is not None:
+        teacher[0, 0, 3:9] = teacher[0, 1, :1500] = teacher[0, 2, :2099] = -inf
+    check(student, teacher, weights, None, scale, *settings)
+    if loss == "kl":
+        student[3, 5] = -inf
+        result = run(student, teacher, None, None, scale, *settings)
+        assert result[0][3] == inf and result[0][:3].isfinite().all() and result[1].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nan_stays_in_its_row(each_level, loss):
+    student, teacher, *rest = arguments(loss, 3, 1050)
+    student[1, 1030] = torch.nan
+    student[2] = -torch.inf
+    losses, grad = run(student, teacher, *rest)
+    assert losses.isnan().tolist() == [False, True, True]
+    assert grad[1].isnan().all() and grad[0].isfinite().all()
+
+
+def test_a_close_student_keeps_its_digits(each_level):
+    """KL is of second order in a difference of 1e-3: sums of p · (log p − log q) would lose it to rounding."""
+    if each_level == "reference":
+        pytest.skip("plain PyTorch does not sum this form")
+    teacher = logits(1, 16, 500)
+    student = teacher[0] + 1e-3 * logits(16, 500, seed=2)
+    settings = ("kl", 2.0, 2.0)
+    scale = torch.ones(16)
+    losses, grad = run(student, teacher, None, None, scale, *settings)
+    expected = truth(student, teacher, None, None, scale, *settings)
+    assert expected[0].max() < 3e-6
+    assert_close(losses, expected[0])
+    assert (losses - expected[0]).abs().max() < 1e-4 * expected[0].min()
+    same = run(teacher[0], teacher, None, None, scale, *settings)
+    assert not same[0].any() and same[1].abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_inputs_need_not_be_contiguous(each_level, loss):
+    student, teacher, weights, counts, scale, *settings = arguments(loss, 5, 70, teachers=3)
+    expected = truth(student, teacher, weights, counts, scale, *settings)
+    spread = torch.full((5, 90), torch.nan)
+    spread[:, 11:81] = student
+    views = [(spread[:, 11:81], teacher), (student.t().contiguous().t(), teacher)]
+    if teacher is not None:
+        views += [(student, teacher.transpose(0, 1).contiguous().transpose(0, 1))]
+        views += [(student, teacher.transpose(1, 2).contiguous().transpose(1, 2))]
+        weights = weights.t().contiguous().t()
+    for view in views:
+        result = run(*view, weights, counts, scale.expand(2, -1).t()[:, 0], *settings)
+        assert_close(result[0], expected[0])
+        assert_close(result[1], expected[1])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_threads_and_repeats_agree_to_the_bit(each_backend, threads, loss):
+    args = arguments(loss, 64, 1100)
+    threads(1)
+    one = run(*args)
+    for count in (3, 2, 1):
+        threads(count)
+        assert all(map(torch.equal, one, run(*args)))
+
+
+def test_reductions_and_weights(each_backend):
+    student, teacher = logits(6, 30), logits(3, 6, 30, seed=1)
+    rows, v = torch.rand(6), torch.tensor([0.2, 0.5, 0.3])
+    options = {"row_weights": rows, "teacher_weights": v, "student_temperature": 1.5, "teacher_temperature": 3.0}
+    kl, grad = truth(student, teacher, v[:, None].expand(-1, 6), None, rows / 6, "kl", 1.5, 3.0)
+    expected = {"none": kl * rows, "sum": (kl * rows).sum(), "batchmean": (kl * rows).sum() / 6}
+    for reduction, value in expected.items():
+        factor = 1 if reduction == "batchmean" else 6
+        loss, fused = sm.softmax_kl_with_grad(student, teacher, **options, reduction=reduction)
+        assert_close(loss, value, reduction)
+        assert_close(fused, grad * factor, reduction)
+        leaf = student.clone().requires_grad_()
+        (2.5 * sm.softmax_kl(leaf, teacher, **options, reduction=reduction)).sum().backward()
+        assert_close(leaf.grad, grad * factor * 2.5, reduction)
+    default = sm.softmax_kl(student, teacher)
+    assert_close(default, truth(student, teacher, None, None, None, "kl", 2.0, 2.0)[0].mean())
+    assert_close(sm.softmax_kl(student, teacher, teacher_weights=torch.full((3, 6), 1 / 3)), default.double())
+    assert_close(sm.softmax_kl(student, teacher[0]), truth(student, teacher[:1], None, None, None, "kl", 2.0, 2.0)[0].mean())
+
+
+def test_siblings(each_backend):
+    student, teacher, rows = logits(6, 30), logits(6, 30, seed=1), torch.rand(6)
+    for loss, function, with_grad, inputs, name in (
+        ("entropy", sm.entropy, sm.entropy_with_grad, (student,), "temperature"),
+        ("cross_entropy", sm.argmax_cross_entropy, sm.argmax_cross_entropy_with_grad, (student, teacher), "student_temperature"),
+    ):
+        given = (student, None if loss == "entropy" else teacher[None], None, None, rows / 6)
+        losses, grad = truth(*given, loss, 1.5, 1.0)
+        options = {name: 1.5, "row_weights": rows}
+        leaf = student.clone().requires_grad_()
+        function(leaf, *inputs[1:], **options).backward()
+        value, fused = with_grad(*inputs, **options)
+        assert_close(value, (losses * rows).mean(), loss)
+        assert_close(fused, grad, loss)
+        assert_close(leaf.grad, grad, loss)
+        assert_close(function(*inputs), truth(*given, loss, 1.0, 1.0)[0].mean(), "temperature 1 by default")
+
+
+def test_ties_count_as_the_first_class(each_level):
+    student, teacher = logits(1, 2000), torch.zeros(1, 1, 2000)
+    teacher[0, 0, [1500, 7, 1023]] = 1
+    grad = run(student, teacher, None, None, torch.ones(1), "cross_entropy", 1.0, 1.0)[1]
+    assert (grad[0] < 0).nonzero().flatten().tolist() == [7]
+
+
+def test_row_weights_get_a_gradient(each_backend):
+    rows = torch.rand(4, requires_grad=True)
+    student, teacher = logits(4, 9), logits(4, 9, seed=1)
+    sm.softmax_kl(student, teacher, row_weights=rows).backward()
+    assert_close(rows.grad, truth(student, teacher[None], None, None, None, "kl", 2.0, 2.0)[0] / 4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck(each_backend, loss):
+    student, teacher, weights, _, _, *settings = arguments(loss, 3, 5, 2, student=torch.float64, teacher=torch.float64)
+    counts = torch.tensor([5, 3, 1])
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: OPS[0](s, teacher, weights, counts, *settings), student)
+    grad = torch.autograd.grad(OPS[0](student, teacher, weights, counts, *settings).sum(), student, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_opcheck(each_backend, loss):
+    student, teacher, weights, _, scale, *settings = arguments(loss, 3, 5, teachers=2)
+    counts = torch.tensor([5, 3, 1])
+    opcheck(OPS[0], (student, teacher, weights, counts, *settings))
+    opcheck(OPS[0], (student.clone().requires_grad_(), teacher, weights, None, *settings))
+    opcheck(OPS[1], (student, teacher, None, counts, scale, *settings))
+
+
+def test_compile(each_backend):
+    teacher, counts = logits(2, 6, 30, seed=1), torch.full((6,), 20)
+
+    def step(student):
+        loss = sm.softmax_kl(student, teacher, num_classes=counts) + sm.entropy(student) + sm.argmax_cross_entropy(student, teacher)
+        return loss, sm.softmax_kl_with_grad(student, teacher)[1]
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = logits(6, 30).requires_grad_()
+        loss, fused = function(leaf)
+        loss.backward()
+        assert not fused.requires_grad
+        results.append((loss, leaf.grad, fused))
+    for compiled, eager in zip(results[1], results[0]):
+        assert_close(compiled, eager.double())
+
+
+def test_errors_name_the_argument(each_backend):
+    student, teacher = logits(4, 9), logits(2, 4, 9)
+    cases = [
+        (ValueError, r"student has shape \[9\]", (student[0], teacher), {}),
+        (ValueError, r"student has shape \[4, 0\]", (student[:, :0], teacher), {}),
+        (ValueError, r"teacher has shape \[2, 4, 8\]", (student, teacher[..., :8]), {}),
+        (ValueError, r"teacher has shape \[1, 3, 9\]", (student, teacher[0, :3]), {}),
+        (TypeError, r"teacher is torch.float64 but student", (student, teacher.double()), {}),
+        (TypeError, r"student is torch.int64", (student.long(), teacher), {}),
+        (ValueError, r"teacher requires grad", (student, teacher.clone().requires_grad_()), {}),
+        (ValueError, r"teacher_weights has shape \[3\]", (student, teacher), {"teacher_weights": torch.ones(3)}),
+        (TypeError, r"row_weights is torch.float64", (student, teacher), {"row_weights": torch.ones(4).double()}),
+        (ValueError, r"row_weights has shape \[1\]", (student, teacher), {"row_weights": torch.ones(1)}),
+        (ValueError, r"num_classes has shape \[1\]", (student, teacher), {"num_classes": torch.tensor([3])}),
+        (TypeError, r"num_classes is torch.int32", (student, teacher), {"num_classes": torch.ones(4).int()}),
+        (ValueError, r"num_classes must lie in 1", (student, teacher), {"num_classes": torch.tensor([9, 9, 9, 10])}),
+        (ValueError, r"num_classes must lie in 1", (student, teacher), {"num_classes": torch.tensor([9, 9, 0, 9])}),
+        (ValueError, r"student's temperature is 0", (student, teacher), {"student_temperature": 0}),
+        (ValueError, r"teacher's temperature is nan", (student, teacher), {"teacher_temperature": float("nan")}),
+        (ValueError, r"unknown reduction 'mean'", (student, teacher), {"reduction": "mean"}),
+    ]
+    for error, message, inputs, options in cases:
+        for function in (sm.softmax_kl, sm.softmax_kl_with_grad):
+            with pytest.raises(error, match=message):
+                function(*inputs, **options)
