@@ -32,7 +32,7 @@ from samerge_ext.memory import PeakMemory
 
 # Of learned rows, unless a row says otherwise.
 CALIBRATION_TEXTS = 64  # per task
-BATCH = 4  # texts per task and step
+BATCH = {"small": 4, "full": 2}  # texts per task and step: 16 either way
 STEPS = 300
 SCALES = tuple(round(0.1 * k, 1) for k in range(1, 11))  # what Task Arithmetic's λ is chosen from, on tuning texts
 
@@ -130,7 +130,7 @@ def adamerging(bench: Workbench, settings: dict) -> sm.Result:
 
 def _learned(method: Callable, config: type, bench: Workbench, settings: dict) -> sm.Result:
     settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
-    calibration = bench.calibration(settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH))
+    calibration = bench.calibration(settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name]))
     return method(bench.module(), bench.packed, calibration, bench.logits, config=config(**settings))
 
 
@@ -184,6 +184,6 @@ def mean(accuracies: dict[str, float]) -> float:
 
 def _cell_path(bench: Workbench, row: Row, split: str) -> Path:
     """Named after the row, with a digest of all that its numbers depend on."""
-    recipe = [asdict(bench.protocol), row.kind, row.settings, split, CALIBRATION_TEXTS, BATCH, STEPS, SCALES]
+    recipe = [asdict(bench.protocol), row.kind, row.settings, split, CALIBRATION_TEXTS, BATCH[bench.protocol.name], STEPS, SCALES]
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
     return bench.cache / "cells" / bench.protocol.name / f"seed{bench.seed}" / f"{row.kind}-{split}-{digest}.json"

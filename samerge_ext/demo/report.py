@@ -22,6 +22,8 @@ from statistics import mean, stdev
 
 from torch import Tensor
 
+from samerge_ext.checkpoints import atomic_write
+
 LICENCES = (
     "The backbone, all-MiniLM-L6-v2, is Apache-2.0. The experts were fine-tuned on corpora that are not part of this "
     "folder; some of them state no licence (Reuters-21578, 20 Newsgroups, Rotten Tomatoes snippets, tweets), so look "
@@ -210,10 +212,8 @@ def write_card(
         "## Configuration\n\n```json\n" + json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n```",
         "## Licence\n\n" + LICENCES,
     ]
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path, "w") as file:
+        file.write("\n\n".join(sections) + "\n")
 
 
 def _figure(width: float, height: float):
@@ -233,8 +233,5 @@ def _colour_map(name: str):
 
 
 def _save(figure, path: str | os.PathLike) -> None:
-    """As PNG under a temporary name, then renamed."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
