@@ -192,10 +192,10 @@ def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeigh
     rows = [layout.views(row) for row in packed.task_vectors]
     wide = torch.float64 if torch.float64 in (dtype, task_vector_dtype) else torch.float32
     for name in views:
-        pretrained = base.read(name).to(wide)
+        pretrained = base.read(name).to(device, wide)
         views[name].copy_(pretrained)
         for row, (_, expert) in zip(rows, experts, strict=True):
-            row[name].copy_(expert.read(name).to(wide) - pretrained)
+            torch.sub(expert.read(name).to(device, wide), pretrained, out=row[name])
 
     float_buffers = [n for n, b in packed.buffers.items() if b.is_floating_point()]
     for task, expert in experts:

@@ -130,7 +130,7 @@ def test_a_head_of_the_base_alone_is_left_out(base, experts):
 
 
 def test_folders_are_read_tensor_by_tensor(tmp_path):
-    """Peak memory is the packed store plus a few copies of one tensor: as stored, widened, their difference."""
+    """Peak memory is the packed store plus one tensor of the base, of an expert, and their difference."""
     script = textwrap.dedent("""
         import sys, torch
         from pathlib import Path
@@ -176,7 +176,13 @@ def test_a_shape_that_differs_is_named_with_both_shapes(base, experts):
         sm.PackedWeights.from_modules(base, experts)
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
+def test_the_largest_numbers_of_a_dtype_are_fine():
+    """Their difference overflows."""
+    base = {"w": torch.tensor([-65504.0, 65504.0], dtype=torch.float16)}
+    sm.PackedWeights.from_state_dicts(base, {"a": {"w": base["w"] / 2}})
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (-float("inf"), "Inf")])
 def test_nan_and_inf_are_refused(base, experts, value, word):
     with torch.no_grad():
         experts["blue"].second.weight[1, 2] = value
