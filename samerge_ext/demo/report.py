@@ -101,15 +101,16 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test texts, %"):
-    """A ``rich.table.Table``; the mean column is bold."""
+    """A ``rich.table.Table``; the mean column is bold. No column is ever cut, however narrow the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     header, rows = table_rows(cells)
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, width=sum(widths) + 3 * len(widths))
     for name in header:
-        justify, style = "left" if name == "method" else "right", "bold" if name == "mean" else None
-        table.add_column(name, justify=justify, style=style, no_wrap=name == "method")
+        align, style = ("left" if name == "method" else "right"), ("bold" if name == "mean" else None)
+        table.add_column(name, justify=align, style=style, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table

@@ -125,7 +125,7 @@ def run_study(
         if name == "main" and seed == 0:
             first = bench
     title = f"{name}, {protocol.name} variant, {seeds} seed{'s' * (seeds > 1)}: accuracy on {split} texts, %"
-    console.print(accuracy_table(cells, title))
+    console.print(accuracy_table(cells, title), crop=False)
     with atomic_write(out / f"{name}-{protocol.name}.md", "w") as file:
         file.write(f"{title}\n\n{markdown_table(cells)}")
     if name == "main":
