@@ -76,6 +76,11 @@ def available() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in BACKENDS}
 
 
+def cpu_level() -> str | None:
+    """The instruction level that the C++ loops run at (SAMERGE_CPU_LEVEL forces one), None without the extension."""
+    return _C.cpu_level() if _C else None
+
+
 def kernel(op: str, tensor: torch.Tensor) -> Callable:
     """The implementation of `op` that the backend in force has for `tensor`'s device.
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import samerge_ext as sm
+from samerge_ext.backend import cpu_level
 
 app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -101,6 +102,7 @@ def info() -> None:
     table.add_row("torch", torch.__version__)
     for name, reason in sm.available().items():
         table.add_row(f"backend {name}", reason or "available")
+    table.add_row("CPU instructions", cpu_level() or "none of our own")
     table.add_row("threads", str(torch.get_num_threads()))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("CUDA devices", ", ".join(devices) or "none")
