@@ -15,7 +15,7 @@ from rich.text import Text
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
 
-app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 # Errors that the user can mend: shown as one message, without a traceback.
@@ -46,7 +46,7 @@ def merge(
     calibration_texts: Annotated[int | None, typer.Option(help="texts per task; all by default")] = None,
     batch_size: Annotated[int | None, typer.Option(help="calibration texts per task and step")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a calibration text")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of what is written too")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""

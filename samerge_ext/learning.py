@@ -18,6 +18,7 @@ from samerge_ext.merged import MergedModel
 from samerge_ext.passes import PRECISIONS, Logits, Objective, losses_and_gradient
 from samerge_ext.sam import sam_gradient
 
+STATE_FILE = "state.pt"  # in a run's checkpoint_dir
 CHOICES = {
     "granularity": ("layer", "task"),
     "sam": ("paper", "published", "off"),
@@ -179,7 +180,7 @@ class _Checkpoint:
     FREE = ("steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress")
 
     def __init__(self, config: LearningConfig, method: str, model: MergedModel, calibration: Calibration):
-        self.path = Path(config.checkpoint_dir) / "state.pt" if config.checkpoint_dir else None
+        self.path = Path(config.checkpoint_dir) / STATE_FILE if config.checkpoint_dir else None
         settings = {key: value for key, value in asdict(config).items() if key not in self.FREE}
         self.identity = {
             "method": method,

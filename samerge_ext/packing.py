@@ -128,6 +128,8 @@ class PackedWeights:
             raise ValueError(
                 f"coefficients of shape {tuple(value.shape)}; expected a number, [T] = [{shape[0]}] or [T, L] = {list(shape)}"
             )
+        if not torch.isfinite(value).all():
+            raise ValueError("coefficients hold NaN or Inf")
         return value.detach().expand(shape).clone()
 
     def one_hot(self, task: str) -> Tensor:
@@ -149,15 +151,15 @@ class PackedWeights:
         }
         return {**self.buffers, **average}
 
-    def state_dict(self, merged: Tensor) -> dict[str, Tensor]:
+    def state_dict(self, merged: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """All tensors of the model whose packed weights are ``merged`` [N], in the base's names, order and dtypes.
 
-        Heads are not in it; tied names refer to one tensor.
+        dtype: of all weights, in place of the base's. Heads are not in it; tied names refer to one tensor.
         """
         views = self.layout.views(merged)
         tensors = {}
-        for name, dtype in zip(self.layout.names, self.layout.dtypes, strict=True):
-            tensors[name] = (views[name] if name in views else self.unchanged[name]).to(dtype)
+        for name, base_dtype in zip(self.layout.names, self.layout.dtypes, strict=True):
+            tensors[name] = (views[name] if name in views else self.unchanged[name]).to(dtype or base_dtype)
         tensors.update({alias: tensors[name] for alias, name in self.aliases.items()})
         return {**tensors, **self.merged_buffers()}
 

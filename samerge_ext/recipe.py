@@ -10,15 +10,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samerge_ext.checkpoints import require_space, require_target
+from samerge_ext.learning import STATE_FILE
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
-from samerge_ext.methods.arithmetic import average, task_arithmetic
+from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
 from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
 from samerge_ext.packing import PackedWeights
 from samerge_ext.result import Result
 
 LEARNED = {"samerging": (samerging, SAMergingConfig), "adamerging": (adamerging, AdaMergingConfig)}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class _Strict(BaseModel):
@@ -47,7 +48,8 @@ class Recipe(_Strict):
     """A merge, as a file describes it.
 
     merge_method: linear (weighted mean), task_arithmetic, samerging or adamerging.
-    base_model, models, dtype: as in mergekit; dtype is that of the packed weights.
+    base_model, models, dtype: as in mergekit. dtype is that of the packed and of the written weights; by default the merge
+        runs in float32 and the base's dtypes are written.
     parameters: for task_arithmetic `lambda`, for linear `normalize`, for learned methods their configuration's fields.
     tasks: names of the models, in their order; the folders' names by default.
     heads: patterns of tensors that belong to a task and are kept per task.
@@ -58,7 +60,7 @@ class Recipe(_Strict):
     base_model: Path
     models: list[ModelEntry]
     parameters: dict[str, Any] = Field(default_factory=dict)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     tasks: list[str] | None = None
     heads: list[str] = Field(default_factory=list)
     calibration: CalibrationEntry | None = None
@@ -118,46 +120,43 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     `OUT.state` until the folder is written, and continues from it.
     """
     require_target(out, overwrite=overwrite)
-    merge = _learned if recipe.merge_method in LEARNED else _data_free
+    dtype = DTYPES[recipe.dtype]
     experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.models, strict=True)]
-    packed = PackedWeights.from_folders(recipe.base_model, experts, dtype=DTYPES[recipe.dtype], heads=recipe.heads)
+    packed = PackedWeights.from_folders(recipe.base_model, experts, dtype=dtype or torch.float32, heads=recipe.heads)
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
-    require_space(out, sum(shape.numel() * dtype.itemsize for shape, dtype in sizes))
-    return merge(recipe, packed, out, overwrite)
-
-
-def _data_free(recipe: Recipe, packed: PackedWeights, out: Path, overwrite: bool) -> Result:
-    weights = [entry.parameters.get("weight") for entry in recipe.models]
-    settings = recipe.method_settings()
-    if recipe.merge_method == "linear":
-        weights = torch.tensor([1.0 if weight is None else weight for weight in weights])
-        if settings.get("normalize", True):
-            weights /= weights.sum()
-        elif abs(weights.sum() - 1) > 1e-6:
-            raise ValueError(f"linear without normalize needs weights that sum to 1, they sum to {weights.sum():g}")
-        equal = bool((weights == weights[0]).all())
-        result = average(packed) if equal else task_arithmetic(packed, weights)
-        result.method = "linear"
-    else:
-        scale = settings.get("lambda", 1.0)
-        result = task_arithmetic(packed, [scale * (0.3 if weight is None else weight) for weight in weights])
-    result.save_pretrained(out, overwrite=overwrite)
+    require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
+    state = out.with_name(f"{out.name}.state")
+    result = _learned(recipe, packed, state) if recipe.merge_method in LEARNED else _data_free(recipe, packed)
+    result.save_pretrained(out, dtype=dtype, overwrite=overwrite)
+    if (state / STATE_FILE).exists():
+        (state / STATE_FILE).unlink()
+        state.rmdir()
     return result
 
 
-def _learned(recipe: Recipe, packed: PackedWeights, out: Path, overwrite: bool) -> Result:
+def _data_free(recipe: Recipe, packed: PackedWeights) -> Result:
+    weights = [entry.parameters.get("weight") for entry in recipe.models]
+    settings = recipe.method_settings()
+    if recipe.merge_method == "task_arithmetic":
+        scale = settings.get("lambda", 1.0)
+        return task_arithmetic(packed, [scale * (0.3 if weight is None else weight) for weight in weights])
+    shares = torch.tensor([1.0 if weight is None else weight for weight in weights])
+    if settings.get("normalize", True):
+        shares /= shares.sum()
+    elif abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(f"linear without normalize needs weights that sum to 1, they sum to {shares.sum():g}")
+    result = task_arithmetic(packed, shares)
+    result.method = "linear"
+    return result
+
+
+def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
     method, config_type = LEARNED[recipe.merge_method]
     first = recipe.models[0].model
     module, logits = empty_model(first)
+    options = recipe.calibration
     calibration = {
-        task: text_batches(read_texts(path, recipe.calibration.texts), first, recipe.calibration.batch_size, recipe.calibration.max_length)
-        for task, path in recipe.calibration.files.items()
+        task: text_batches(read_texts(path, options.texts), first, options.batch_size, options.max_length)
+        for task, path in options.files.items()
     }
-    state = out.with_name(f"{out.name}.state")
-    config = config_type(**{"checkpoint_dir": state, **recipe.parameters})
-    result: Result = method(module, packed, calibration, logits, config=config)
-    result.save_pretrained(out, overwrite=overwrite)
-    if config.checkpoint_dir == state:
-        (state / "state.pt").unlink()
-        state.rmdir()
-    return result
+    return method(module, packed, calibration, logits, config=config_type(**{"checkpoint_dir": state, **recipe.parameters}))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints import save_checkpoint
+from samerge_ext.checkpoint_files import folder_of
+from samerge_ext.checkpoints import read_config, save_checkpoint
 from samerge_ext.merged import MergedModel
 from samerge_ext.packing import PackedWeights
 
@@ -40,29 +41,38 @@ class Result:
         coefficients = model.coefficients.detach().clone()
         return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The merged model's tensors in the base's names, order and dtypes; heads are in ``packed.heads``."""
-        return self.packed.state_dict(self.merged)
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``packed.heads``."""
+        return self.packed.state_dict(self.merged, dtype)
 
     def save_pretrained(
-        self, path: str | Path, *, card: str | None = None, companions: str | Path | None = None, overwrite: bool = False
+        self,
+        path: str | Path,
+        *,
+        card: str | None = None,
+        companions: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
     ) -> Path:
         """Writes a model folder that transformers loads; it appears whole or not at all.
 
-        model.safetensors (or shards), the configuration and tokenizer of ``companions`` (the base's folder by
-        default; otherwise the module's own configuration), heads/TASK.safetensors where tasks have heads,
-        coefficients.json, and README.md, the model card.
+        model.safetensors (or shards) in the base's dtypes or in ``dtype``, the configuration and tokenizer of
+        ``companions`` (the base's folder by default; otherwise the module's own configuration),
+        heads/TASK.safetensors where tasks have heads, coefficients.json, and README.md, the model card.
         """
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
         for task, head in self.packed.heads.items():
             if head:
                 files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
         companions = companions or self.packed.folder
-        config = getattr(self.module, "config", None)
-        if companions is None and hasattr(config, "to_json_string"):
-            files["config.json"] = config.to_json_string()
+        configuration = self._configuration(companions)
+        if configuration and dtype:
+            configuration["dtype"] = str(dtype).removeprefix("torch.")
+            configuration.pop("torch_dtype", None)  # the older name of the same key
+        if configuration:
+            files["config.json"] = json.dumps(configuration, indent=2)
         files["README.md"] = card or self._card()
-        tensors = {n: t.detach().cpu() for n, t in self.state_dict().items() if n not in self.packed.aliases}
+        tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
         return save_checkpoint(path, tensors, companions_from=companions, extra_files=files, overwrite=overwrite)
 
     def summary(self) -> dict:
@@ -82,6 +92,13 @@ class Result:
                 for task, row in zip(self.packed.tasks, self.coefficients, strict=True)
             },
         }
+
+    def _configuration(self, companions: str | Path | None) -> dict | None:
+        """The content of config.json, from the folder or the module that has one."""
+        if companions is not None:
+            return read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+        config = getattr(self.module, "config", None)
+        return json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
 
     def _card(self) -> str:
         rows = [

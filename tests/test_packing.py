@@ -228,7 +228,9 @@ def test_a_dtype_that_cannot_hold_weights_is_refused(base, experts):
         sm.PackedWeights.from_modules(base, experts, dtype=torch.int8)
 
 
-def test_coefficients_of_a_wrong_shape_are_refused(base, experts):
+def test_coefficients_of_a_wrong_shape_or_not_finite_are_refused(base, experts):
     packed = sm.PackedWeights.from_modules(base, experts)
     with pytest.raises(ValueError, match=r"coefficients of shape \(2,\)"):
         sm.task_arithmetic(packed, [0.1, 0.2])
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        sm.task_arithmetic(packed, float("nan"))

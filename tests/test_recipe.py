@@ -96,6 +96,13 @@ def test_linear_is_the_weighted_mean(models, write, tmp_path):
         torch.testing.assert_close(tensor, 0.25 * mood[name] + 0.75 * topic[name])
 
 
+def test_dtype_is_what_is_written_and_loaded(write, tmp_path):
+    run_recipe(load_recipe(write(dtype="bfloat16"), {}), tmp_path / "out")
+    assert {t.dtype for t in weights(tmp_path / "out").values() if t.is_floating_point()} == {torch.bfloat16}
+    run_recipe(load_recipe(write(), {}), tmp_path / "same")
+    assert {t.dtype for t in weights(tmp_path / "same").values() if t.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize("method", ["samerging", "adamerging"])
 def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method):
     result = run_recipe(load_recipe(write(**learned(models, merge_method=method)), {}), tmp_path / "out")
