@@ -130,7 +130,8 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     result.save_pretrained(out, dtype=dtype, overwrite=overwrite)
     if (state / STATE_FILE).exists():
         (state / STATE_FILE).unlink()
-        state.rmdir()
+        if not any(state.iterdir()):
+            state.rmdir()
     return result
 
 
