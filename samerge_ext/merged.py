@@ -90,6 +90,11 @@ class MergedModel(nn.Module):
         gradient = self.coefficient_gradient()
         self.coefficients.grad = gradient if self.coefficients.grad is None else self.coefficients.grad + gradient
 
+    def unbind_gradients(self) -> None:
+        """Takes the parameters' ``.grad`` away, so that the gradient buffer is freed with this object."""
+        for parameter in self._parameters_of_layers.values():
+            parameter.grad = None
+
     @contextmanager
     def teacher(self, task: str) -> Iterator[nn.Module]:
         """The module as expert ``task``: one-hot coefficients, the expert's own BatchNorm statistics and head."""

@@ -23,7 +23,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 def call_logits(logits: Logits, module: nn.Module, batch: Any, task: str, precision: str = "fp32") -> Tensor:
     """The user's forward on one task's batch, under autocast where asked; checks what comes back."""
-    with _forward(module, precision, f"the batch of task '{task}'"):
+    with _running(module, precision, f"the batch of task '{task}'"):
         values = logits(module, batch, task)
     return _checked(task, values)
 
@@ -64,7 +64,7 @@ def _forwards(
     if isinstance(logits, SharedEncoder):
         remaining = iter(batches.items())
         while group := {task: batch for task, (_, batch) in islice(remaining, tasks_per_batch or len(batches))}:
-            with _forward(model.module, precision, f"the batches of tasks {list(group)}"):
+            with _running(model.module, precision, f"the batches of tasks {list(group)}"):
                 together = logits.together(model.module, group)
             yield {task: _checked(task, values) for task, values in together.items()}
     else:
@@ -74,7 +74,7 @@ def _forwards(
 
 
 @contextmanager
-def _forward(module: nn.Module, precision: str, what: str) -> Iterator[None]:
+def _running(module: nn.Module, precision: str, what: str) -> Iterator[None]:
     """Autocast as asked; an error of the user's code leaves with a note that says what ran."""
     device = next(module.parameters()).device.type
     try:

@@ -38,6 +38,8 @@ class Result:
 
     @classmethod
     def of_model(cls, model: MergedModel, method: str, config: Any, history: list[dict], seconds: float) -> Result:
+        """The model as it is merged now; its gradient buffer is let go."""
+        model.unbind_gradients()
         coefficients = model.coefficients.detach().clone()
         return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module)
 

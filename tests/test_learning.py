@@ -69,6 +69,11 @@ def test_runs_repeat_bit_for_bit(packed):
     assert torch.equal(run(packed).coefficients, run(packed).coefficients)
 
 
+def test_a_result_holds_no_gradients(packed):
+    result = run(packed)
+    assert all(parameter.grad is None for parameter in result.module.parameters())
+
+
 def test_history_holds_losses_per_task_and_the_gradient_norm(packed):
     history = run(packed, task_weights={"red": 2.0}).history
     assert [record["step"] for record in history] == list(range(6))
