@@ -50,6 +50,8 @@ def losses_and_gradient(
     for outputs in _forwards(model, batches, logits, tasks_per_batch, precision):
         gradients = []
         for task, values in outputs.items():
+            if not values.requires_grad:
+                raise RuntimeError(f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach")
             loss, gradient = objective(task, batches[task][0], values.detach())
             losses.append(loss)
             gradients.append(gradient.mul_(task_weights[task]).to(values.dtype))

@@ -128,6 +128,11 @@ def test_logits_that_are_no_matrix_are_refused(packed):
         run(packed, logits=lambda module, batch, task: module(batch)[:, 0])
 
 
+def test_logits_without_a_gradient_are_refused(packed):
+    with pytest.raises(RuntimeError, match="logits of task 'red' carry no gradient"):
+        run(packed, logits=lambda module, batch, task: module(batch).detach())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_task_and_step(packed, value):
     calls = 0
