@@ -24,7 +24,8 @@ static std::vector<int64_t> cut_into_segments(const at::Tensor& block_layer) {
 at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
                                 int64_t num_layers) {  // [N], [T, N], [N / kBlock] -> [T, L]
   const auto layer = block_layer.contiguous();
-  check_packed(grad, task_vectors, layer, num_layers);
+  check_packed(grad, task_vectors, layer, at::kCPU);
+  check_block_layer(layer, num_layers);
   const auto out = at::zeros({task_vectors.size(0), num_layers}, grad.options().dtype(accumulator(grad)));
   if (grad.numel() == 0 || out.numel() == 0) return out;
   const auto dense_grad = grad.contiguous(), tasks = dense_rows(task_vectors);

@@ -5,6 +5,9 @@
 
 #include "../dtype.h"
 
+#define SAMERGE_INLINE inline __attribute__((always_inline))
+#include "../softmax_kl_math.h"
+
 namespace samerge::SAMERGE_LEVEL {
 
 constexpr int kBytes = SAMERGE_VECTOR_BYTES;
@@ -14,8 +17,6 @@ typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kBytes)));
 typedef uint16_t HalfBits __attribute__((vector_size(kBytes / 2)));
 typedef double Double __attribute__((vector_size(kBytes)));
-
-#define SAMERGE_INLINE inline __attribute__((always_inline))
 
 template <class Vector>
 struct Lane;
@@ -91,16 +92,8 @@ SAMERGE_INLINE Double exp(Double x) {
   return x;
 }
 
-// exp(-d) - 1 + d for |d| <= 1/4, to full relative precision: it is d^2 / 2 to first order, which the plain form loses.
-SAMERGE_INLINE Float exp_remainder(Float d) {
-  Float y = d * (1.f / 40320) - 1.f / 5040;
-  y = y * d + 1.f / 720;
-  y = y * d - 1.f / 120;
-  y = y * d + 1.f / 24;
-  y = y * d - 1.f / 6;
-  y = y * d + 0.5f;
-  return y * d * d;
-}
+// exp(-d) - 1 + d, where it is small.
+SAMERGE_INLINE Float exp_remainder(Float d) { return exp_remainder_series(d); }
 
 SAMERGE_INLINE Double exp_remainder(Double d) {
   for (int lane = 0; lane < kLanes<Double>; ++lane) d[lane] += __builtin_expm1(-d[lane]);

@@ -1,9 +1,6 @@
 // One row at a time, in chunks that stay in the first-level cache as float (or double). A first pass finds each row's
 // largest logit m and log Z, with Z = sum of exp((x - m) / temperature), rescaled when a chunk brings a larger m; a
 // second pass over the same row computes loss and gradient. Chunks are padded with -inf to whole vectors.
-//
-// With d = log p - log q, KL is summed as p * (exp(-d) - 1 + d), which equals p * d + q - p: every term is >= 0 and the
-// roundings of log Z enter squared, so that the loss keeps its digits where student and teacher nearly agree.
 #pragma once
 
 #include "../softmax_kl.h"
@@ -76,28 +73,25 @@ struct Normalizer {
 template <class Vector, class Real = lane_t<Vector>>
 Normalizer<Real> normalize(const Row<Real>& row, int64_t n, Real inverse_temperature, bool with_entropy) {
   alignas(64) Real x[kChunk];
-  Real m = -__builtin_inff();
-  double z = 0, zy = 0;
+  Partition<Real, double> seen = {-__builtin_inff(), 0, 0};
   for_chunks(row, n, x, [&](int64_t, int64_t count) {
-    const Real larger = chunk_max<Vector>(x, count, m);
-    if (larger > m) {
-      const double shift = (double(m) - larger) * inverse_temperature, factor = __builtin_exp(shift);
-      zy = factor == 0 ? 0 : factor * (zy + z * shift);
-      z *= factor;
-      m = larger;
+    const Real larger = chunk_max<Vector>(x, count, seen.max);
+    if (larger > seen.max) {
+      const double shift = (double(seen.max) - larger) * inverse_temperature;
+      seen = rescaled(seen, larger, shift, __builtin_exp(shift));
     }
-    if (m == -__builtin_inff()) return;  // all masked so far
+    if (seen.max == -__builtin_inff()) return;  // all masked so far
     Vector sums = {}, weighted = {};
     for (int64_t i = 0; i < count; i += kLanes<Vector>) {
-      const Vector y = (load<Vector>(x + i) - m) * inverse_temperature, e = exp(y);
+      const Vector y = (load<Vector>(x + i) - seen.max) * inverse_temperature, e = exp(y);
       sums += e;
       if (with_entropy) weighted += e == Real(0) ? Vector{} : e * y;
     }
-    z += sum(sums);
-    zy += sum(weighted);
+    seen.sum += sum(sums);
+    seen.weighted += sum(weighted);
   });
-  const double log_sum = __builtin_log(z);
-  return {m, log_sum, log_sum - zy / z};
+  const double log_sum = __builtin_log(seen.sum);
+  return {seen.max, log_sum, log_sum - seen.weighted / seen.sum};
 }
 
 // The first position of the largest number.
@@ -131,13 +125,9 @@ double kl_chunk(const Real* teacher, const Normalizer<Real>& of_teacher, Real in
     const Vector d = (same_temperature ? ((t - s) - max_gap) * inverse_teacher
                                        : log_p - (s - of_student.max) * inverse_student) -
                      offset;
-    const Vector remainder = exp_remainder(d);
-    const auto close = (d < Real(0.25)) & (d > Real(-0.25));
-    const Vector difference = close ? p * (remainder - d) : q_i - p;  // q - p
-    const Vector term = close ? p * remainder : p * d + difference;
-    total += p == Real(0) ? q_i : term;  // d is not finite where both are masked
-    const Vector step = p == Real(0) ? q_i : difference;
-    store(slope + i, load<Vector>(slope + i) + step * weight);
+    const KlTerm<Vector> term = kl_term<Real>(p, q_i, d, exp_remainder(d));
+    total += term.loss;
+    store(slope + i, load<Vector>(slope + i) + term.slope * weight);
   }
   return sum(total);
 }

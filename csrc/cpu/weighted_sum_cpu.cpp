@@ -12,7 +12,8 @@ void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::T
                       const at::Tensor& coefficients,
                       const at::Tensor& block_layer) {  // [N], [N], [T, N], [T, L], [N / kBlock]
   const auto layer = block_layer.contiguous();
-  check_packed(base, task_vectors, layer, coefficients.size(1));
+  check_packed(base, task_vectors, layer, at::kCPU);
+  check_block_layer(layer, coefficients.size(1));
   TORCH_CHECK_VALUE(out.sizes() == base.sizes() && out.is_contiguous() && out.device().is_cpu() &&
                         accumulator(out) == accumulator(base),
                     "out must be contiguous, of the base's shape, and float64 only where base is");

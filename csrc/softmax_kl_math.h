@@ -1,0 +1,51 @@
+// Arithmetic of softmax_kl that the loops on the CPU and the kernels on the GPU share. A Vector is one of simd.h there and
+// one number here: comparisons, `? :`, & and | mean the same. The includer sets SAMERGE_LEVEL and SAMERGE_INLINE.
+#pragma once
+
+namespace samerge::SAMERGE_LEVEL {
+
+// exp(-d) - 1 + d for |d| <= 1/4, to full relative precision of a float: it is d^2 / 2 to first order, which the plain form
+// loses.
+template <class Vector>
+SAMERGE_INLINE Vector exp_remainder_series(Vector d) {
+  Vector y = d * (1.f / 40320) - 1.f / 5040;
+  y = y * d + 1.f / 720;
+  y = y * d - 1.f / 120;
+  y = y * d + 1.f / 24;
+  y = y * d - 1.f / 6;
+  y = y * d + 0.5f;
+  return y * d * d;
+}
+
+template <class Vector>
+struct KlTerm {
+  Vector loss;   // p * log(p / q) + q - p
+  Vector slope;  // q - p
+};
+
+// One class, with d = log p - log q and remainder = exp(-d) - 1 + d. KL is summed as p * remainder, which equals
+// p * d + q - p: every term is >= 0 and the roundings of log Z enter squared, so that the loss keeps its digits where student
+// and teacher nearly agree.
+template <class Real, class Vector>
+SAMERGE_INLINE KlTerm<Vector> kl_term(Vector p, Vector q, Vector d, Vector remainder) {
+  const auto close = (d < Real(0.25)) & (d > Real(-0.25));
+  const Vector difference = close ? p * (remainder - d) : q - p;
+  const Vector term = close ? p * remainder : p * d + difference;
+  return {p == Real(0) ? q : term, p == Real(0) ? q : difference};  // d is not finite where both are masked
+}
+
+// What a first pass knows of the numbers x it has seen, with y = (x - max) / temperature.
+template <class Real, class Sum>
+struct Partition {
+  Real max;      // -inf at first
+  Sum sum;       // of exp(y)
+  Sum weighted;  // of exp(y) * y, for entropies
+};
+
+// The partition by a larger maximum, where shift = (max - larger) / temperature <= 0 and factor = exp(shift).
+template <class Real, class Sum>
+SAMERGE_INLINE Partition<Real, Sum> rescaled(const Partition<Real, Sum>& a, Real larger, Sum shift, Sum factor) {
+  return {larger, a.sum * factor, factor == 0 ? Sum(0) : factor * (a.weighted + a.sum * shift)};
+}
+
+}  // namespace samerge::SAMERGE_LEVEL
