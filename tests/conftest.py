@@ -1,6 +1,8 @@
+import contextlib
+
 import pytest
 import torch
-from helpers import LEVELS, need_backend
+from helpers import CPU_LEVELS, INTERPRETED, need_backend
 
 from samerge_ext import backend
 
@@ -14,18 +16,42 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=("reference", "cpu"))
+def pytest_report_header():
+    return "tests marked gpu are deselected unless -m names them: make test-gpu"
+
+
+# Under TRITON_INTERPRET=1 operator tests run on the interpreted kernels alone; test_triton.py starts such a run.
+if INTERPRETED:
+    BACKENDS = LEVELS = ("triton",)
+else:
+    ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+    BACKENDS, LEVELS = ("reference", "cpu", *ON_GPU), ("reference", *CPU_LEVELS, *ON_GPU)
+
+
+@contextlib.contextmanager
+def running_on(name):
+    """One backend; the GPU's make their device the default one, so that a test's tensors are created there."""
+    need_backend(name)
+    before = torch.get_default_device()
+    torch.set_default_device("cuda" if name in ("cuda", "triton") and not INTERPRETED else before)
+    try:
+        with backend.use_backend(name):
+            yield name
+    finally:
+        torch.set_default_device(before)
+
+
+@pytest.fixture(params=BACKENDS)
 def each_backend(request):
-    need_backend(request.param)
-    with backend.use_backend(request.param):
+    with running_on(request.param):
         yield request.param
 
 
-@pytest.fixture(params=("reference", *LEVELS))
+@pytest.fixture(params=LEVELS)
 def each_level(request):
-    """The reference, then the C++ loops at every instruction level that this machine runs."""
-    if request.param == "reference":
-        with backend.use_backend("reference"):
+    """As `each_backend`, with the C++ loops at every instruction level that this machine runs."""
+    if request.param not in CPU_LEVELS:
+        with running_on(request.param):
             yield request.param
         return
     need_backend("cpu")

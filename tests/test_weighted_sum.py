@@ -1,12 +1,12 @@
 import pytest
 import torch
-from helpers import NARROW, assert_close, need_backend, packed
+from helpers import INTERPRETED, NARROW, assert_close, need_backend, packed
 from torch.library import opcheck
 
 import samerge_ext as sm
 from samerge_ext import reference
 
-GAPS = [1, 0, 3, 70, 2]  # blocks per layer, one layer without any
+GAPS = [1, 0, 3, 7 if INTERPRETED else 70, 2]  # blocks per layer, one layer without any
 
 
 def truth(base, task_vectors, coefficients, block_layer):
@@ -51,6 +51,8 @@ def test_double(each_level):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_storing_rounds_as_torch_does(each_level, dtype):
     """Every exponent, ties, subnormals, overflow, infinities and NaN, through a sum that adds nothing."""
+    if INTERPRETED:
+        pytest.skip("Triton's interpreter does not round as a GPU does")
     bits = torch.arange(0, 2**32, 4093, dtype=torch.int64)
     ties = torch.arange(2**16, dtype=torch.int64) * 2**16 + 2**15
     half_ties = torch.arange(2**16).short().view(torch.float16).float()
@@ -95,7 +97,7 @@ def test_inputs_need_not_be_contiguous(each_level):
 
 
 def test_threads_and_repeats_agree_to_the_bit(each_backend, threads):
-    inputs = packed(8, [100, 50, 107], tasks=torch.bfloat16)
+    inputs = packed(8, [10, 5, 7] if INTERPRETED else [100, 50, 107], tasks=torch.bfloat16)
     threads(1)
     one = sm.weighted_sum(*inputs)
     threads(3)
@@ -103,7 +105,7 @@ def test_threads_and_repeats_agree_to_the_bit(each_backend, threads):
 
 
 def test_many_numbers(each_backend):
-    inputs = packed(2, [3000, 1, 1000], tasks=torch.bfloat16)
+    inputs = packed(2, [30, 1, 10] if INTERPRETED else [3000, 1, 1000], tasks=torch.bfloat16)
     assert_close(sm.weighted_sum(*inputs), truth(*inputs))
 
 

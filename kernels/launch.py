@@ -1,0 +1,31 @@
+"""How the Triton kernels are launched: every choice of tile and number of warps."""
+
+import os
+
+import torch
+import triton
+
+BLOCK = 1024  # numbers per block of packed weights; a block belongs to one layer
+
+# Tuned on the first call for a number of tasks and a set of dtypes, which must come before a graph is captured. A tile's tasks
+# are added up inside a thread in every configuration, so the choice does not change a bit of the result. Kernels that add
+# across threads are not tuned: their order of summation would follow the timer.
+WEIGHTED_SUM = [triton.Config({}, num_warps=4), triton.Config({}, num_warps=4, maxnreg=64), triton.Config({}, num_warps=2)]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    WEIGHTED_SUM = WEIGHTED_SUM[:1]  # there is nothing to time
+
+
+def task_group(num_tasks: int) -> int:
+    """Task vectors that are read at once: a power of two, enough loads in flight without spilling registers."""
+    return min(8, triton.next_power_of_2(max(num_tasks, 1)))
+
+
+def row_tile(num_columns: int) -> dict[str, int]:
+    """Numbers of a row that a program holds at once, 16 a thread, how often, and its warps: one for short rows."""
+    tile = min(8192, max(32, triton.next_power_of_2(num_columns)))
+    return {"TILE": tile, "TILES": triton.cdiv(num_columns, tile), "num_warps": min(16, max(1, tile // 512))}
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dimension is dense, so that rows may lie apart, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

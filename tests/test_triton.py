@@ -1,0 +1,73 @@
+"""Triton kernels without a GPU: interpreted on the CPU through the operator tests, and compiled to machine code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import INTERPRETED
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
+
+FLOATS = {"fp32": "*fp32", "bf16": "*bf16", "fp64": "*fp64"}
+
+
+def test_operators_interpreted():
+    """All numeric operator tests, in a process whose kernels are interpreted from the start."""
+    tests = [str(Path(__file__).parent / f"test_{op}.py") for op in ("weighted_sum", "coefficient_grad", "softmax_kl")]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton and not (opcheck or compile or gradcheck)", *tests]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = int(result.stdout.rsplit(" passed", 1)[0].split()[-1])
+    assert passed > 100, result.stdout[-1000:]
+
+
+def compile_kernel(kernel, capability, num_warps=4, **arguments):
+    """The kernel's cubin; an argument is a type such as "*fp32", or a value known when it is compiled."""
+    types = {n: a if isinstance(a, str) and a.lstrip("*") in ("fp32", "bf16", "fp64", "i32", "i64") else "constexpr" for n, a in arguments.items()}
+    constants = {(i,): arguments[n] for i, n in enumerate(types) if types[n] == "constexpr"}
+    assert list(types) == kernel.arg_names
+    source = triton.compiler.ASTSource(kernel, types, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps}).asm["cubin"]
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_packed_kernels_compile(capability, dtype):
+    from samerge_ext.kernels import coefficient_grad, weighted_sum
+
+    numbers, wide = FLOATS[dtype], "*fp64" if dtype == "fp64" else "*fp32"
+    shape = {"num_tasks": 20, "GROUP": 8, "BLOCK": 1024}
+    assert compile_kernel(
+        weighted_sum._weighted_sum.fn, capability, out=numbers, base=numbers, task_vectors=numbers, coefficients=wide,
+        block_layer="*i32", num_layers="i32", task_stride="i64", **shape,
+    )
+    assert compile_kernel(
+        coefficient_grad._sum_blocks, capability, block_sums=wide, grad=numbers, task_vectors=numbers, task_stride="i64",
+        num_blocks="i32", **shape,
+    )
+    assert compile_kernel(
+        coefficient_grad._sum_layers, capability, out=wide, block_sums=wide, block_layer="*i32", num_blocks="i32",
+        num_layers="i32", WIDTH=1024,
+    )
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("loss", ("kl", "cross_entropy", "entropy"))
+def test_softmax_kl_compiles(capability, dtype, loss):
+    from samerge_ext.kernels import launch, softmax_kl
+
+    numbers, wide = FLOATS[dtype], "*fp64" if dtype == "fp64" else "*fp32"
+    alone = loss == "entropy"
+    assert compile_kernel(
+        softmax_kl._softmax_kl, capability, losses=wide, grad=numbers, student=numbers, teacher=None if alone else numbers,
+        teacher_weights=None if alone else wide, num_classes="*i64", row_scale=wide, student_stride="i32",
+        teacher_stride="i32", teacher_row_stride="i32", num_columns="i32", student_temperature="fp64",
+        teacher_temperature="fp64", SAME_TEMPERATURE=True, LOSS=loss, TEACHERS=0 if alone else 3, WIDTH=1 if alone else 4,
+        **launch.row_tile(40000),
+    )
