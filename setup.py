@@ -12,7 +12,7 @@ from glob import glob
 
 from setuptools import find_packages, setup
 
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def import_cpp_extension():
@@ -62,7 +62,7 @@ def extensions(cpp_extension) -> list:
         extension(
             "samerge_ext._C",
             sources,
-            depends=glob("csrc/**/*.h", recursive=True),
+            depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh"),
             extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
             extra_link_args=["-s"] if sys.platform == "linux" else [],
         )

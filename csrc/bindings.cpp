@@ -20,6 +20,20 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const std::optional<at::Tensor>& row_scale, const std::string& loss, double student_temperature,
     double teacher_temperature);
 
+#ifdef SAMERGE_CUDA
+void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
+                       const at::Tensor& coefficients, const at::Tensor& block_layer);
+
+at::Tensor coefficient_grad_cuda(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
+                                 int64_t num_layers);
+
+std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
+    const at::Tensor& student, const std::optional<at::Tensor>& teacher,
+    const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
+    const std::optional<at::Tensor>& row_scale, const std::string& loss, double student_temperature,
+    double teacher_temperature);
+#endif
+
 }  // namespace samerge
 
 // Signatures and shapes are those of samerge_ext/reference; the operators in samerge_ext/ops check the arguments.
@@ -28,6 +42,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("weighted_sum_cpu", samerge::weighted_sum_cpu, without_gil());
   module.def("coefficient_grad_cpu", samerge::coefficient_grad_cpu, without_gil());
   module.def("softmax_kl_cpu", samerge::softmax_kl_cpu, without_gil());
+#ifdef SAMERGE_CUDA
+  module.def("weighted_sum_cuda", samerge::weighted_sum_cuda, without_gil());
+  module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());
+  module.def("softmax_kl_cuda", samerge::softmax_kl_cuda, without_gil());
+#endif
   module.def("cpu_level", samerge::cpu_level, "Name of the instruction level in force.");
   module.def("set_cpu_level", samerge::set_cpu_level, "Forces portable, avx2 or avx512; auto takes the best.");
 }

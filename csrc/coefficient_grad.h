@@ -10,7 +10,7 @@ struct CoefficientGrad {
   double* partials;             // [segments, T]
   const void* grad;             // [N]
   const void* task_vectors;     // [T, N], rows task_stride apart
-  const int64_t* segment_begin; // [segments + 1], in blocks
+  const int64_t* segment_begin; // [segments + 1], in blocks; not read by the kernels, whose segments are single blocks
   int64_t num_tasks;            // T
   int64_t task_stride;          // in numbers
   DType grad_dtype, task_dtype;

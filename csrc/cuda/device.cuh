@@ -1,0 +1,153 @@
+// What the kernels share: numbers that move 16 bytes at a time, and the size of a grid that stays on the device.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../dtype.h"
+#include "launchers.h"
+
+namespace samerge::gpu {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Numbers are stored as float, double or the bits of a 16-bit format, which of the two being known only at run time: that
+// costs one uniform branch and spares half of all instantiations.
+template <class Stored>
+struct Arithmetic {
+  using Real = float;
+};
+template <>
+struct Arithmetic<double> {
+  using Real = double;
+};
+template <class Stored>
+using real_t = typename Arithmetic<Stored>::Real;
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// kCount numbers that one access moves, or two where they are more than 16 bytes.
+template <class Stored, int kCount>
+union Pack {
+  static constexpr int kBytes = kCount * sizeof(Stored), kWordBytes = kBytes < 16 ? kBytes : 16;
+  using Word = typename gpu::Word<kWordBytes>::type;
+  Stored numbers[kCount];
+  Word words[kBytes / kWordBytes];
+};
+
+template <class Stored, int kCount>
+__device__ __forceinline__ Pack<Stored, kCount> load_pack(const void* data, int64_t first) {
+  using P = Pack<Stored, kCount>;
+  const auto* words = reinterpret_cast<const typename P::Word*>(static_cast<const Stored*>(data) + first);
+  P pack;
+#pragma unroll
+  for (int w = 0; w < P::kBytes / P::kWordBytes; ++w) pack.words[w] = words[w];
+  return pack;
+}
+
+template <class Stored, int kCount>
+__device__ __forceinline__ void store_pack(void* data, int64_t first, const Pack<Stored, kCount>& pack) {
+  using P = Pack<Stored, kCount>;
+  auto* words = reinterpret_cast<typename P::Word*>(static_cast<Stored*>(data) + first);
+#pragma unroll
+  for (int w = 0; w < P::kBytes / P::kWordBytes; ++w) words[w] = pack.words[w];
+}
+
+template <class Stored, int kCount>
+__device__ __forceinline__ void widen(const Pack<Stored, kCount>& pack, DType dtype, real_t<Stored>* x) {
+  if constexpr (sizeof(Stored) > 2) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = pack.numbers[k];
+  } else if (dtype == DType::f16) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = __half2float(__ushort_as_half(pack.numbers[k]));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = __uint_as_float(uint32_t(pack.numbers[k]) << 16);
+  }
+}
+
+// Rounds to the nearest, ties to even.
+template <class Stored, int kCount>
+__device__ __forceinline__ Pack<Stored, kCount> narrow(const real_t<Stored>* x, DType dtype) {
+  Pack<Stored, kCount> pack;
+  if constexpr (sizeof(Stored) > 2) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) pack.numbers[k] = x[k];
+  } else if (dtype == DType::f16) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) pack.numbers[k] = __half_as_ushort(__float2half_rn(x[k]));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) pack.numbers[k] = __bfloat16_as_ushort(__float2bfloat16_rn(x[k]));
+  }
+  return pack;
+}
+
+// kCount numbers of a vector of any dtype: for the one or two streams beside T task vectors.
+template <int kCount>
+__device__ __forceinline__ void load(const void* data, DType dtype, int64_t first, float (&x)[kCount]) {
+  if (dtype == DType::f32)
+    widen(load_pack<float, kCount>(data, first), dtype, x);
+  else
+    widen(load_pack<uint16_t, kCount>(data, first), dtype, x);
+}
+
+template <int kCount>
+__device__ __forceinline__ void load(const void* data, DType dtype, int64_t first, double (&x)[kCount]) {
+  widen(load_pack<double, kCount>(data, first), dtype, x);
+}
+
+template <int kCount>
+__device__ __forceinline__ void store(void* data, DType dtype, int64_t first, const float (&x)[kCount]) {
+  if (dtype == DType::f32)
+    store_pack(data, first, narrow<float, kCount>(x, dtype));
+  else
+    store_pack(data, first, narrow<uint16_t, kCount>(x, dtype));
+}
+
+template <int kCount>
+__device__ __forceinline__ void store(void* data, DType dtype, int64_t first, const double (&x)[kCount]) {
+  store_pack(data, first, narrow<double, kCount>(x, dtype));
+}
+
+// The same sum in every lane, always added in the same order.
+template <class Real>
+__device__ __forceinline__ Real warp_sum(Real x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+
+// As many blocks of threads as the device runs at once, or as there is work for.
+template <class Kernel>
+cudaError_t resident_blocks(Kernel kernel, int threads, int64_t shared_bytes, int64_t work, int64_t* blocks) {
+  int device, processors, per_processor;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes);
+  if (error) return error;
+  const int64_t resident = int64_t(processors) * (per_processor > 0 ? per_processor : 1);
+  *blocks = work < resident ? work : resident;
+  return cudaSuccess;
+}
+
+}  // namespace samerge::gpu

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../coefficient_grad.h"
+#include "../softmax_kl.h"
+#include "../weighted_sum.h"
+
+// The kernels' entry points. All pointers are on the current device. They launch on the stream and return at once, allocate
+// nothing and never wait for the device, so they can be captured in a CUDA graph.
+
+namespace samerge::gpu {
+
+// Vectors, and the rows of task_vectors, begin at multiples of 16 bytes. A block whose layer is not in 0 ... L - 1 becomes NaN.
+cudaError_t weighted_sum(const WeightedSum& a, int64_t num_blocks, cudaStream_t stream);
+
+// Every block is a segment: partials is [num_blocks, T] and segment_begin is not read. out is [T, L] float, double for f64.
+// Alignment as above.
+cudaError_t coefficient_grad(const CoefficientGrad& a, void* out, const int32_t* block_layer, int64_t num_blocks,
+                             int64_t num_layers, cudaStream_t stream);
+
+// A row whose num_classes is not in 1 ... V gets loss and gradient NaN.
+cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream);
+
+}  // namespace samerge::gpu

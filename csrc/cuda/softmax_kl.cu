@@ -1,0 +1,333 @@
+// Loss and gradient of every row of logits; the equations are in softmax_kl.h.
+//
+// A team works on one row after another: a warp where rows are short, else a block of threads, else a cluster of up to eight
+// blocks, each with its share of the columns. A first pass finds each row's largest logit m and Z, the sum of
+// exp((x - m) / temperature), every thread rescaling its own sum when it meets a larger m; a second pass computes loss and
+// gradient. A block brings its share of student and teachers into shared memory, all of it in flight at once, and both passes
+// read it there: every logit comes from memory once. Clusters exist to make the shares small enough. Where there are none (before sm_90) or rows are longer
+// still, the second pass reads again, from the L2 cache as far as it reaches. Moves (K + 1) reads and 1 write per number.
+#include <cuda_pipeline.h>
+
+#include "softmax_kl_team.cuh"
+
+namespace samerge::gpu {
+namespace {
+
+// A row's share in one block, or in one warp: `chunks` times kCount numbers per thread, the first at column `begin`.
+struct Share {
+  int begin, chunks, columns, classes;
+  bool aligned;  // packs lie on 16 bytes and in whole; else a thread's numbers are a team's width apart, to coalesce
+};
+
+template <class Team, int kCount>
+struct Place {
+  int first, step;
+
+  __device__ Place(const Share& share, int chunk) {
+    const int begin = share.begin + chunk * Team::kThreads * kCount, rank = Team::rank();
+    first = share.aligned ? begin + rank * kCount : begin + rank;
+    step = share.aligned ? 1 : Team::kThreads;
+  }
+  __device__ int operator[](int k) const { return first + k * step; }
+  __device__ bool all_below(int end) const { return (*this)[kCount - 1] < end; }
+};
+
+// One row of student or teacher.
+template <class Team, class Stored, int kCount>
+struct Row {
+  using Real = real_t<Stored>;
+  const Stored* numbers;
+  Pack<Stored, kCount>* kept;  // [chunks, threads], null where the second pass reads again
+  DType dtype;
+
+  __device__ Pack<Stored, kCount> load(const Share& share, int chunk) const {
+    const Place<Team, kCount> at(share, chunk);
+    Pack<Stored, kCount> pack = {};
+    if (share.aligned) {
+      if (at.first < share.classes) pack = load_pack<Stored, kCount>(numbers, at.first);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (at[k] < share.classes) pack.numbers[k] = numbers[at[k]];
+    }
+    return pack;
+  }
+
+  // Starts to bring the share into shared memory. A thread reads back only what it has brought itself.
+  __device__ void fetch(const Share& share) const {
+    if (!kept) return;
+    for (int chunk = 0; chunk < share.chunks; ++chunk) {
+      auto* target = kept + chunk * Team::kThreads + Team::rank();
+      const Place<Team, kCount> at(share, chunk);
+      if (!share.aligned)
+        *target = load(share, chunk);
+      else if (at.first < share.classes)
+        __pipeline_memcpy_async(target, numbers + at.first, sizeof(*target));
+    }
+  }
+
+  __device__ Pack<Stored, kCount> read(const Share& share, int chunk) const {
+    return kept ? kept[chunk * Team::kThreads + Team::rank()] : load(share, chunk);
+  }
+
+  // The numbers of a pack, -inf beyond the row's classes.
+  __device__ void widen(const Share& share, int chunk, const Pack<Stored, kCount>& pack, Real* x) const {
+    gpu::widen(pack, dtype, x);
+    const Place<Team, kCount> at(share, chunk);
+    if (at.all_below(share.classes)) return;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = at[k] < share.classes ? x[k] : -INFINITY;
+  }
+
+  __device__ Real at(int column) const {
+    Pack<Stored, 1> one;
+    one.numbers[0] = numbers[column];
+    Real x;
+    gpu::widen(one, dtype, &x);
+    return x;
+  }
+
+  // Calls use(chunk, x) with all numbers.
+  template <class Use>
+  __device__ void first_pass(const Share& share, const Use& use) const {
+#pragma unroll 2
+    for (int chunk = 0; chunk < share.chunks; ++chunk) {
+      Real x[kCount];
+      widen(share, chunk, read(share, chunk), x);
+      use(chunk, x);
+    }
+  }
+};
+
+template <class Team, class Row, int kCount, class Real>
+__device__ Normalizer<Real> normalize(const Team& team, const Row& row, const Share& share, Temperature<Real> temperature,
+                                      bool with_entropy) {
+  Partition<Real, Real> seen = {-INFINITY, 0, 0};
+  row.first_pass(share, [&](int, const Real* x) {
+    Real larger = seen.max;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) larger = x[k] > larger ? x[k] : larger;
+    if (larger > seen.max) seen = temperature.rescale(seen, larger);
+    const Real m = finite(seen.max);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const Real e = temperature.exp(x[k] - m);
+      seen.sum += e;
+      if (with_entropy && e != 0) seen.weighted += e * (x[k] - m) * temperature.inverse;
+    }
+  });
+  seen = temperature.rescale(seen, team.max(seen.max));
+  const Real sum = team.sum(seen.sum), weighted = with_entropy ? team.sum(seen.weighted) : 0, log_sum = log(sum);
+  return {seen.max, 1 / sum, log_sum, log_sum - weighted / sum};
+}
+
+// The first position of the largest number.
+template <class Team, class Row, int kCount, class Real>
+__device__ int argmax(const Team& team, const Row& row, const Share& share) {
+  Real best = -INFINITY;
+  int position = 0;
+  row.first_pass(share, [&](int chunk, const Real* x) {
+    const Place<Team, kCount> at(share, chunk);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (x[k] > best) position = at[k];
+      best = x[k] > best ? x[k] : best;
+    }
+  });
+  return team.min(best == team.max(best) ? position : INT_MAX);
+}
+
+template <class Team, class Student, class Taught>
+__global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kResident) row_losses(const SoftmaxKl a, const Plan plan) {
+  using Real = real_t<Student>;
+  constexpr int kWidest = sizeof(Student) > sizeof(Taught) ? sizeof(Student) : sizeof(Taught), kCount = 16 / kWidest;
+  using StudentRow = Row<Team, Student, kCount>;
+  using TeacherRow = Row<Team, Taught, kCount>;
+  extern __shared__ uint4 shared[];
+  const Team team(plan.cluster);
+  auto* teachers = reinterpret_cast<Teacher<Real>*>(shared) + Team::index_in_block() * a.num_teachers;  // [K]
+  auto* kept = reinterpret_cast<char*>(shared) + plan.teacher_bytes;
+  const Temperature<Real> of_student(a.student_temperature), of_teacher(a.teacher_temperature);
+  const bool keep = Team::kKeeps && plan.keep, same_temperature = a.student_temperature == a.teacher_temperature, is_kl = a.loss == RowLoss::kl;
+  const int64_t pack_count = int64_t(plan.chunks) * Team::kThreads;
+
+  for (int64_t r = team.index(); r < a.num_rows; r += team.count()) {
+    const int64_t given = a.num_classes ? a.num_classes[r] : a.num_columns;
+    const bool valid = given >= 1 && given <= a.num_columns;
+    const Share share = {team.block_in_cluster() * plan.chunks * Team::kThreads * kCount, plan.chunks, int(a.num_columns),
+                         int(valid ? given : a.num_columns), plan.aligned};
+    const StudentRow student = {static_cast<const Student*>(a.student) + r * a.student_stride,
+                                keep ? reinterpret_cast<Pack<Student, kCount>*>(kept) : nullptr, a.student_dtype};
+    const auto teacher_row = [&](int64_t k) {
+      auto* packs = reinterpret_cast<Pack<Taught, kCount>*>(kept + pack_count * sizeof(Pack<Student, kCount>));
+      return TeacherRow{static_cast<const Taught*>(a.teacher) + k * a.teacher_stride + r * a.teacher_row_stride,
+                        keep && is_kl ? packs + k * pack_count : nullptr, a.teacher_dtype};
+    };
+
+    student.fetch(share);
+    __pipeline_commit();
+    for (int64_t k = 0; is_kl && k < a.num_teachers; ++k) teacher_row(k).fetch(share);
+    __pipeline_commit();
+    __pipeline_wait_prior(1);  // the student is there
+    const auto s = normalize<Team, StudentRow, kCount>(team, student, share, of_student, a.loss == RowLoss::entropy);
+    __pipeline_wait_prior(0);  // the teachers too
+    Real loss = a.loss == RowLoss::entropy ? s.entropy : Real(0), total_weight = 0;
+    for (int64_t k = 0; k < a.num_teachers; ++k) {
+      const TeacherRow row = teacher_row(k);
+      Teacher<Real> t = {};
+      t.weight = a.teacher_weights ? static_cast<const Real*>(a.teacher_weights)[k * a.num_rows + r] : Real(1) / a.num_teachers;
+      if (is_kl) {
+        const auto n = normalize<Team, TeacherRow, kCount>(team, row, share, of_teacher, false);
+        t.max = n.max, t.inverse_sum = n.inverse_sum, t.max_gap = n.max - s.max, t.log_sum_gap = n.log_sum - s.log_sum;
+      } else {
+        t.target = argmax<Team, TeacherRow, kCount, Real>(team, row, share);
+        loss += t.weight * (s.log_sum - (student.at(t.target) - s.max) * of_student.inverse);
+      }
+      total_weight += t.weight;
+      if (Team::rank() == 0) teachers[k] = t;
+    }
+    team.wait();  // for teachers[]
+
+    if (a.grad || is_kl) {
+      auto* grad = static_cast<Student*>(a.grad) + r * a.num_columns;
+      const Real scale = !a.grad ? Real(0) : valid ? static_cast<const Real*>(a.row_scale)[r] * of_student.inverse : Real(NAN);
+      Real terms = 0;
+#pragma unroll 1
+      for (int chunk = 0; chunk < share.chunks; ++chunk) {
+        const Place<Team, kCount> at(share, chunk);
+        Real x[kCount], q[kCount], slope[kCount];
+        student.widen(share, chunk, student.read(share, chunk), x);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) q[k] = of_student.exp(x[k] - s.max) * s.inverse_sum;
+        if (is_kl) {
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) slope[k] = 0;
+#pragma unroll 1
+          for (int64_t teacher = 0; teacher < a.num_teachers; ++teacher) {
+            const Teacher<Real> t = teachers[teacher];
+            const TeacherRow row = teacher_row(teacher);
+            Real y[kCount];
+            row.widen(share, chunk, row.read(share, chunk), y);
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) {
+              const Real p = of_teacher.exp(y[k] - t.max) * t.inverse_sum;
+              // y - x is exact where they are close, which (y - max) - (x - max) is not.
+              const Real gap = same_temperature ? ((y[k] - x[k]) - t.max_gap) * of_teacher.inverse
+                                                : (y[k] - t.max) * of_teacher.inverse - (x[k] - s.max) * of_student.inverse;
+              const Real d = gap - t.log_sum_gap;
+              const KlTerm<Real> term = kl_term<Real>(p, q[k], d, exp_remainder(d));
+              terms += t.weight * term.loss;
+              slope[k] += t.weight * term.slope;
+            }
+          }
+        } else if (a.loss == RowLoss::entropy) {
+#pragma unroll
+          for (int k = 0; k < kCount; ++k)
+            slope[k] = q[k] == 0 ? Real(0) : -q[k] * ((x[k] - s.max) * of_student.inverse + (s.entropy - s.log_sum));
+        } else {
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) slope[k] = q[k] * total_weight;
+          for (int64_t teacher = 0; teacher < a.num_teachers; ++teacher) {
+            const int target = teachers[teacher].target;
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) slope[k] -= at[k] == target ? teachers[teacher].weight : Real(0);
+          }
+        }
+        if (!a.grad) continue;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) slope[k] *= scale;
+        if (!at.all_below(share.classes)) {
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) slope[k] = at[k] < share.classes ? slope[k] : Real(0);
+        }
+        const auto pack = narrow<Student, kCount>(slope, a.student_dtype);
+        if (share.aligned) {
+          if (at.first < share.columns) store_pack(grad, at.first, pack);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kCount; ++k)
+            if (at[k] < share.columns) grad[at[k]] = pack.numbers[k];
+        }
+      }
+      if (is_kl) loss = team.sum(terms);
+    }
+    team.wait();  // teachers[] is free again
+    if (Team::rank() == 0 && team.block_in_cluster() == 0) static_cast<Real*>(a.losses)[r] = valid ? loss : Real(NAN);
+  }
+}
+
+using Kernel = void (*)(SoftmaxKl, Plan);
+
+int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+template <class Team>
+Kernel kernel_for(int student_bytes, int teacher_bytes) {
+  if (student_bytes == 8) return row_losses<Team, double, double>;
+  if (student_bytes == 4) return teacher_bytes == 4 ? row_losses<Team, float, float> : row_losses<Team, float, uint16_t>;
+  return teacher_bytes == 4 ? row_losses<Team, uint16_t, float> : row_losses<Team, uint16_t, uint16_t>;
+}
+
+bool on_16_bytes(const void* data, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int kShortRow = 1024;              // the longest row that one warp takes
+constexpr int64_t kShareBytes = 72 << 10;    // three blocks then fit on a multiprocessor with 228 KB of shared memory
+constexpr int64_t kStaticBytes = 2 << 10;    // upper bound of what reductions use, beside the launch's own bytes
+
+}  // namespace
+
+cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream) {
+  int device, shared_limit, generation;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  if (error) return error;
+
+  const int student_bytes = bytes_of(a.student_dtype), teacher_bytes = a.num_teachers ? bytes_of(a.teacher_dtype) : student_bytes;
+  const int count = 16 / (student_bytes > teacher_bytes ? student_bytes : teacher_bytes);
+  const bool is_kl = a.loss == RowLoss::kl, short_rows = a.num_columns <= kShortRow;
+  const int64_t column_bytes = student_bytes + (is_kl ? a.num_teachers * teacher_bytes : 0);  // kept between the passes
+  const int64_t one_teacher = student_bytes == 8 ? sizeof(Teacher<double>) : sizeof(Teacher<float>);
+
+  Plan plan = {1};
+  plan.teacher_bytes = divide_up(a.num_teachers * one_teacher * (short_rows ? kWarps : 1), 16) * 16;
+  plan.aligned = a.num_columns % count == 0 && on_16_bytes(a.student, a.student_stride * student_bytes) &&
+                 on_16_bytes(a.teacher, a.teacher_stride * teacher_bytes) &&
+                 on_16_bytes(a.teacher, a.teacher_row_stride * teacher_bytes) &&
+                 on_16_bytes(a.grad, a.num_columns * student_bytes);
+  int64_t shared_bytes = plan.teacher_bytes, work = divide_up(a.num_rows, kWarps);
+  Kernel kernel = kernel_for<WarpTeam>(student_bytes, teacher_bytes);
+  plan.chunks = divide_up(a.num_columns, kWarp * count);
+  if (!short_rows) {
+    const int64_t chunks = divide_up(a.num_columns, kThreads * count), chunk_bytes = kThreads * count * column_bytes;
+    const bool two_passes = a.grad || is_kl;
+    const int widest = two_passes && generation >= 9 ? 8 : 1;
+    while (plan.cluster < widest && divide_up(chunks, plan.cluster) * chunk_bytes > kShareBytes) plan.cluster *= 2;
+    plan.chunks = divide_up(chunks, plan.cluster);
+    plan.keep = two_passes && shared_bytes + plan.chunks * chunk_bytes + kStaticBytes <= shared_limit;
+    if (plan.keep) shared_bytes += plan.chunks * chunk_bytes;
+    work = a.num_rows * plan.cluster;
+    kernel = kernel_for<BlockTeam>(student_bytes, teacher_bytes);
+  }
+
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  int64_t blocks = 0;
+  if (!error) error = resident_blocks(kernel, kThreads, shared_bytes, work, &blocks);
+  if (error) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(plan.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks < plan.cluster ? plan.cluster : blocks / plan.cluster * plan.cluster;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, a, plan);
+}
+
+}  // namespace samerge::gpu
