@@ -8,15 +8,18 @@ DATA   := .cache-demo
 
 # A torch that is already installed is used (a CUDA build, say); otherwise the tested version is installed.
 SITE := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages)
-SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 VADER := vaderSentiment-3.3.2.tar.gz
 
-.PHONY: help setup data demo test bench clean
+GPU_TESTS := $(addprefix tests/test_,weighted_sum.py coefficient_grad.py softmax_kl.py gpu.py)
+
+.PHONY: help setup data demo test bench gpu-build test-gpu bench-gpu clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make test    run the tests"
 	@echo "make bench   time a SAM step beside its baselines"
+	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
 	@echo "make clean   remove the environment and all that was built"
 
 setup: $(VENV)/ready
@@ -44,6 +47,17 @@ test: $(DATA)/$(VADER)
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_merging.py
+
+# On a machine with a GPU everything is taken from the python at hand, and nothing is downloaded.
+gpu-build:
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
+	$(PYTHON) -c "import samerge_ext as sm; a = sm.available(); assert not (a['cuda'] or a['triton']), a"
+
+test-gpu: gpu-build
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
+
+bench-gpu: gpu-build
+	$(PYTHON) benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo

@@ -63,7 +63,7 @@ def extensions(cpp_extension) -> list:
             "samerge_ext._C",
             sources,
             depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh"),
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--threads=4"]},
             extra_link_args=["-s"] if sys.platform == "linux" else [],
         )
     ]

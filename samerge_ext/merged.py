@@ -51,6 +51,7 @@ class MergedModel(nn.Module):
         self.gradient = torch.zeros_like(self.merged)
         self.module = module if train else module.eval()
         self._parameters_of_layers = self._bind_layers()
+        self._move_buffers()
         self._gradient_views = packed.layout.views(self.gradient)
         self._buffers_of = {None: packed.merged_buffers(), **{t: packed.expert_buffers.get(t, {}) for t in packed.tasks}}
         self._set_buffers(None)
@@ -115,8 +116,7 @@ class MergedModel(nn.Module):
         """Puts the task's own head tensors, in the merged weights' dtype, into the module where it has a place for them."""
         for name, tensor in self.packed.heads.get(task, {}).items():
             owner, leaf = _find(self.module, name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(self.merged)
+            tensor = tensor.to(self.merged) if tensor.is_floating_point() else tensor.to(self.merged.device)
             if owner is not None and leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             elif owner is not None and leaf in owner._buffers:
@@ -138,6 +138,13 @@ class MergedModel(nn.Module):
             if not any(parameter is p for p in bound.values()):
                 parameter.requires_grad_(False)
         return bound
+
+    def _move_buffers(self) -> None:
+        """Brings the module's own buffers to where its weights now are."""
+        for owner in self.module.modules():
+            for leaf, buffer in owner._buffers.items():
+                if buffer is not None:
+                    owner._buffers[leaf] = buffer.to(self.merged.device)
 
     def _set_buffers(self, task: str | None) -> None:
         for name, value in self._buffers_of[task].items():
