@@ -48,7 +48,8 @@ test: $(DATA)/$(VADER)
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_merging.py
 
-# On a machine with a GPU everything is taken from the python at hand, and nothing is downloaded.
+# On a machine with a GPU everything is taken from the python at hand, and nothing is downloaded. COMMIT names the sources in
+# the results where they were copied there without their repository.
 gpu-build:
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
 	$(PYTHON) -c "import samerge_ext as sm; a = sm.available(); assert not (a['cuda'] or a['triton']), a"
@@ -57,7 +58,7 @@ test-gpu: gpu-build
 	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
 
 bench-gpu: gpu-build
-	$(PYTHON) benchmarks/bench_gpu.py
+	$(PYTHON) benchmarks/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +36,14 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 def environment() -> dict[str, str | int]:
     """Machine, versions and commit, as every results file states them."""
     root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
     }
 
 
