@@ -10,6 +10,7 @@ is the median. "share" is the bytes an operator must move over its time, as a pa
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -74,7 +75,8 @@ def bench_packed(report: Report, numbers: int, tasks: int, dtype: torch.dtype) -
     blocks = -(-numbers // 1024)
     n, layers = blocks * 1024, -(-blocks // LAYER_BLOCKS)
     block_layer = (torch.arange(blocks, device="cuda") // LAYER_BLOCKS).int()
-    base, task_vectors, coefficients = normal(n, dtype=dtype), normal(tasks, n, dtype=dtype), normal(tasks, layers, dtype=torch.float32)
+    base, task_vectors = normal(n, dtype=dtype), normal(tasks, n, dtype=dtype)
+    coefficients = normal(tasks, layers, dtype=torch.float32)
     out = torch.full_like(base, torch.nan)
     shape = f"N={n / 1e6:.0f}M T={tasks} {str(dtype)[6:]}"
     some_layers = min(layers, 8)
@@ -93,13 +95,11 @@ def bench_packed(report: Report, numbers: int, tasks: int, dtype: torch.dtype) -
             gradient = sm.coefficient_grad(base, task_vectors, block_layer, layers)
             check(gradient[:, :some_layers], contracted, torch.float32, at_least=scale)
             moved = task_vectors.nbytes + 2 * base.nbytes
-            report.time(
-                "weighted_sum", shape, backend, moved, lambda: sm.weighted_sum(base, task_vectors, coefficients, block_layer, out=out)
-            )
+            merge = functools.partial(sm.weighted_sum, base, task_vectors, coefficients, block_layer, out=out)
+            report.time("weighted_sum", shape, backend, moved, merge)
             moved = task_vectors.nbytes + base.nbytes
-            report.time(
-                "coefficient_grad", shape, backend, moved, lambda: sm.coefficient_grad(base, task_vectors, block_layer, layers)
-            )
+            contract = functools.partial(sm.coefficient_grad, base, task_vectors, block_layer, layers)
+            report.time("coefficient_grad", shape, backend, moved, contract)
     del some, merged
     if tasks == 8 and numbers < 10**9:  # whole layers only, as a view [T, L, numbers of a layer]
         whole = layers - (blocks % LAYER_BLOCKS > 0)

@@ -29,7 +29,8 @@ def test_kernels_fit_into_registers(source, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "warning" not in result.stderr, result.stderr[-4000:]
-    kernels = re.findall(r"entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", result.stderr, re.DOTALL)
+    report = r"entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill"
+    kernels = re.findall(report, result.stderr, re.DOTALL)
     assert {architecture for _, architecture, _, _ in kernels} == set(ARCHITECTURES)
     spilling = [kernel for kernel in kernels if kernel[2:] != ("0", "0")]
     assert not spilling, "kernel, architecture, bytes of stack and spilled: " + str(spilling)

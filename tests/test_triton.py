@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
 
 FLOATS = {"fp32": "*fp32", "bf16": "*bf16", "fp64": "*fp64"}
+TYPES = (*FLOATS.values(), "fp64", "*i32", "*i64", "i32", "i64")
 
 
 def test_operators_interpreted():
@@ -27,7 +28,7 @@ def test_operators_interpreted():
 
 def compile_kernel(kernel, capability, num_warps=4, **arguments):
     """The kernel's cubin; an argument is a type such as "*fp32", or a value known when it is compiled."""
-    types = {n: a if isinstance(a, str) and a.lstrip("*") in ("fp32", "bf16", "fp64", "i32", "i64") else "constexpr" for n, a in arguments.items()}
+    types = {name: argument if argument in TYPES else "constexpr" for name, argument in arguments.items()}
     constants = {(i,): arguments[n] for i, n in enumerate(types) if types[n] == "constexpr"}
     assert list(types) == kernel.arg_names
     source = triton.compiler.ASTSource(kernel, types, constants)

@@ -1,9 +1,9 @@
 // out[t, l] = sum over i in layer l of grad[i] * task_vectors[t, i]
 //
-// Two stages without atomics, so that the result repeats to the bit. In the first a warp multiplies one block of 1,024 numbers
-// of the gradient with the task vectors, up to eight at a time, and writes one sum per task; a grid that fills the device
-// walks over the blocks. In the second, a block of threads adds in double the sums of one layer and task; where a layer begins it
-// finds by a search in block_layer. Moves (T + 1) reads per number, and 16 T bytes per block for the sums.
+// Two stages without atomics, so that the result repeats to the bit. In the first a warp multiplies one block of 1,024
+// numbers of the gradient with the task vectors, up to eight at a time, and writes one sum per task; a grid that fills the
+// device walks over the blocks. In the second, a block of threads adds in double the sums of one layer and task; where a
+// layer begins it finds by a search in block_layer. Moves (T + 1) reads per number, and 16 T bytes per block for the sums.
 #include "device.cuh"
 
 namespace samerge::gpu {
@@ -66,7 +66,8 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads)
     add_blocks(Real* out, const double* partials, const int32_t* block_layer, int64_t num_blocks, int64_t num_layers) {
   const int64_t layer = blockIdx.x, task = blockIdx.y, num_tasks = gridDim.y;
-  const int64_t begin = blocks_before(block_layer, num_blocks, layer), end = blocks_before(block_layer, num_blocks, layer + 1);
+  const int64_t begin = blocks_before(block_layer, num_blocks, layer);
+  const int64_t end = blocks_before(block_layer, num_blocks, layer + 1);
   double sum = 0;
 #pragma unroll 8
   for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) sum += partials[b * num_tasks + task];

@@ -4,100 +4,13 @@
 // blocks, each with its share of the columns. A first pass finds each row's largest logit m and Z, the sum of
 // exp((x - m) / temperature), every thread rescaling its own sum when it meets a larger m; a second pass computes loss and
 // gradient. A block brings its share of student and teachers into shared memory, all of it in flight at once, and both passes
-// read it there: every logit comes from memory once. Clusters exist to make the shares small enough. Where there are none (before sm_90) or rows are longer
-// still, the second pass reads again, from the L2 cache as far as it reaches. Moves (K + 1) reads and 1 write per number.
-#include <cuda_pipeline.h>
-
-#include "softmax_kl_team.cuh"
+// read it there: every logit comes from memory once. Clusters exist to make the shares small enough. Where there are none
+// (before sm_90) or rows are longer still, the second pass reads again, from the L2 cache as far as it reaches. Moves (K + 1)
+// reads and 1 write per number.
+#include "softmax_kl_row.cuh"
 
 namespace samerge::gpu {
 namespace {
-
-// A row's share in one block, or in one warp: `chunks` times kCount numbers per thread, the first at column `begin`.
-struct Share {
-  int begin, chunks, columns, classes;
-  bool aligned;  // packs lie on 16 bytes and in whole; else a thread's numbers are a team's width apart, to coalesce
-};
-
-template <class Team, int kCount>
-struct Place {
-  int first, step;
-
-  __device__ Place(const Share& share, int chunk) {
-    const int begin = share.begin + chunk * Team::kThreads * kCount, rank = Team::rank();
-    first = share.aligned ? begin + rank * kCount : begin + rank;
-    step = share.aligned ? 1 : Team::kThreads;
-  }
-  __device__ int operator[](int k) const { return first + k * step; }
-  __device__ bool all_below(int end) const { return (*this)[kCount - 1] < end; }
-};
-
-// One row of student or teacher.
-template <class Team, class Stored, int kCount>
-struct Row {
-  using Real = real_t<Stored>;
-  const Stored* numbers;
-  Pack<Stored, kCount>* kept;  // [chunks, threads], null where the second pass reads again
-  DType dtype;
-
-  __device__ Pack<Stored, kCount> load(const Share& share, int chunk) const {
-    const Place<Team, kCount> at(share, chunk);
-    Pack<Stored, kCount> pack = {};
-    if (share.aligned) {
-      if (at.first < share.classes) pack = load_pack<Stored, kCount>(numbers, at.first);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (at[k] < share.classes) pack.numbers[k] = numbers[at[k]];
-    }
-    return pack;
-  }
-
-  // Starts to bring the share into shared memory. A thread reads back only what it has brought itself.
-  __device__ void fetch(const Share& share) const {
-    if (!kept) return;
-    for (int chunk = 0; chunk < share.chunks; ++chunk) {
-      auto* target = kept + chunk * Team::kThreads + Team::rank();
-      const Place<Team, kCount> at(share, chunk);
-      if (!share.aligned)
-        *target = load(share, chunk);
-      else if (at.first < share.classes)
-        __pipeline_memcpy_async(target, numbers + at.first, sizeof(*target));
-    }
-  }
-
-  __device__ Pack<Stored, kCount> read(const Share& share, int chunk) const {
-    return kept ? kept[chunk * Team::kThreads + Team::rank()] : load(share, chunk);
-  }
-
-  // The numbers of a pack, -inf beyond the row's classes.
-  __device__ void widen(const Share& share, int chunk, const Pack<Stored, kCount>& pack, Real* x) const {
-    gpu::widen(pack, dtype, x);
-    const Place<Team, kCount> at(share, chunk);
-    if (at.all_below(share.classes)) return;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) x[k] = at[k] < share.classes ? x[k] : -INFINITY;
-  }
-
-  __device__ Real at(int column) const {
-    Pack<Stored, 1> one;
-    one.numbers[0] = numbers[column];
-    Real x;
-    gpu::widen(one, dtype, &x);
-    return x;
-  }
-
-  // Calls use(chunk, x) with all numbers.
-  template <class Use>
-  __device__ void first_pass(const Share& share, const Use& use) const {
-#pragma unroll 2
-    for (int chunk = 0; chunk < share.chunks; ++chunk) {
-      Real x[kCount];
-      widen(share, chunk, read(share, chunk), x);
-      use(chunk, x);
-    }
-  }
-};
 
 template <class Team, class Row, int kCount, class Real>
 __device__ Normalizer<Real> normalize(const Team& team, const Row& row, const Share& share, Temperature<Real> temperature,
@@ -138,7 +51,8 @@ __device__ int argmax(const Team& team, const Row& row, const Share& share) {
 }
 
 template <class Team, class Student, class Taught>
-__global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kResident) row_losses(const SoftmaxKl a, const Plan plan) {
+__global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kResident)
+    row_losses(const SoftmaxKl a, const Plan plan) {
   using Real = real_t<Student>;
   constexpr int kWidest = sizeof(Student) > sizeof(Taught) ? sizeof(Student) : sizeof(Taught), kCount = 16 / kWidest;
   using StudentRow = Row<Team, Student, kCount>;
@@ -148,7 +62,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
   auto* teachers = reinterpret_cast<Teacher<Real>*>(shared) + Team::index_in_block() * a.num_teachers;  // [K]
   auto* kept = reinterpret_cast<char*>(shared) + plan.teacher_bytes;
   const Temperature<Real> of_student(a.student_temperature), of_teacher(a.teacher_temperature);
-  const bool keep = Team::kKeeps && plan.keep, same_temperature = a.student_temperature == a.teacher_temperature, is_kl = a.loss == RowLoss::kl;
+  const bool keep = Team::kKeeps && plan.keep, is_kl = a.loss == RowLoss::kl,
+             same_temperature = a.student_temperature == a.teacher_temperature;
   const int64_t pack_count = int64_t(plan.chunks) * Team::kThreads;
 
   for (int64_t r = team.index(); r < a.num_rows; r += team.count()) {
@@ -175,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
     for (int64_t k = 0; k < a.num_teachers; ++k) {
       const TeacherRow row = teacher_row(k);
       Teacher<Real> t = {};
-      t.weight = a.teacher_weights ? static_cast<const Real*>(a.teacher_weights)[k * a.num_rows + r] : Real(1) / a.num_teachers;
+      t.weight = a.teacher_weights ? static_cast<const Real*>(a.teacher_weights)[k * a.num_rows + r]
+                                   : Real(1) / a.num_teachers;
       if (is_kl) {
         const auto n = normalize<Team, TeacherRow, kCount>(team, row, share, of_teacher, false);
         t.max = n.max, t.inverse_sum = n.inverse_sum, t.max_gap = n.max - s.max, t.log_sum_gap = n.log_sum - s.log_sum;
@@ -190,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
 
     if (a.grad || is_kl) {
       auto* grad = static_cast<Student*>(a.grad) + r * a.num_columns;
-      const Real scale = !a.grad ? Real(0) : valid ? static_cast<const Real*>(a.row_scale)[r] * of_student.inverse : Real(NAN);
+      const Real given_scale = a.grad ? static_cast<const Real*>(a.row_scale)[r] : Real(0);
+      const Real scale = valid ? given_scale * of_student.inverse : Real(NAN);
       Real terms = 0;
 #pragma unroll 1
       for (int chunk = 0; chunk < share.chunks; ++chunk) {
@@ -286,7 +203,8 @@ cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream) {
   if (!error) error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
   if (error) return error;
 
-  const int student_bytes = bytes_of(a.student_dtype), teacher_bytes = a.num_teachers ? bytes_of(a.teacher_dtype) : student_bytes;
+  const int student_bytes = bytes_of(a.student_dtype);
+  const int teacher_bytes = a.num_teachers ? bytes_of(a.teacher_dtype) : student_bytes;
   const int count = 16 / (student_bytes > teacher_bytes ? student_bytes : teacher_bytes);
   const bool is_kl = a.loss == RowLoss::kl, short_rows = a.num_columns <= kShortRow;
   const int64_t column_bytes = student_bytes + (is_kl ? a.num_teachers * teacher_bytes : 0);  // kept between the passes
