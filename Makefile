@@ -28,7 +28,11 @@ $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(SITE) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/test-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 
 data: $(DATA)/$(VADER)
@@ -42,7 +46,7 @@ $(DATA)/$(VADER): requirements-demo.txt $(VENV)/ready
 demo: $(DATA)/$(VADER)
 	$(BIN)/samerge demo
 
-test: $(DATA)/$(VADER)
+test: $(DATA)/$(VADER) $(VENV)/test-ready
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/ready
