@@ -24,9 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
 from measure import environment, interleaved, print_table
+from torch import Tensor, nn
 
 import samerge_ext as sm
 from samerge_ext.layout import Layout
@@ -94,7 +93,10 @@ def ours(problem: Problem, module: nn.Module, packed: sm.PackedWeights, shared: 
     if shared:
         logits = sm.models.SharedEncoder(problem.encode, problem.head)
     else:
-        logits = lambda module, images, task: problem.head(problem.encode(module, images), task)  # noqa: E731
+
+        def logits(module, images, task):
+            return problem.head(problem.encode(module, images), task)
+
     learned = model.coefficients.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([learned], lr=1e-3, weight_decay=5e-4)
     batches = {task: (t, images) for t, (task, images) in enumerate(zip(problem.tasks, problem.images, strict=True))}
@@ -176,7 +178,8 @@ def main() -> None:
         }
         for name in CANDIDATES
     ]
-    title = f"SAM step, CLIP ViT-B/32 ({packed.layout.num_parameters / 1e6:.1f} M), T = {options.tasks}, batch {options.batch} per task, fp32"
+    millions = packed.layout.num_parameters / 1e6
+    title = f"SAM step, CLIP ViT-B/32 ({millions:.1f} M), T = {options.tasks}, batch {options.batch} per task, fp32"
     print_table(title, rows)
     if options.json:
         options.json.write_text(json.dumps({"benchmark": title, "environment": environment(), "rows": rows}, indent=1) + "\n")

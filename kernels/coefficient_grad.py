@@ -61,7 +61,8 @@ def _sum_blocks(
     for first in range(0, num_tasks, GROUP):
         tasks = (first + tl.arange(0, GROUP)).to(tl.int64)
         valid = tasks < num_tasks
-        tile = tl.load(task_vectors + tasks[:, None] * task_stride + places[None, :], mask=valid[:, None], other=0)  # [GROUP, BLOCK]
+        rows = task_vectors + tasks[:, None] * task_stride
+        tile = tl.load(rows + places[None, :], mask=valid[:, None], other=0)  # [GROUP, BLOCK]
         sums = tl.sum(tile.to(wide) * g[None, :], 1)
         tl.store(block_sums + tasks * num_blocks + block, sums, mask=valid)
 

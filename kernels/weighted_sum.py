@@ -59,7 +59,8 @@ def _weighted_sum(
     for first in range(0, num_tasks, GROUP):
         tasks = (first + tl.arange(0, GROUP)).to(tl.int64)
         valid = tasks < num_tasks
-        tile = tl.load(task_vectors + tasks[:, None] * task_stride + places[None, :], mask=valid[:, None], other=0)  # [GROUP, BLOCK]
+        rows = task_vectors + tasks[:, None] * task_stride
+        tile = tl.load(rows + places[None, :], mask=valid[:, None], other=0)  # [GROUP, BLOCK]
         coefficient = tl.load(coefficients + tasks * num_layers + layer, mask=valid, other=0)
         total += tl.sum(tile.to(wide) * coefficient[:, None], 0)
     tl.store(out + places, total.to(out.dtype.element_ty))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 
 def main() -> None:
     """Runs the command line; without its libraries, says how to install them."""
-    try:
-        import typer  # noqa: F401
-    except ImportError:
+    if find_spec("typer") is None:
         sys.exit('the command line needs more packages: pip install "samerge_ext[cli]"')
     from samerge_ext.commands import app
 

@@ -22,9 +22,9 @@ console = Console()
 MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError)
 
 
-def _pairs(option: str, values: list[str], parse=lambda text: text) -> dict[str, Any]:
+def _pairs(option: str, values: list[str] | None, parse=lambda text: text) -> dict[str, Any]:
     pairs = {}
-    for value in values:
+    for value in values or ():
         key, equals, text = value.partition("=")
         if not (key and equals):
             raise typer.BadParameter(f"{value!r}; expected NAME=VALUE", param_hint=option)
@@ -38,11 +38,11 @@ def merge(
     out: Annotated[Path, typer.Argument(help="folder to write")],
     merge_method: Annotated[str | None, typer.Option(help="linear, task_arithmetic, samerging or adamerging")] = None,
     base_model: Annotated[Path | None, typer.Option(help="folder of the pretrained model")] = None,
-    models: Annotated[list[Path], typer.Option("--model", help="folder of an expert; once for each")] = [],  # noqa: B006
-    tasks: Annotated[list[str], typer.Option("--task", help="name of a model's task; once for each")] = [],  # noqa: B006
-    heads: Annotated[list[str], typer.Option("--head", help='pattern of task heads, "classifier.*"')] = [],  # noqa: B006
-    parameters: Annotated[list[str], typer.Option("--parameter", help="KEY=VALUE of the method")] = [],  # noqa: B006
-    calibration: Annotated[list[str], typer.Option(help="TASK=FILE of unlabelled texts")] = [],  # noqa: B006
+    models: Annotated[list[Path] | None, typer.Option("--model", help="folder of an expert; once for each")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="name of a model's task; once for each")] = None,
+    heads: Annotated[list[str] | None, typer.Option("--head", help='pattern of task heads, "classifier.*"')] = None,
+    parameters: Annotated[list[str] | None, typer.Option("--parameter", help="KEY=VALUE of the method")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="TASK=FILE of unlabelled texts")] = None,
     calibration_texts: Annotated[int | None, typer.Option(help="texts per task; all by default")] = None,
     batch_size: Annotated[int | None, typer.Option(help="calibration texts per task and step")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a calibration text")] = None,
@@ -61,7 +61,7 @@ def merge(
     given = {
         "merge_method": merge_method,
         "base_model": base_model,
-        "models": [{"model": model} for model in models],
+        "models": [{"model": model} for model in models or ()],
         "tasks": tasks,
         "heads": heads,
         "parameters": _pairs("--parameter", parameters, yaml.safe_load),

@@ -51,7 +51,9 @@ def losses_and_gradient(
         gradients = []
         for task, values in outputs.items():
             if not values.requires_grad:
-                raise RuntimeError(f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach")
+                raise RuntimeError(
+                    f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach"
+                )
             loss, gradient = objective(task, batches[task][0], values.detach())
             losses.append(loss)
             gradients.append(gradient.mul_(task_weights[task]).to(values.dtype))
@@ -90,5 +92,7 @@ def _running(module: nn.Module, precision: str, what: str) -> Iterator[None]:
 def _checked(task: str, values: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() != 2:
         got = f"a tensor {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise TypeError(f"logits of task '{task}' are {got}; expected a tensor [batch, classes] (for transformers, return outputs.logits)")
+        raise TypeError(
+            f"logits of task '{task}' are {got}; expected a tensor [batch, classes] (for transformers, return outputs.logits)"
+        )
     return values

@@ -122,7 +122,8 @@ def _check_finite(source: Source, name: str, tensor: Tensor) -> None:
         return
     low, high = torch.aminmax(tensor)  # both are NaN where one number is; unlike isfinite(tensor), needs no memory
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError(f"{source.label}: '{name}' holds {'NaN' if torch.isnan(high) else 'Inf'}; repair or leave out this model")
+        what = "NaN" if torch.isnan(high) else "Inf"
+        raise ValueError(f"{source.label}: '{name}' holds {what}; repair or leave out this model")
 
 
 def _widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -197,7 +197,8 @@ with sm.use_backend("cuda"):
             sm.weighted_sum(base, vectors, torch.ones(tasks, 3, device="cuda", dtype=wide), layers)
             sm.coefficient_grad(base, vectors, layers, 3)
         for columns in (7, 1000, 5003, 40960, 131072):
-            student, teacher = torch.randn(3, columns, device="cuda").to(dtype), torch.randn(2, 3, columns, device="cuda").to(dtype)
+            student = torch.randn(3, columns, device="cuda").to(dtype)
+            teacher = torch.randn(2, 3, columns, device="cuda").to(dtype)
             sm.softmax_kl_with_grad(student, teacher)
             sm.argmax_cross_entropy_with_grad(student, teacher)
             sm.entropy_with_grad(student)

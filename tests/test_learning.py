@@ -1,8 +1,8 @@
 """The learning loop: calibration, checkpoints, and what stops it early."""
 
 import pytest
-import torch
 import tiny
+import torch
 
 import samerge_ext as sm
 from samerge_ext.calibration import Calibration
@@ -150,7 +150,14 @@ def test_a_loss_that_is_not_finite_names_task_and_step(packed, value):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("sam", "sharp"), ("granularity", "row"), ("rho", -1.0), ("learning_rate", float("nan")), ("steps", 0), ("temperature", 0.0)],
+    [
+        ("sam", "sharp"),
+        ("granularity", "row"),
+        ("rho", -1.0),
+        ("learning_rate", float("nan")),
+        ("steps", 0),
+        ("temperature", 0.0),
+    ],
 )
 def test_settings_out_of_range_are_refused(setting, value):
     with pytest.raises(ValueError, match=setting):

@@ -1,9 +1,9 @@
 """MergedModel: the module's parameters are views of the merged weights, its gradients of the gradient buffer."""
 
-import pytest
-import torch
 import literal
+import pytest
 import tiny
+import torch
 from torch.func import functional_call
 
 import samerge_ext as sm

@@ -1,8 +1,8 @@
 """On the real encoder in fp32: twenty steps of paper SAM against the literal loop."""
 
+import literal
 import pytest
 import torch
-import literal
 
 import samerge_ext as sm
 from samerge_ext.demo.corpora import MissingData

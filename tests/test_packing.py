@@ -7,8 +7,8 @@ import sys
 import textwrap
 
 import pytest
-import torch
 import tiny
+import torch
 from safetensors.torch import save_file
 from torch import nn
 

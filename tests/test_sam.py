@@ -1,8 +1,8 @@
 """The SAM perturbation, and the proof that the second gradient sees perturbed weights."""
 
 import pytest
-import torch
 import tiny
+import torch
 
 import samerge_ext as sm
 from samerge_ext.sam import perturbation, sam_gradient

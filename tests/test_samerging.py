@@ -1,9 +1,9 @@
 """samerging and adamerging follow a literal loop, step by step."""
 
-import pytest
-import torch
 import literal
+import pytest
 import tiny
+import torch
 
 import samerge_ext as sm
 

@@ -56,7 +56,11 @@ def make_heads(dtype=torch.float64, tasks=TASKS):
 
 def make_batches(count=3, rows=6, dtype=torch.float64, tasks=TASKS):
     generator = torch.Generator().manual_seed(11)
-    return {t: [torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)] for t in tasks}
+
+    def batch():
+        return torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {task: [batch() for _ in range(count)] for task in tasks}
 
 
 def shared_encoder(heads):

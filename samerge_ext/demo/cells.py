@@ -159,7 +159,7 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
     elif row.kind == "experts":
         accuracies = {task: evaluator.accuracy(load_folder(folder), task) for task, folder in bench.experts.items()}
     else:
-        bench.packed  # made outside of what is measured
+        assert bench.packed.num_tasks  # made here, outside of what is measured
         with PeakMemory() as peak:
             started = perf_counter()
             result = KINDS[row.kind](bench, row.settings)
@@ -167,7 +167,8 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
         accuracies = evaluator.accuracies(result.module)
         cell |= {"seconds": seconds, "peak_bytes": peak.rise, "coefficient_mean": result.coefficients.mean().item()}
         if result.history:
-            cell |= {"steps": len(result.history), "first_loss": result.history[0]["loss"], "last_loss": result.history[-1]["loss"]}
+            losses = [record["loss"] for record in result.history]
+            cell |= {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
         if save_to is not None:
             result.save_pretrained(save_to, companions=bench.base, overwrite=True)
     cell |= {"accuracies": accuracies, "mean": mean(accuracies)}

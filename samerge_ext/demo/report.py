@@ -208,7 +208,8 @@ def write_card(
         "A text is embedded by the mean of the last hidden states, scaled to unit length; a task's logits are 20 times "
         "the products with its class prototypes, which are the pretrained encoder's embeddings of these descriptions:",
         "\n".join(tasks),
-        "## Accuracy\n\nIn per cent on test texts that neither training nor merging has seen.\n\n" + markdown_table(cells).strip(),
+        "## Accuracy\n\nIn per cent on test texts that neither training nor merging has seen.",
+        markdown_table(cells).strip(),
         *[f"![{Path(image).stem}]({image})" for image in images],
         "## Configuration\n\n```json\n" + json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n```",
         "## Licence\n\n" + LICENCES,

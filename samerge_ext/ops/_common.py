@@ -48,7 +48,9 @@ def check_packed(name: str, vector: torch.Tensor, task_vectors: torch.Tensor, bl
     if vector.dim() != 1 or vector.shape[0] % BLOCK:
         raise ValueError(f"{name} has shape {shape(vector)}; it must be [N] with N a multiple of {BLOCK}, as a Layout packs it")
     if task_vectors.dim() != 2 or task_vectors.shape[1] != vector.shape[0]:
-        raise ValueError(f"task_vectors has shape {shape(task_vectors)}; with {name} of {shape(vector)} it must be [T, {vector.shape[0]}]")
+        raise ValueError(
+            f"task_vectors has shape {shape(task_vectors)}; with {name} of {shape(vector)} it must be [T, {vector.shape[0]}]"
+        )
     if block_layer.dtype != torch.int32:
         raise TypeError(f"block_layer is {block_layer.dtype}; it must be int32")
     if block_layer.dim() != 1 or block_layer.shape[0] != vector.shape[0] // BLOCK:
