@@ -77,7 +77,7 @@ def test_samerging_follows_the_literal_loop(on_gpu_by_name, problem, adapter, gr
 
 def test_adamerging_follows_the_literal_loop(on_gpu_by_name, problem):
     (base, experts, heads, batches), (packed_weights, device_heads, device_batches) = problem
-    adam = lambda p: torch.optim.Adam(p, lr=1e-3)  # noqa: E731
+    adam = lambda p: torch.optim.Adam(p, lr=1e-3)
     expected = literal.learn(base, experts, heads, batches, steps=10, loss="entropy", sam="off", optimizer=adam)[-1]
     config = sm.AdaMergingConfig(steps=10, progress=False)
     result = sm.adamerging(tiny.make(1), packed_weights, device_batches, tiny.shared_encoder(device_heads), config=config)
