@@ -99,15 +99,18 @@ def ours(problem: Problem, module: nn.Module, packed: sm.PackedWeights, shared: 
 
     learned = model.coefficients.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([learned], lr=1e-3, weight_decay=5e-4)
-    batches = {task: (t, images) for t, (task, images) in enumerate(zip(problem.tasks, problem.images, strict=True))}
+    inputs = dict(zip(problem.tasks, zip(problem.images, problem.teachers, strict=True), strict=True))
     weights = dict.fromkeys(problem.tasks, 1.0)
-
-    def distillation(task, index, student):
-        return softmax_kl_with_grad(student, problem.teachers[index])
 
     def gradient_at(coefficients):
         return losses_and_gradient(
-            model, coefficients.detach(), batches, logits, distillation, task_weights=weights, tasks_per_batch=tasks_per_batch
+            model,
+            coefficients.detach(),
+            inputs,
+            logits,
+            softmax_kl_with_grad,
+            task_weights=weights,
+            tasks_per_batch=tasks_per_batch,
         )
 
     def step():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samerge_ext.merged import MergedModel
+from samerge_ext.nested import to_device
 from samerge_ext.passes import Logits, call_logits
 
 
@@ -58,7 +59,9 @@ def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits,
     cached = {}
     for task, batches in calibration.batches.items():
         with model.teacher(task) as module:
-            cached[task] = [call_logits(logits, module, batch, task, precision).detach() for batch in batches]
+            cached[task] = [
+                call_logits(logits, module, to_device(batch, model.merged.device), task, precision).detach() for batch in batches
+            ]
         for index, values in enumerate(cached[task]):
             if torch.isnan(values).any():
                 raise FloatingPointError(f"expert '{task}' gives NaN logits on its calibration batch {index}")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from samerge_ext.calibration import Calibration
-from samerge_ext.checkpoints import atomic_write
+from samerge_ext.graphed import GraphedPasses, Passes, check_fixed_shapes
 from samerge_ext.merged import MergedModel
+from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import PRECISIONS, Logits, Objective, losses_and_gradient
+from samerge_ext.prefetch import Inputs, inputs_of_steps
+from samerge_ext.run_state import RunState
 from samerge_ext.sam import sam_gradient
+from samerge_ext.step_log import StepLog
 
-STATE_FILE = "state.pt"  # in a run's checkpoint_dir
 CHOICES = {
     "granularity": ("layer", "task"),
     "sam": ("paper", "published", "off"),
@@ -45,6 +48,10 @@ class LearningConfig:
     checkpoint_dir, checkpoint_every: where and how often (in steps) the state is kept; a run that finds its own
         checkpoint continues from it to the same numbers.
     progress: show a progress bar with loss, gradient norm and time left.
+    log_every: on a GPU, how many steps' losses are read back at once; NaN and Inf are noticed up to twice as many steps
+        late there, before anything is saved. The history has every step.
+    cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
+        never waits for the device. The numbers are the same.
     """
 
     granularity: str = "layer"
@@ -66,6 +73,8 @@ class LearningConfig:
     checkpoint_dir: str | Path | None = None
     checkpoint_every: int = 50
     progress: bool = True
+    log_every: int = 10
+    cuda_graph: bool = False
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
@@ -75,7 +84,7 @@ class LearningConfig:
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{key}={value!r}; expected a finite number ≥ 0")
-        for key in ("steps", "epochs", "tasks_per_batch", "checkpoint_every"):
+        for key in ("steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every"):
             value = getattr(self, key)
             if value is not None and (int(value) != value or value < 1):
                 raise ValueError(f"{key}={value!r}; expected a whole number ≥ 1")
@@ -89,131 +98,115 @@ class LearningConfig:
         return {task: float(given.get(task, 1.0)) for task in tasks}
 
 
+class FreeCoefficients(nn.Module):
+    """Coefficients that are learned themselves: one per task and layer [T, L], or one per task [T, 1]."""
+
+    def __init__(self, start: Tensor, granularity: str):  # [T, L]
+        super().__init__()
+        self.values = nn.Parameter((start if granularity == "layer" else start[:, :1]).detach().clone())
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+def calibration_set(
+    batches: Mapping[str, Iterable[Any]], packed: PackedWeights, config: LearningConfig
+) -> Calibration:
+    """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
+    calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed)
+    config.weights(packed.tasks)
+    if config.cuda_graph:
+        check_fixed_shapes(calibration, packed.base.device)
+    return calibration
+
+
 def learn(
-    model: MergedModel, calibration: Calibration, logits: Logits, objective: Objective, config: LearningConfig, method: str
+    model: MergedModel,
+    calibration: Calibration,
+    logits: Logits,
+    objective: Objective,
+    config: LearningConfig,
+    method: str,
+    *,
+    targets: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[dict]:
-    """Minimises the tasks' weighted loss over ``model.coefficients``; leaves the model merged at the result.
+    """Minimises the tasks' weighted loss over λ; leaves ``model`` merged at the result.
+
+    targets: task -> what the objective compares the logits of each of its batches with.
 
     Returns the history: per step the loss, each task's loss and the gradient norm.
-    Raises FloatingPointError, naming task and step, as soon as a loss or the gradient is NaN or Inf.
+    Raises FloatingPointError, naming task and step, when a loss or the gradient is NaN or Inf.
     """
-    tasks = model.packed.tasks
-    weights = config.weights(tasks)
-    alpha = torch.tensor([weights[t] for t in tasks], dtype=model.coefficients.dtype, device=model.coefficients.device)
-    shape = model.coefficients.shape
-    learned = model.coefficients.detach() if config.granularity == "layer" else model.coefficients.detach()[:, :1]
-    learned = learned.clone().requires_grad_()
-    optimizer = make_optimizer(learned, config)
+    device = model.merged.device
+    learner = FreeCoefficients(model.coefficients, config.granularity)
+    optimizer = make_optimizer(learner, config)
     total = config.steps or config.epochs * calibration.steps_per_epoch
     history: list[dict] = []
-    run = _Checkpoint(config, method, model, calibration)
-    run.load(learned, optimizer, history)
+    run = RunState(config, method, model, calibration)
+    run.load(learner, optimizer, history)
     if len(history) > total:
         raise ValueError(f"{run.path} is {len(history)} steps in, past the {total} asked for; choose another checkpoint_dir")
 
-    def gradient_at(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        losses, gradient = losses_and_gradient(
-            model,
-            coefficients.detach().expand(shape),
-            batches,
-            logits,
-            objective,
-            task_weights=weights,
-            tasks_per_batch=config.tasks_per_batch,
-            precision=config.precision,
-        )
-        _check_finite(losses, gradient, tasks, step)
-        return losses, gradient if config.granularity == "layer" else gradient.sum(1, keepdim=True)
-
-    bar = tqdm(total=total, initial=len(history), desc=method, disable=not config.progress, unit="step")
-    try:
-        for step in range(len(history), total):
-            batches = {t: (i, calibration.batches[t][i]) for t, i in calibration.at(step).items()}
-            if config.sam == "paper":
-                losses, gradient, step_gradient = sam_gradient(gradient_at, learned.detach(), config.rho, config.adaptive)
-            else:
-                losses, gradient = gradient_at(learned)
-                step_gradient = gradient
-            learned.grad = step_gradient
+    passes = make_passes(model, logits, objective, config)
+    if config.cuda_graph:
+        passes = GraphedPasses(passes, device)
+    log = StepLog(history, model.packed.tasks, config.weights(model.packed.tasks), device, config.log_every)
+    steps = range(len(history), total)
+    with tqdm(total=total, initial=len(history), desc=method, disable=not config.progress, unit="step") as bar:
+        for step, inputs in zip(steps, inputs_of_steps(calibration, targets, device, steps), strict=True):
+            coefficients = learner()
+            gradient, measured = passes(coefficients.detach(), inputs)
+            log.add(measured)
+            optimizer.zero_grad()
+            coefficients.backward(gradient)
             optimizer.step()
-            record = {
-                "step": step,
-                "loss": float((alpha * losses).sum()),
-                "losses": dict(zip(tasks, losses.tolist(), strict=True)),
-                "gradient_norm": float(gradient.norm()),
-            }
-            history.append(record)
-            bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['gradient_norm']:.3g}", refresh=False)
-            bar.update()
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
-                run.save(learned, optimizer, history)
-    finally:
-        bar.close()
+                log.flush()
+                run.save(learner, optimizer, history)
+            if history:
+                bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", grad=f"{history[-1]['gradient_norm']:.3g}", refresh=False)
+            bar.update()
     with torch.no_grad():
-        model.coefficients.copy_(learned.expand(shape))
+        model.coefficients.copy_(learner().expand_as(model.coefficients))
     model.merge()
     return history
 
 
-def make_optimizer(learned: Tensor, config: LearningConfig) -> torch.optim.Optimizer:
-    """torch's Adam, or SGD with momentum, on the coefficients."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam([learned], lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD([learned], lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+def make_passes(model: MergedModel, logits: Logits, objective: Objective, config: LearningConfig) -> Passes:
+    """What a step runs on the device: two passes with SAM, else one."""
+    weights = config.weights(model.packed.tasks)
 
+    def passes(coefficients: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The gradient [T, L] or [T, 1] to step with, and each pass's losses and gradient norms [P, 2, T]."""
+        measured = []
 
-def _check_finite(losses: Tensor, gradient: Tensor, tasks: tuple[str, ...], step: int) -> None:
-    for task, loss in zip(tasks, losses.tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of task '{task}' is {loss} at step {step}; try a smaller learning_rate or rho, or precision='fp32'"
+        def gradient_at(at: Tensor) -> tuple[Tensor, Tensor]:
+            losses, gradient = losses_and_gradient(
+                model,
+                at.expand(model.coefficients.shape),
+                inputs,
+                logits,
+                objective,
+                task_weights=weights,
+                tasks_per_batch=config.tasks_per_batch,
+                precision=config.precision,
             )
-    if not torch.isfinite(gradient).all():
-        task = tasks[int((~torch.isfinite(gradient)).any(1).nonzero()[0])]
-        raise FloatingPointError(f"the gradient of task '{task}''s coefficients is not finite at step {step}")
+            gradient = gradient.sum_to_size(at.shape)
+            measured.append(torch.stack([losses.to(gradient), gradient.norm(dim=1)]))
+            return losses, gradient
+
+        if config.sam == "paper":
+            _, _, gradient = sam_gradient(gradient_at, coefficients, config.rho, config.adaptive)
+        else:
+            _, gradient = gradient_at(coefficients)
+        return gradient, torch.stack(measured)
+
+    return passes
 
 
-class _Checkpoint:
-    """The state of a run in ``checkpoint_dir``: coefficients, optimiser, history and torch's random state."""
-
-    # What may differ between a run and its continuation.
-    FREE = ("steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress")
-
-    def __init__(self, config: LearningConfig, method: str, model: MergedModel, calibration: Calibration):
-        self.path = Path(config.checkpoint_dir) / STATE_FILE if config.checkpoint_dir else None
-        settings = {key: value for key, value in asdict(config).items() if key not in self.FREE}
-        self.identity = {
-            "method": method,
-            **settings,
-            "tasks": list(model.packed.tasks),
-            "layers": list(model.packed.layout.names),
-            "batches": {task: len(held) for task, held in calibration.batches.items()},
-        }
-
-    def load(self, learned: Tensor, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-        if self.path is None or not self.path.exists():
-            return
-        state = torch.load(self.path, weights_only=True)
-        saved, own = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
-        differs = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
-        if differs:
-            raise ValueError(f"{self.path} is of another run: {', '.join(differs)} differ; choose another checkpoint_dir")
-        with torch.no_grad():
-            learned.copy_(state["coefficients"])
-        optimizer.load_state_dict(state["optimizer"])
-        history.extend(state["history"])
-        torch.set_rng_state(state["random_state"])
-
-    def save(self, learned: Tensor, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "identity": json.dumps(self.identity),
-            "coefficients": learned.detach(),
-            "optimizer": optimizer.state_dict(),
-            "history": history,
-            "random_state": torch.get_rng_state(),
-        }
-        with atomic_write(self.path) as file:
-            torch.save(state, file)
+def make_optimizer(learner: nn.Module, config: LearningConfig) -> torch.optim.Optimizer:
+    """torch's Adam, or SGD with momentum, on what is learned."""
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adam":
+        return torch.optim.Adam(learner.parameters(), **options)
+    return torch.optim.SGD(learner.parameters(), momentum=config.momentum, **options)

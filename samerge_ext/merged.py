@@ -54,6 +54,10 @@ class MergedModel(nn.Module):
         self._move_buffers()
         self._gradient_views = packed.layout.views(self.gradient)
         self._buffers_of = {None: packed.merged_buffers(), **{t: packed.expert_buffers.get(t, {}) for t in packed.tasks}}
+        self._heads = {
+            task: {n: x.to(self.merged) if x.is_floating_point() else x.to(self.merged.device) for n, x in head.items()}
+            for task, head in packed.heads.items()
+        }
         self._set_buffers(None)
         self.merge()
 
@@ -114,9 +118,8 @@ class MergedModel(nn.Module):
 
     def select_head(self, task: str) -> None:
         """Puts the task's own head tensors, in the merged weights' dtype, into the module where it has a place for them."""
-        for name, tensor in self.packed.heads.get(task, {}).items():
+        for name, tensor in self._heads.get(task, {}).items():
             owner, leaf = _find(self.module, name)
-            tensor = tensor.to(self.merged) if tensor.is_floating_point() else tensor.to(self.merged.device)
             if owner is not None and leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             elif owner is not None and leaf in owner._buffers:

@@ -15,8 +15,8 @@ from samerge_ext.models.shared_encoder import SharedEncoder
 
 # logits(module, batch, task) -> [B, V]: the user's forward on the user's module.
 Logits = Callable[[nn.Module, Any, str], Tensor]
-# objective(task, index of its batch, logits [B, V]) -> loss [], ∂loss/∂logits [B, V].
-Objective = Callable[[str, int, Tensor], tuple[Tensor, Tensor]]
+# objective(logits [B, V], target) -> loss [], ∂loss/∂logits [B, V]; the target is what the batch came with.
+Objective = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -31,7 +31,7 @@ def call_logits(logits: Logits, module: nn.Module, batch: Any, task: str, precis
 def losses_and_gradient(
     model: MergedModel,
     coefficients: Tensor,
-    batches: Mapping[str, tuple[int, Any]],
+    inputs: Mapping[str, tuple[Any, Any]],
     logits: Logits,
     objective: Objective,
     *,
@@ -42,19 +42,19 @@ def losses_and_gradient(
     """Each task's loss [T] and ∂(Σ_t α_t loss_t)/∂λ [T, L] at ``coefficients`` [T, L].
 
     One merge, the forward and backward passes of ``tasks_per_batch`` tasks at a time, one contraction.
-    batches: task -> (index, batch).
+    inputs: task -> (batch, target of the objective).
     """
     model.merge(coefficients)
     model.zero_gradients()
     losses = []
-    for outputs in _forwards(model, batches, logits, tasks_per_batch, precision):
+    for outputs in _forwards(model, inputs, logits, tasks_per_batch, precision):
         gradients = []
         for task, values in outputs.items():
             if not values.requires_grad:
                 raise RuntimeError(
                     f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach"
                 )
-            loss, gradient = objective(task, batches[task][0], values.detach())
+            loss, gradient = objective(values.detach(), inputs[task][1])
             losses.append(loss)
             gradients.append(gradient.mul_(task_weights[task]).to(values.dtype))
         torch.autograd.backward(list(outputs.values()), gradients)
@@ -62,17 +62,17 @@ def losses_and_gradient(
 
 
 def _forwards(
-    model: MergedModel, batches: Mapping[str, tuple[int, Any]], logits: Logits, tasks_per_batch: int | None, precision: str
+    model: MergedModel, inputs: Mapping[str, tuple[Any, Any]], logits: Logits, tasks_per_batch: int | None, precision: str
 ) -> Iterator[dict[str, Tensor]]:
     """Logits of one group of tasks after another: of several at once where they share an encoder."""
     if isinstance(logits, SharedEncoder):
-        remaining = iter(batches.items())
-        while group := {task: batch for task, (_, batch) in islice(remaining, tasks_per_batch or len(batches))}:
+        remaining = iter(inputs.items())
+        while group := {task: batch for task, (batch, _) in islice(remaining, tasks_per_batch or len(inputs))}:
             with _running(model.module, precision, f"the batches of tasks {list(group)}"):
                 together = logits.together(model.module, group)
             yield {task: _checked(task, values) for task, values in together.items()}
     else:
-        for task, (_, batch) in batches.items():
+        for task, (batch, _) in inputs.items():
             model.select_head(task)
             yield {task: call_logits(logits, model.module, batch, task, precision)}
 

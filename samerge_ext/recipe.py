@@ -10,13 +10,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samerge_ext.checkpoints import require_space, require_target
-from samerge_ext.learning import STATE_FILE
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
 from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
 from samerge_ext.packing import PackedWeights
 from samerge_ext.result import Result
+from samerge_ext.run_state import STATE_FILE
 
 LEARNED = {"samerging": (samerging, SAMergingConfig), "adamerging": (adamerging, AdaMergingConfig)}
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -94,6 +94,60 @@ def test_a_run_continues_from_its_checkpoint(on_gpu_by_name, problem, tmp_path):
     assert torch.equal(parts.coefficients, whole.coefficients)
 
 
+def test_cpu_batches_are_fetched(on_gpu_by_name, problem):
+    """Batches in the host's memory, pinned by the run or by the user, give what batches on the device give."""
+    (_, _, _, batches), (packed_weights, heads, device_batches) = problem
+    pinned = {task: [batch.pin_memory() for batch in held] for task, held in batches.items()}
+    run = lambda given: sm.samerging(
+        tiny.make(1), packed_weights, given, tiny.shared_encoder(heads), config=sm.SAMergingConfig(steps=7, progress=False)
+    )
+    expected = run(device_batches).coefficients
+    assert torch.equal(run(batches).coefficients, expected)
+    assert torch.equal(run(pinned).coefficients, expected)
+
+
+@pytest.mark.parametrize("adapter", (tiny.shared_encoder, tiny.plain))
+@pytest.mark.parametrize("settings", ({}, {"sam": "off", "optimizer": "sgd"}, {"granularity": "task", "adaptive": True}))
+def test_a_captured_step_gives_the_same_numbers(on_gpu_by_name, problem, adapter, settings):
+    _, (packed_weights, heads, batches) = problem
+
+    def run(cuda_graph):
+        config = sm.SAMergingConfig(steps=12, cuda_graph=cuda_graph, log_every=4, progress=False, **settings)
+        return sm.samerging(tiny.make(1), packed_weights, batches, adapter(heads), config=config)
+
+    called, captured = run(False), run(True)
+    assert torch.equal(captured.coefficients, called.coefficients)
+    assert captured.history == called.history and len(captured.history) == 12
+
+
+@pytest.mark.parametrize("cuda_graph", (False, True))
+def test_steps_do_not_wait_for_the_device(on_gpu_by_name, problem, cuda_graph):
+    _, (packed_weights, heads, batches) = problem
+    forward, calls = tiny.plain(heads), 0
+
+    def logits(module, batch, task):
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if calls == 2 * 2 * len(tiny.TASKS) + 1:  # two steps in: everything that is made once is there
+            torch.cuda.set_sync_debug_mode("error")
+        return forward(module, batch, task)
+
+    config = sm.SAMergingConfig(steps=20, log_every=4, cuda_graph=cuda_graph, progress=False)
+    try:
+        result = sm.samerging(tiny.make(1), packed_weights, batches, logits, config=config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(result.history) == 20
+
+
+def test_a_late_read_names_the_step_that_went_wrong(on_gpu_by_name, problem):
+    _, (packed_weights, heads, batches) = problem
+    broken = {**batches, "green": [batches["green"][0], batches["green"][1] * torch.inf]}
+    config = sm.AdaMergingConfig(steps=20, log_every=7, progress=False)
+    with pytest.raises(FloatingPointError, match="loss of task 'green' is nan at step 1;"):
+        sm.adamerging(tiny.make(1), packed_weights, broken, tiny.plain(heads), config=config)
+
+
 def test_bf16_autocast_learns(on_gpu_by_name, problem):
     (base, experts, _, _), (_, heads, batches) = problem
     narrow = [{t: h.float() for t, h in heads.items()}, {t: [b.float() for b in held] for t, held in batches.items()}]

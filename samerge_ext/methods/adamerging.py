@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samerge_ext.calibration import Calibration
-from samerge_ext.learning import LearningConfig, learn
+from samerge_ext.learning import LearningConfig, calibration_set, learn
 from samerge_ext.merged import MergedModel
 from samerge_ext.ops.softmax_kl import entropy_with_grad
 from samerge_ext.packing import PackedWeights
@@ -41,10 +40,10 @@ def adamerging(
     """
     config = config or AdaMergingConfig()
     started = time.perf_counter()
-    held = Calibration(calibration, packed.tasks, shuffle=config.shuffle, seed=config.seed)
+    held = calibration_set(calibration, packed, config)
     model = MergedModel(module, packed, config.initial_coefficient)
 
-    def uncertainty(task: str, index: int, student: Tensor) -> tuple[Tensor, Tensor]:
+    def uncertainty(student: Tensor, target: None) -> tuple[Tensor, Tensor]:
         return entropy_with_grad(student)
 
     history = learn(model, held, logits, uncertainty, config, "adamerging")

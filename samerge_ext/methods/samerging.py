@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samerge_ext.calibration import Calibration, teacher_logits
-from samerge_ext.learning import LearningConfig, learn
+from samerge_ext.calibration import teacher_logits
+from samerge_ext.learning import LearningConfig, calibration_set, learn
 from samerge_ext.merged import MergedModel
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
 from samerge_ext.packing import PackedWeights
@@ -59,22 +59,21 @@ def samerging(
     """
     config = config or SAMergingConfig()
     started = time.perf_counter()
-    held = Calibration(calibration, packed.tasks, shuffle=config.shuffle, seed=config.seed)
-    config.weights(packed.tasks)
+    held = calibration_set(calibration, packed, config)
     model = MergedModel(module, packed, config.initial_coefficient)
     teachers = teacher_logits(model, held, logits, config.precision)
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature
     scale = student_temperature * teacher_temperature if config.scale_by_temperature else 1.0
 
-    def distillation(task: str, index: int, student: Tensor) -> tuple[Tensor, Tensor]:
+    def distillation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         loss, gradient = softmax_kl_with_grad(
             student,
-            teachers[task][index],
+            teacher,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
         )
         return loss * scale, gradient.mul_(scale)
 
-    history = learn(model, held, logits, distillation, config, "samerging")
+    history = learn(model, held, logits, distillation, config, "samerging", targets=teachers)
     return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)

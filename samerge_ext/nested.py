@@ -1,0 +1,27 @@
+"""Tensors inside of batches: alone, or in dicts, tuples and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with every tensor in it, or in dicts, tuples and lists of them, replaced by function(tensor)."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return type(value)({key: map_tensors(function, item) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``; those in pinned memory are copied without waiting for it."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
