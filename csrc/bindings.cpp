@@ -17,8 +17,8 @@ at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_v
 std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const at::Tensor& student, const std::optional<at::Tensor>& teacher,
     const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
-    const std::optional<at::Tensor>& row_scale, const std::string& loss, double student_temperature,
-    double teacher_temperature);
+    const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& out, const std::string& loss,
+    double student_temperature, double teacher_temperature);
 
 #ifdef SAMERGE_CUDA
 void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
@@ -30,8 +30,8 @@ at::Tensor coefficient_grad_cuda(const at::Tensor& grad, const at::Tensor& task_
 std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
     const at::Tensor& student, const std::optional<at::Tensor>& teacher,
     const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
-    const std::optional<at::Tensor>& row_scale, const std::string& loss, double student_temperature,
-    double teacher_temperature);
+    const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& out, const std::string& loss,
+    double student_temperature, double teacher_temperature);
 #endif
 
 }  // namespace samerge

@@ -31,6 +31,7 @@ struct SoftmaxKlCall {
                 const std::optional<at::Tensor>& given_teacher_weights,  // [K, R]
                 const std::optional<at::Tensor>& given_num_classes,      // [R]
                 const std::optional<at::Tensor>& given_row_scale,        // [R]
+                const std::optional<at::Tensor>& out,                    // [R, V]
                 const std::string& loss, double student_temperature, double teacher_temperature) {
     SoftmaxKl& a = arguments;
     TORCH_CHECK_VALUE(given_student.dim() == 2 && given_student.size(1) > 0 && given_student.device().type() == device,
@@ -82,7 +83,10 @@ struct SoftmaxKlCall {
       TORCH_CHECK_VALUE(given_row_scale->numel() == rows && given_row_scale->scalar_type() == real && here(*given_row_scale),
                         "row_scale must be [R] of the accumulation dtype");
       row_scale = given_row_scale->contiguous();
-      grad = at::empty({rows, columns}, student.options());
+      TORCH_CHECK_VALUE(!out || (out->sizes() == given_student.sizes() && out->is_contiguous() && here(*out) &&
+                                 out->scalar_type() == given_student.scalar_type()),
+                        "out must be contiguous, of the student's shape and dtype, and on its device");
+      grad = out ? *out : at::empty({rows, columns}, student.options());
       a.row_scale = row_scale.const_data_ptr();
       a.grad = grad->mutable_data_ptr();
     }

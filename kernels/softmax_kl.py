@@ -21,6 +21,7 @@ def softmax_kl(
     teacher_weights: torch.Tensor | None,  # [K, R], None for 1/K
     num_classes: torch.Tensor | None,  # [R]
     row_scale: torch.Tensor | None,  # [R], None for no gradient
+    out: torch.Tensor | None,  # [R, V] for the gradient, None for a new tensor
     loss: str,
     student_temperature: float,
     teacher_temperature: float,
@@ -28,7 +29,9 @@ def softmax_kl(
     rows, columns = student.shape
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     losses = torch.empty(rows, dtype=wide, device=student.device)
-    grad = None if row_scale is None else torch.empty(rows, columns, dtype=student.dtype, device=student.device)
+    grad = out
+    if row_scale is not None and out is None:
+        grad = torch.empty(rows, columns, dtype=student.dtype, device=student.device)
     if not rows:
         return losses, grad
     student = launch.dense_rows(student)

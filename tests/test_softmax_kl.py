@@ -34,7 +34,8 @@ def run(student, teacher, teacher_weights, num_classes, row_scale, *settings):
 
 
 def truth(*args):
-    return reference.softmax_kl(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
+    wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    return reference.softmax_kl(*wide[:5], None, *wide[5:])
 
 
 def check(*args, at_least=0.0):
@@ -330,3 +331,38 @@ def test_impossible_numbers_of_classes(each_backend, wrong):
     losses, grad = sm.softmax_kl_with_grad(student, teacher, num_classes=counts, reduction="none")
     assert losses.isnan().tolist() == [False, False, True, False]
     assert torch.equal(grad.isnan().all(1), losses.isnan()) and torch.equal(grad.isnan().any(1), losses.isnan())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_gradient_can_be_written_into_a_given_tensor(each_backend, loss, dtype):
+    student, teacher = (x.to(dtype) for x in random_normal((5, 37), (2, 5, 37), seed=3))
+    call = getattr(sm, {"kl": "softmax_kl", "cross_entropy": "argmax_cross_entropy", "entropy": "entropy"}[loss] + "_with_grad")
+    logits = (student,) if loss == "entropy" else (student, teacher)
+    expected = call(*logits)
+    out = torch.full_like(student, torch.nan)
+    value, grad = call(*logits, out=out)
+    assert grad is out
+    assert torch.equal(out, expected[1]) and torch.equal(value, expected[0])
+
+
+def test_a_tensor_for_the_gradient_that_does_not_fit_is_refused():
+    student = torch.randn(5, 37)
+    for out, problem in (
+        (torch.empty(5, 36), r"shape \[5, 36\]"),
+        (torch.empty(37, 5).T, r"stride \(1, 5\)"),
+        (torch.empty(5, 37, dtype=torch.bfloat16), "bfloat16"),
+        (torch.empty(5, 37, requires_grad=True), "requires grad"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            sm.entropy_with_grad(student, out=out)
+
+
+@pytest.mark.parametrize("given", (False, True))
+def test_with_grad_compiles_into_one_graph(each_backend, given):
+    student, teacher = random_normal((4, 33), (4, 33), seed=5)
+    out = torch.zeros_like(student) if given else None
+    expected = sm.softmax_kl_with_grad(student, teacher)
+    compiled = torch.compile(lambda s, t: sm.softmax_kl_with_grad(s, t, out=out), fullgraph=True, backend="eager")
+    for result, value in zip(compiled(student, teacher), expected, strict=True):
+        assert torch.equal(result, value)

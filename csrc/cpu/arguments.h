@@ -1,5 +1,9 @@
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../tensors.h"
 
 namespace samerge {
@@ -9,6 +13,18 @@ inline void check_block_layer(const at::Tensor& block_layer, int64_t num_layers)
   for (int64_t b = 0; b < block_layer.numel(); ++b)
     TORCH_CHECK_VALUE(layer[b] >= (b ? layer[b - 1] : 0) && layer[b] < num_layers, "block_layer[", b, "] is ", layer[b],
                       "; it must be non-decreasing and lie in 0 ... ", num_layers - 1);
+}
+
+// Asks for large pages under a new large tensor: its first touch then costs a fault per 2 MiB instead of one per 4 KiB.
+inline void use_huge_pages(const at::Tensor& tensor) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096;
+  constexpr size_t kLarge = 8 << 20;  // bytes; the allocator reuses what is smaller
+  if (tensor.nbytes() < kLarge) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + tensor.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: nothing is lost where it is refused
+#endif
 }
 
 }  // namespace samerge

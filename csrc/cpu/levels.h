@@ -10,8 +10,12 @@ namespace samerge {
 struct Loops {
   void (*weighted_sum)(const WeightedSum&, int64_t first_block, int64_t last_block);
   void (*coefficient_grad)(const CoefficientGrad&, int64_t first_segment, int64_t last_segment);
-  void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row);
+  // scratch: room for exponentials, [rows, chunks * kSoftmaxKlChunk] and [rows, chunks + 1] for their maxima, where a row is the
+  // student's or a teacher's; or null.
+  void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row, void* scratch);
 };
+
+constexpr int64_t kSoftmaxKlChunk = 1024;
 
 extern const Loops portable_loops;  // level_portable.cpp
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

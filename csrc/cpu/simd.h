@@ -56,39 +56,60 @@ SAMERGE_INLINE Vector max(Vector a, Vector b) {  // b where a is NaN
   return a > b ? a : b;
 }
 
+// The last `count` lanes, moved to the front, with `fill` after them.
+template <class Vector>
+SAMERGE_INLINE Vector last_lanes(Vector v, int count, lane_t<Vector> fill) {
+  constexpr int kCount = kLanes<Vector>;
+#ifdef __clang__
+  Vector moved;
+  for (int lane = 0; lane < kCount; ++lane) moved[lane] = lane < count ? v[kCount - count + lane] : fill;
+  return moved;
+#else
+  decltype(v < v) lane;
+  for (int i = 0; i < kCount; ++i) lane[i] = i;
+  return lane < count ? __builtin_shuffle(v, lane + (kCount - count)) : broadcast<Vector>(fill);
+#endif
+}
+
 template <class Vector>
 SAMERGE_INLINE double sum(Vector v) {
-  double total = 0;
-  for (int lane = 0; lane < kLanes<Vector>; ++lane) total += v[lane];
-  return total;
+  double lanes[kLanes<Vector>];
+  for (int i = 0; i < kLanes<Vector>; ++i) lanes[i] = v[i];
+  for (int width = kLanes<Vector> / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 template <class Vector>
 SAMERGE_INLINE lane_t<Vector> max_lane(Vector v) {
-  lane_t<Vector> largest = v[0];
-  for (int lane = 1; lane < kLanes<Vector>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
-  return largest;
+  lane_t<Vector> lanes[kLanes<Vector>];
+  store(lanes, v);
+  for (int width = kLanes<Vector> / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
 }
 
-// exp(x) for x <= 88, within 2 ulp; 0 below -87.3 (the smallest normal number) and at -inf; NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln(2) / 2, and a polynomial in r (Cephes expf).
-SAMERGE_INLINE Float exp(Float x) {
+// exp(x * scale) for x * scale <= 88; 0 below -87.0 and at -inf; NaN stays NaN. Relative error at most 2^-23 for the
+// arithmetic and |x * scale| * 2^-24 for the rounding of the factor: 2^(n + f) with |f| <= 1/2 and a polynomial in f, whose
+// coefficients are a minimax fit of the relative error, 2e-9.
+SAMERGE_INLINE Float exp_scaled(Float x, float scale) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Float shifted = x * 1.44269504088896341f + kRound;
+  const float factor = scale * 1.44269504088896341f;
+  const Float shifted = x * factor + kRound;
   const Float n = shifted - kRound;
-  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first product exact
-  Float y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + (r + 1.f);
-  const Float scale = (Float)(((Bits)shifted << 23) + (127u << 23));
-  return x < -87.33654f ? Float{} : y * scale;
+  const Float f = x * factor - n;
+  Float y = f * 1.5353153867e-4f + 1.3399132295e-3f;
+  y = y * f + 9.6184397116e-3f;
+  y = y * f + 5.5503319949e-2f;
+  y = y * f + 2.4022647738e-1f;
+  y = y * f + 6.9314718246e-1f;
+  y = y * f + 1.f;
+  const Float power = (Float)(((Bits)shifted << 23) + (127u << 23));
+  return n < -125.5f ? Float{} : y * power;
 }
 
-SAMERGE_INLINE Double exp(Double x) {
-  for (int lane = 0; lane < kLanes<Double>; ++lane) x[lane] = __builtin_exp(x[lane]);
+SAMERGE_INLINE Double exp_scaled(Double x, double scale) {
+  for (int lane = 0; lane < kLanes<Double>; ++lane) x[lane] = __builtin_exp(x[lane] * scale);
   return x;
 }
 
@@ -103,6 +124,7 @@ SAMERGE_INLINE Double exp_remainder(Double d) {
 struct F32 {
   using Stored = float;
   using Vector = Float;
+  static constexpr bool kWide = true;  // stored as it is computed in
   static SAMERGE_INLINE Float read(const float* p) { return load<Float>(p); }
   static SAMERGE_INLINE void write(float* p, Float v) { store(p, v); }
 };
@@ -110,6 +132,7 @@ struct F32 {
 struct F64 {
   using Stored = double;
   using Vector = Double;
+  static constexpr bool kWide = true;
   static SAMERGE_INLINE Double read(const double* p) { return load<Double>(p); }
   static SAMERGE_INLINE void write(double* p, Double v) { store(p, v); }
 };
@@ -118,6 +141,7 @@ struct F64 {
 struct BF16 {
   using Stored = uint16_t;
   using Vector = Float;
+  static constexpr bool kWide = false;
   static SAMERGE_INLINE Float read(const uint16_t* p) {
     return (Float)(__builtin_convertvector(load<HalfBits>(p), Bits) << 16);
   }
@@ -131,6 +155,7 @@ struct BF16 {
 struct F16 {
   using Stored = uint16_t;
   using Vector = Float;
+  static constexpr bool kWide = false;
 #if SAMERGE_VECTOR_BYTES == 64
   static SAMERGE_INLINE Float read(const uint16_t* p) { return (Float)_mm512_cvtph_ps(load<__m256i>(p)); }
   static SAMERGE_INLINE void write(uint16_t* p, Float v) {

@@ -1,58 +1,104 @@
 // One row at a time, in chunks that stay in the first-level cache as float (or double). A first pass finds each row's
-// largest logit m and log Z, with Z = sum of exp((x - m) / temperature), rescaled when a chunk brings a larger m; a
-// second pass over the same row computes loss and gradient. Chunks are padded with -inf to whole vectors.
+// largest logit m and log Z, with Z = sum of exp((x - m) / temperature), rescaled when a chunk brings a larger m, and
+// keeps the exponentials where there is room for them; a second pass over the same row computes loss and gradient.
+// Chunks are padded with -inf to whole vectors; those of whole vectors in float are read and written where they lie.
 #pragma once
 
 #include "../softmax_kl.h"
+#include "levels.h"
 #include "simd.h"
 
 namespace samerge::SAMERGE_LEVEL {
 
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunk = kSoftmaxKlChunk;
 
+// n numbers as whole vectors: in place, or in `chunk` with -inf after them.
 template <class Storage, class Real = lane_t<typename Storage::Vector>>
-void read_padded(const void* source, int64_t n, Real* chunk) {  // [n], [n up to whole vectors]
+const Real* read_padded(const void* source, int64_t n, Real* chunk) {  // [n], [n up to whole vectors]
   using Vector = typename Storage::Vector;
   constexpr int kStep = kLanes<Vector>;
   const auto* numbers = static_cast<const typename Storage::Stored*>(source);
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) store(chunk + i, Storage::read(numbers + i));
-  if (i == n) return;
-  typename Storage::Stored rest[kStep] = {};
-  __builtin_memcpy(rest, numbers + i, (n - i) * sizeof(rest[0]));
-  store(chunk + i, Storage::read(rest));
-  for (int64_t k = n; k < i + kStep; ++k) chunk[k] = -__builtin_inff();
+  if constexpr (Storage::kWide)
+    if (n % kStep == 0) return numbers;
+  const int rest = n % kStep;
+  const int64_t whole = n - rest;
+  for (int64_t i = 0; i < whole; i += kStep) store(chunk + i, Storage::read(numbers + i));
+  if (whole && rest) {  // in registers: a load that spans two recent stores would wait for both
+    store(chunk + whole, last_lanes(Storage::read(numbers + n - kStep), rest, -__builtin_inff()));
+  } else if (rest) {
+    typename Storage::Stored few[kStep] = {};
+    __builtin_memcpy(few + kStep - rest, numbers, rest * sizeof(few[0]));
+    store(chunk, last_lanes(Storage::read(few), rest, -__builtin_inff()));
+  }
+  return chunk;
+}
+
+// Where n numbers for `target` are computed: in place where whole vectors of them fit, else in `chunk`.
+template <class Storage, class Real = lane_t<typename Storage::Vector>>
+Real* write_place(void* target, int64_t n, Real* chunk) {
+  if constexpr (Storage::kWide)
+    if (target && n % kLanes<typename Storage::Vector> == 0) return static_cast<Real*>(target);
+  return chunk;
 }
 
 template <class Storage, class Real = lane_t<typename Storage::Vector>>
-void write_some(void* target, int64_t begin, int64_t n, const Real* chunk) {
+void write_some(void* target, int64_t n, const Real* place) {
   using Vector = typename Storage::Vector;
   constexpr int kStep = kLanes<Vector>;
-  auto* numbers = static_cast<typename Storage::Stored*>(target) + begin;
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) Storage::write(numbers + i, load<Vector>(chunk + i));
-  if (i == n) return;
-  typename Storage::Stored rest[kStep];
-  Storage::write(rest, load<Vector>(chunk + i));
-  __builtin_memcpy(numbers + i, rest, (n - i) * sizeof(rest[0]));
+  auto* numbers = static_cast<typename Storage::Stored*>(target);
+  if (target == place) return;
+  const int rest = n % kStep;
+  const int64_t whole = n - rest;
+  for (int64_t i = 0; i < whole; i += kStep) Storage::write(numbers + i, load<Vector>(place + i));
+  if (rest == 0) return;
+  typename Storage::Stored few[kStep];
+  Storage::write(few, load<Vector>(place + whole));
+  __builtin_memcpy(numbers + whole, few, rest * sizeof(few[0]));
 }
 
+// What knows how numbers are stored.
 template <class Real>
-struct Row {
-  const char* numbers;
+struct RowFunctions {
+  const Real* (*read)(const void*, int64_t, Real*);
+  Real* (*place)(void*, int64_t, Real*);
+  void (*write)(void*, int64_t, const Real*);
   int64_t bytes;  // of a number
-  void (*read)(const void* numbers, int64_t n, Real* chunk);
-
-  void read_chunk(int64_t begin, int64_t n, Real* chunk) const { read(numbers + begin * bytes, n, chunk); }
 };
 
-// Calls chunk(begin, count, x) with the first n numbers of a row, kChunk of them at a time.
-template <class Real, class Chunk>
-SAMERGE_INLINE void for_chunks(const Row<Real>& row, int64_t n, Real* x, const Chunk& chunk) {
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t count = n - begin < kChunk ? n - begin : kChunk;
-    row.read_chunk(begin, count, x);
-    chunk(begin, count);
+template <class Storage, class Real>
+constexpr RowFunctions<Real> row_functions = {read_padded<Storage>, write_place<Storage>, write_some<Storage>,
+                                              int64_t(sizeof(typename Storage::Stored))};
+
+// A row of logits and what the first pass leaves of it, with y = (x - max) / temperature.
+template <class Real>
+struct Row {
+  const char* numbers;  // [n]
+  RowFunctions<Real> storage;
+  int64_t n;
+  Real inverse_temperature;
+  Real* exponentials;  // [n up to whole chunks] of each chunk relative to the maximum so far; null where there is no room
+  Real* maxima;        // [chunks + 1] those maxima
+  Real max;
+  double log_sum;  // log Z
+  Real scale;      // 1 / Z
+  double entropy;  // log Z - (sum of exp(y) * y) / Z: no term cancels another
+
+  const Real* chunk(int64_t begin, int64_t count, Real* buffer) const {
+    return storage.read(numbers + begin * storage.bytes, count, buffer);
+  }
+};
+
+// Calls body(index, begin, count, x) for a row's chunks: kChunk numbers, and at the end what is left of them. What would not
+// fill a vector there is a chunk of its own where that is cheaper than a copy of them all.
+template <class Real, class Body>
+SAMERGE_INLINE void for_chunks(const Row<Real>& row, const Body& body) {
+  alignas(64) Real buffer[kChunk];
+  int64_t index = 0, begin = 0;
+  while (begin < row.n) {
+    int64_t count = row.n - begin < kChunk ? row.n - begin : kChunk;
+    if (count > kChunk / 4) count -= count % (kBytes / int64_t(sizeof(Real)));
+    body(index++, begin, count, row.chunk(begin, count, buffer));
+    begin += count;
   }
 }
 
@@ -63,44 +109,64 @@ Real chunk_max(const Real* x, int64_t n, Real at_least) {
   return max_lane(largest);
 }
 
+// The first pass.
+template <class Vector, class Real = lane_t<Vector>>
+void normalize(Row<Real>& row, bool with_entropy) {
+  alignas(64) Real unused[kChunk];
+  Partition<Real, double> seen = {-__builtin_inff(), 0, 0};
+  for_chunks(row, [&](int64_t index, int64_t begin, int64_t count, const Real* x) {
+    const Real larger = chunk_max<Vector>(x, count, seen.max);
+    if (larger > seen.max) {
+      const double shift = (double(seen.max) - larger) * row.inverse_temperature;
+      seen = rescaled(seen, larger, shift, begin ? __builtin_exp(shift) : 0.0);
+    }
+    Real* exponentials = row.exponentials ? row.exponentials + begin : unused;
+    if (row.exponentials) row.maxima[index] = seen.max;
+    // Where all is masked so far, any finite number makes the exponentials 0.
+    const Real max = seen.max == -__builtin_inff() ? Real(0) : seen.max;
+    Vector sums = {}, weighted = {};
+    const Real inverse = row.inverse_temperature;
+    for (int64_t i = 0; i < count; i += kLanes<Vector>) {
+      const Vector y = load<Vector>(x + i) - max, e = exp_scaled(y, inverse);
+      store(exponentials + i, e);
+      sums += e;
+      if (with_entropy) weighted += e == Real(0) ? Vector{} : e * (y * inverse);
+    }
+    seen.sum += sum(sums);
+    if (with_entropy) seen.weighted += sum(weighted);
+  });
+  row.max = seen.max;
+  row.log_sum = __builtin_log(seen.sum);
+  row.scale = 1 / seen.sum;
+  row.entropy = row.log_sum - seen.weighted / seen.sum;
+}
+
+// A chunk's exponentials and the factor that makes probabilities of them.
 template <class Real>
-struct Normalizer {
-  Real max;        // m
-  double log_sum;  // log Z
-  double entropy;  // log Z - (sum of exp(y) * y) / Z with y = (x - m) / temperature: no term cancels another
+struct Exponentials {
+  const Real* values;
+  Real factor;
 };
 
 template <class Vector, class Real = lane_t<Vector>>
-Normalizer<Real> normalize(const Row<Real>& row, int64_t n, Real inverse_temperature, bool with_entropy) {
-  alignas(64) Real x[kChunk];
-  Partition<Real, double> seen = {-__builtin_inff(), 0, 0};
-  for_chunks(row, n, x, [&](int64_t, int64_t count) {
-    const Real larger = chunk_max<Vector>(x, count, seen.max);
-    if (larger > seen.max) {
-      const double shift = (double(seen.max) - larger) * inverse_temperature;
-      seen = rescaled(seen, larger, shift, __builtin_exp(shift));
-    }
-    if (seen.max == -__builtin_inff()) return;  // all masked so far
-    Vector sums = {}, weighted = {};
-    for (int64_t i = 0; i < count; i += kLanes<Vector>) {
-      const Vector y = (load<Vector>(x + i) - seen.max) * inverse_temperature, e = exp(y);
-      sums += e;
-      if (with_entropy) weighted += e == Real(0) ? Vector{} : e * y;
-    }
-    seen.sum += sum(sums);
-    seen.weighted += sum(weighted);
-  });
-  const double log_sum = __builtin_log(seen.sum);
-  return {seen.max, log_sum, log_sum - seen.weighted / seen.sum};
+Exponentials<Real> exponentials(const Row<Real>& row, int64_t index, int64_t begin, int64_t count, const Real* x,
+                                Real* buffer) {
+  if (row.exponentials) {
+    const Real max = row.maxima[index];
+    const Real factor = max == row.max ? Real(1) : Real(__builtin_exp((double(max) - row.max) * row.inverse_temperature));
+    return {row.exponentials + begin, factor * row.scale};
+  }
+  for (int64_t i = 0; i < count; i += kLanes<Vector>)
+    store(buffer + i, exp_scaled(load<Vector>(x + i) - row.max, row.inverse_temperature));
+  return {buffer, row.scale};
 }
 
 // The first position of the largest number.
 template <class Vector, class Real = lane_t<Vector>>
-int64_t argmax(const Row<Real>& row, int64_t n) {
-  alignas(64) Real x[kChunk];
+int64_t argmax(const Row<Real>& row) {
   Real best = -__builtin_inff();
   int64_t position = 0;
-  for_chunks(row, n, x, [&](int64_t begin, int64_t count) {
+  for_chunks(row, [&](int64_t, int64_t begin, int64_t count, const Real* x) {
     const Real larger = chunk_max<Vector>(x, count, best);
     if (!(larger > best)) return;
     best = larger;
@@ -109,129 +175,142 @@ int64_t argmax(const Row<Real>& row, int64_t n) {
   return position;
 }
 
-// slope += weight * (q - p) over a chunk; returns the chunk's part of KL(p || q).
-template <class Vector, class Real = lane_t<Vector>>
-double kl_chunk(const Real* teacher, const Normalizer<Real>& of_teacher, Real inverse_teacher, const Real* student,
-                const Normalizer<Real>& of_student, Real inverse_student, const Real* q, int64_t n, Real weight,
-                Real* slope) {
-  const Real offset = of_teacher.log_sum - of_student.log_sum, max_gap = of_teacher.max - of_student.max;
-  const Real scale = __builtin_exp(-of_teacher.log_sum);
-  const bool same_temperature = inverse_teacher == inverse_student;
+// What follows a chunk's row in memory. Short rows follow each other sooner than the processor's own prefetching notices.
+struct Next {
+  const char *teacher, *student, *grad;
+};
+
+// slope = before + weight * (q - p) over a chunk, where before is 0 for the first teacher and else what is in slope;
+// returns the chunk's part of KL(p || q). Meanwhile `next` is
+// fetched into the cache.
+template <class Vector, bool kSameTemperature, class Real = lane_t<Vector>>
+double kl_chunk(const Row<Real>& teacher, const Real* t, Exponentials<Real> p, const Row<Real>& student, const Real* s,
+                Exponentials<Real> q, int64_t n, Real weight, bool first, Real* slope,
+                const Next& next) {
+  const Real offset = teacher.log_sum - student.log_sum, max_gap = teacher.max - student.max;
+  const Real inverse_teacher = teacher.inverse_temperature, inverse_student = student.inverse_temperature;
+  const Real teacher_max = teacher.max, student_max = student.max;
   Vector total = {};
   for (int64_t i = 0; i < n; i += kLanes<Vector>) {
-    const Vector t = load<Vector>(teacher + i), s = load<Vector>(student + i), q_i = load<Vector>(q + i);
-    const Vector log_p = (t - of_teacher.max) * inverse_teacher, p = exp(log_p) * scale;
+    const Vector t_i = load<Vector>(t + i), s_i = load<Vector>(s + i);
     // t - s is exact where they are close, which (t - max) - (s - max) is not.
-    const Vector d = (same_temperature ? ((t - s) - max_gap) * inverse_teacher
-                                       : log_p - (s - of_student.max) * inverse_student) -
-                     offset;
-    const KlTerm<Vector> term = kl_term<Real>(p, q_i, d, exp_remainder(d));
+    const Vector gap = kSameTemperature ? ((t_i - s_i) - max_gap) * inverse_teacher
+                                        : (t_i - teacher_max) * inverse_teacher - (s_i - student_max) * inverse_student;
+    const Vector d = gap - offset;
+    const KlTerm<Vector> term = kl_term<Real>(load<Vector>(p.values + i) * p.factor, load<Vector>(q.values + i) * q.factor,
+                                              d, exp_remainder(d));
+    __builtin_prefetch(next.teacher + i * teacher.storage.bytes);
+    __builtin_prefetch(next.student + i * student.storage.bytes);
+    __builtin_prefetch(next.grad + i * student.storage.bytes, 1);
     total += term.loss;
-    store(slope + i, load<Vector>(slope + i) + term.slope * weight);
+    const Vector before = first ? Vector{} : load<Vector>(slope + i);
+    store(slope + i, before + term.slope * weight);
   }
   return sum(total);
 }
 
-// slope = d H(q) / d (x / temperature) = -q * (log q + H) over a chunk.
+// slope = weight * d H(q) / d (x / temperature) = -weight * q * (log q + H) over a chunk.
 template <class Vector, class Real = lane_t<Vector>>
-void entropy_chunk(const Real* x, const Normalizer<Real>& of, Real inverse_temperature, const Real* q, int64_t n,
-                   Real* slope) {
-  const Real shift = of.entropy - of.log_sum;
+void entropy_chunk(const Row<Real>& row, const Real* x, Exponentials<Real> q, int64_t n, Real weight, Real* slope) {
+  const Real shift = row.entropy - row.log_sum, factor = -weight * q.factor;
   for (int64_t i = 0; i < n; i += kLanes<Vector>) {
-    const Vector q_i = load<Vector>(q + i), y = (load<Vector>(x + i) - of.max) * inverse_temperature;
-    store(slope + i, q_i == Real(0) ? Vector{} : -q_i * (y + shift));
+    const Vector e = load<Vector>(q.values + i), y = (load<Vector>(x + i) - row.max) * row.inverse_temperature;
+    store(slope + i, e == Real(0) ? Vector{} : e * factor * (y + shift));
   }
 }
-
-template <class Real>
-struct RowFunctions {
-  void (*read)(const void*, int64_t, Real*);
-  void (*write)(void*, int64_t, int64_t, const Real*);
-  int64_t bytes;  // of a number
-};
-
-template <class Storage, class Real>
-constexpr RowFunctions<Real> row_functions = {read_padded<Storage>, write_some<Storage>,
-                                              int64_t(sizeof(typename Storage::Stored))};
 
 template <class Real>
 struct Teacher {
   Row<Real> row;
   Real weight;
-  Normalizer<Real> normalizer;  // kl
-  int64_t target;               // cross_entropy
+  int64_t target;  // cross_entropy
 };
 
 template <class Vector, class Real = lane_t<Vector>>
 void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const RowFunctions<Real>& teachers, int64_t first,
-                int64_t last) {
+                int64_t last, void* scratch) {
   const Real inverse_student = 1 / a.student_temperature, inverse_teacher = 1 / a.teacher_temperature;
-  alignas(64) Real x[kChunk], y[kChunk], q[kChunk], slope[kChunk];
+  alignas(64) Real y[kChunk], p_buffer[kChunk], q_buffer[kChunk], slope_buffer[kChunk];
   auto* teacher = static_cast<Teacher<Real>*>(__builtin_alloca(a.num_teachers * sizeof(Teacher<Real>)));  // [K]
+  const auto kl = inverse_student == inverse_teacher ? kl_chunk<Vector, true> : kl_chunk<Vector, false>;
+  const int64_t chunks = (a.num_columns + kChunk - 1) / kChunk;
+  const int64_t next_row = chunks == 1 ? a.num_columns : 0;  // the row itself where it is long
+  auto* room = static_cast<Real*>(scratch);
+  auto* maxima = room + (1 + a.num_teachers) * chunks * kChunk;
+  Row<Real> student;
+  // The student is row 0, teacher k row 1 + k.
+  for (int64_t k = 0; k <= a.num_teachers; ++k) {
+    Row<Real>& row = k ? teacher[k - 1].row : student;
+    row.storage = k ? teachers : students;
+    row.inverse_temperature = k ? inverse_teacher : inverse_student;
+    row.exponentials = room ? room + k * chunks * kChunk : nullptr;
+    row.maxima = room ? maxima + k * (chunks + 1) : nullptr;
+  }
 
   for (int64_t r = first; r < last; ++r) {
     const int64_t n = a.num_classes ? a.num_classes[r] : a.num_columns;
-    const Row<Real> student = {static_cast<const char*>(a.student) + r * a.student_stride * students.bytes, students.bytes,
-                               students.read};
-    const Normalizer<Real> of_student = normalize<Vector>(student, n, inverse_student, a.loss == RowLoss::entropy);
-    double loss = a.loss == RowLoss::entropy ? of_student.entropy : 0;
+    student.numbers = static_cast<const char*>(a.student) + r * a.student_stride * students.bytes;
+    student.n = n;
+    normalize<Vector>(student, a.loss == RowLoss::entropy);
+    double loss = a.loss == RowLoss::entropy ? student.entropy : 0;
     Real total_weight = 0;
 
     for (int64_t k = 0; k < a.num_teachers; ++k) {
       Teacher<Real>& t = teacher[k];
       const int64_t offset = k * a.teacher_stride + r * a.teacher_row_stride;
-      t.row = {static_cast<const char*>(a.teacher) + offset * teachers.bytes, teachers.bytes, teachers.read};
+      t.row.numbers = static_cast<const char*>(a.teacher) + offset * teachers.bytes;
+      t.row.n = n;
       t.weight = a.teacher_weights ? static_cast<const Real*>(a.teacher_weights)[k * a.num_rows + r]
                                    : Real(1) / Real(a.num_teachers);
       total_weight += t.weight;
       if (a.loss == RowLoss::kl) {
-        t.normalizer = normalize<Vector>(t.row, n, inverse_teacher, false);
+        normalize<Vector>(t.row, false);
       } else {
-        t.target = argmax<Vector>(t.row, n);
-        student.read_chunk(t.target, 1, x);
-        loss += t.weight * (of_student.log_sum - (double(x[0]) - of_student.max) * inverse_student);
+        t.target = argmax<Vector>(t.row);
+        const double logit = *student.chunk(t.target, 1, y);
+        loss += t.weight * (student.log_sum - (logit - student.max) * inverse_student);
       }
     }
 
     char* grad = a.grad ? static_cast<char*>(a.grad) + r * a.num_columns * students.bytes : nullptr;
     const Real grad_scale = grad ? static_cast<const Real*>(a.row_scale)[r] * inverse_student : Real(0);
-    const Real q_scale = __builtin_exp(-of_student.log_sum);
     if (grad || a.loss == RowLoss::kl) {
-      for_chunks(student, n, x, [&](int64_t begin, int64_t count) {
-        for (int64_t i = 0; i < count; i += kLanes<Vector>)
-          store(q + i, exp((load<Vector>(x + i) - of_student.max) * inverse_student) * q_scale);
+      for_chunks(student, [&](int64_t index, int64_t begin, int64_t count, const Real* x) {
+        const Exponentials<Real> q = exponentials<Vector>(student, index, begin, count, x, q_buffer);
+        char* target = grad ? grad + begin * students.bytes : nullptr;
+        Real* slope = students.place(target, count, slope_buffer);
         if (a.loss == RowLoss::entropy) {
-          entropy_chunk<Vector>(x, of_student, inverse_student, q, count, slope);
+          entropy_chunk<Vector>(student, x, q, count, grad_scale, slope);
         } else if (a.loss == RowLoss::kl) {
-          for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope + i, Vector{});
           for (int64_t k = 0; k < a.num_teachers; ++k) {
             const Teacher<Real>& t = teacher[k];
-            t.row.read_chunk(begin, count, y);
-            loss += t.weight * kl_chunk<Vector>(y, t.normalizer, inverse_teacher, x, of_student, inverse_student, q, count,
-                                                t.weight, slope);
+            const Real* numbers = t.row.chunk(begin, count, y);
+            const Exponentials<Real> p = exponentials<Vector>(t.row, index, begin, count, numbers, p_buffer);
+            const Next next = {t.row.numbers + next_row * teachers.bytes, student.numbers + next_row * students.bytes,
+                               grad + next_row * students.bytes};
+            loss += t.weight * kl(t.row, numbers, p, student, x, q, count, t.weight * grad_scale, k == 0, slope, next);
           }
         } else {
-          for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope + i, load<Vector>(q + i) * total_weight);
+          const Real factor = total_weight * grad_scale * q.factor;
+          for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope + i, load<Vector>(q.values + i) * factor);
           for (int64_t k = 0; k < a.num_teachers; ++k) {
-            const int64_t target = teacher[k].target - begin;
-            if (target >= 0 && target < count) slope[target] -= teacher[k].weight;
+            const int64_t hit = teacher[k].target - begin;
+            if (hit >= 0 && hit < count) slope[hit] -= teacher[k].weight * grad_scale;
           }
         }
-        if (!grad) return;
-        for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope + i, load<Vector>(slope + i) * grad_scale);
-        students.write(grad, begin, count, slope);
+        if (grad) students.write(target, count, slope);
       });
     }
-    if (grad) __builtin_memset(grad + n * students.bytes, 0, (a.num_columns - n) * students.bytes);
+    if (grad && n < a.num_columns) __builtin_memset(grad + n * students.bytes, 0, (a.num_columns - n) * students.bytes);
     static_cast<Real*>(a.losses)[r] = loss;
   }
 }
 
-void softmax_kl(const SoftmaxKl& a, int64_t first, int64_t last) {
+void softmax_kl(const SoftmaxKl& a, int64_t first, int64_t last, void* scratch) {
   if (a.student_dtype == DType::f64)
-    return row_losses<Double>(a, row_functions<F64, double>, row_functions<F64, double>, first, last);
+    return row_losses<Double>(a, row_functions<F64, double>, row_functions<F64, double>, first, last, scratch);
   constexpr RowFunctions<float> of[] = {row_functions<F32, float>, row_functions<BF16, float>, row_functions<F16, float>};
-  row_losses<Float>(a, of[int(a.student_dtype)], of[int(a.teacher_dtype)], first, last);
+  row_losses<Float>(a, of[int(a.student_dtype)], of[int(a.teacher_dtype)], first, last, scratch);
 }
 
 }  // namespace samerge::SAMERGE_LEVEL

@@ -20,6 +20,7 @@ _ARGUMENTS = "Tensor student, Tensor? teacher, Tensor? teacher_weights, Tensor? 
 _SETTINGS = "str loss, float student_temperature, float teacher_temperature"
 define(f"softmax_kl({_ARGUMENTS}, {_SETTINGS}) -> Tensor")
 define(f"softmax_kl_grad({_ARGUMENTS}, Tensor row_scale, {_SETTINGS}) -> (Tensor, Tensor)")
+define(f"softmax_kl_grad_out({_ARGUMENTS}, Tensor row_scale, Tensor(a!) out, {_SETTINGS}) -> Tensor")
 
 
 def softmax_kl(
@@ -68,15 +69,17 @@ def softmax_kl_with_grad(
     teacher_weights: torch.Tensor | None = None,
     num_classes: torch.Tensor | None = None,
     reduction: str = "batchmean",
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax_kl` and its gradient by the student's logits in one call, outside autograd.
 
     Arguments and errors are those of `softmax_kl`. Continue with `student.backward(grad)`.
+    out: [R, V], of the student's dtype, contiguous: the gradient is written there. It may not share memory with the logits.
 
     Returns:
         The loss, and its gradient [R, V] in the student's dtype; for "none", row r is the gradient of loss r.
     """
-    options = (student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction)
+    options = (student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction, out)
     return _loss_with_grad("kl", student, teacher, *options)
 
 
@@ -107,9 +110,10 @@ def argmax_cross_entropy_with_grad(
     teacher_weights: torch.Tensor | None = None,
     num_classes: torch.Tensor | None = None,
     reduction: str = "batchmean",
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`argmax_cross_entropy` and its gradient [R, V] in one call, outside autograd; as `softmax_kl_with_grad`."""
-    options = (student_temperature, 1.0, row_weights, teacher_weights, num_classes, reduction)
+    options = (student_temperature, 1.0, row_weights, teacher_weights, num_classes, reduction, out)
     return _loss_with_grad("cross_entropy", student, teacher, *options)
 
 
@@ -132,9 +136,10 @@ def entropy_with_grad(
     row_weights: torch.Tensor | None = None,
     num_classes: torch.Tensor | None = None,
     reduction: str = "batchmean",
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`entropy` and its gradient [R, V] in one call, outside autograd; as `softmax_kl_with_grad`."""
-    return _loss_with_grad("entropy", student, None, temperature, 1.0, row_weights, None, num_classes, reduction)
+    return _loss_with_grad("entropy", student, None, temperature, 1.0, row_weights, None, num_classes, reduction, out)
 
 
 def _loss(loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction):
@@ -147,21 +152,43 @@ def _loss(loss, student, teacher, student_temperature, teacher_temperature, row_
     return _reduce(losses, row_weights, reduction)
 
 
-@torch.no_grad()
 def _loss_with_grad(
-    loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+    loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction, out
 ):
     teacher, teacher_weights = _check(
         student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
     )
+    _check_out(out, student)
     rows = student.shape[0]
-    row_scale = student.new_ones(rows, dtype=accumulator(student)) if row_weights is None else row_weights
-    if reduction == "batchmean":
-        row_scale = row_scale / max(rows, 1)
-    losses, grad = torch.ops.samerge.softmax_kl_grad(
-        student, teacher, teacher_weights, num_classes, row_scale, loss, student_temperature, teacher_temperature
-    )
+    scale = 1 / max(rows, 1) if reduction == "batchmean" else 1.0
+    if row_weights is None:
+        row_scale = student.new_full((rows,), scale, dtype=accumulator(student))
+    else:
+        row_weights = row_weights.detach()
+        row_scale = row_weights * scale
+    inputs = (student.detach(), teacher, teacher_weights, num_classes, row_scale)
+    settings = (loss, student_temperature, teacher_temperature)
+    # On small inputs the dispatcher would cost as much as the kernel; it is there for tensors that only stand for others.
+    if type(student) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        losses, grad = backend.kernel("softmax_kl", student)(*inputs, out, *settings)
+    elif out is None:
+        losses, grad = torch.ops.samerge.softmax_kl_grad(*inputs, *settings)
+    else:
+        losses, grad = torch.ops.samerge.softmax_kl_grad_out(*inputs, out, *settings), out
     return _reduce(losses, row_weights, reduction), grad
+
+
+def _check_out(out, student) -> None:
+    if out is None:
+        return
+    if out.shape != student.shape or out.dtype != student.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out has shape {shape(out)}, stride {out.stride()} and dtype {out.dtype}; it must be contiguous, "
+            f"{shape(student)} and {student.dtype} as the student is"
+        )
+    if out.requires_grad:
+        raise ValueError("out requires grad, but a gradient is written into it outside of autograd; pass out.detach()")
+    check_devices(student=student, out=out)
 
 
 def _reduce(losses, row_weights, reduction):  # [R], [R]
@@ -169,8 +196,7 @@ def _reduce(losses, row_weights, reduction):  # [R], [R]
         losses = losses * row_weights
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total / max(losses.shape[0], 1) if reduction == "batchmean" else total
+    return losses.mean() if reduction == "batchmean" and len(losses) else losses.sum()
 
 
 def _check(
@@ -224,11 +250,16 @@ def _check_weights(name, weights, student, shapes) -> None:
 
 def _forward(student, teacher, teacher_weights, num_classes, *settings):
     kernel = backend.kernel("softmax_kl", student)
-    return kernel(student, teacher, teacher_weights, num_classes, None, *settings)[0]
+    return kernel(student, teacher, teacher_weights, num_classes, None, None, *settings)[0]
 
 
-def _forward_grad(student, *args):
-    return backend.kernel("softmax_kl", student)(student, *args)
+def _forward_grad(student, teacher, teacher_weights, num_classes, row_scale, *settings):
+    kernel = backend.kernel("softmax_kl", student)
+    return kernel(student, teacher, teacher_weights, num_classes, row_scale, None, *settings)
+
+
+def _forward_grad_out(student, *args):
+    return backend.kernel("softmax_kl", student)(student, *args)[0]
 
 
 def _fake(student, *_):
@@ -255,7 +286,9 @@ def _no_second_derivative(ctx, *_):
 
 library.impl("softmax_kl", _forward, "CompositeExplicitAutograd")
 library.impl("softmax_kl_grad", _forward_grad, "CompositeExplicitAutograd")
+library.impl("softmax_kl_grad_out", _forward_grad_out, "CompositeExplicitAutograd")
 torch.library.register_fake("samerge::softmax_kl", _fake, lib=library)
 torch.library.register_fake("samerge::softmax_kl_grad", _fake_grad, lib=library)
+torch.library.register_fake("samerge::softmax_kl_grad_out", _fake, lib=library)
 torch.library.register_autograd("samerge::softmax_kl", _backward, setup_context=_setup_context, lib=library)
 torch.library.register_autograd("samerge::softmax_kl_grad", _no_second_derivative, lib=library)

@@ -9,6 +9,7 @@ def softmax_kl(
     teacher_weights: torch.Tensor | None,  # [K, R], None for 1/K
     num_classes: torch.Tensor | None,  # [R]
     row_scale: torch.Tensor | None,  # [R], None for no gradient
+    out: torch.Tensor | None,  # [R, V] for the gradient, None for a new tensor
     loss: str,
     student_temperature: float,
     teacher_temperature: float,
@@ -37,4 +38,5 @@ def softmax_kl(
             slope += weight[:, None] * (q - p)
     if row_scale is None:
         return losses, None
-    return losses, (slope * (row_scale.to(wide) / student_temperature)[:, None]).to(student.dtype)
+    grad = (slope * (row_scale.to(wide) / student_temperature)[:, None]).to(student.dtype)
+    return losses, grad if out is None else out.copy_(grad)
