@@ -13,12 +13,12 @@ VADER := vaderSentiment-3.3.2.tar.gz
 
 GPU_TESTS := $(addprefix tests/test_,weighted_sum.py coefficient_grad.py softmax_kl.py gpu.py)
 
-.PHONY: help setup data demo test bench gpu-build test-gpu bench-gpu clean
+.PHONY: help setup data demo test bench bench-quick gpu-build test-gpu bench-gpu clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make test    run the tests"
-	@echo "make bench   time a SAM step beside its baselines"
+	@echo "make bench   time the operators and a SAM step beside their baselines (an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
 	@echo "make clean   remove the environment and all that was built"
 
@@ -49,8 +49,16 @@ demo: $(DATA)/$(VADER)
 test: $(DATA)/$(VADER) $(VENV)/test-ready
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/ready
-	$(BIN)/python benchmarks/bench_merging.py
+$(VENV)/bench-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --group bench
+	touch $@
+
+bench: $(VENV)/bench-ready
+	$(BIN)/python -m pytest benchmarks --save-to benchmarks/results
+
+# Without the SAM step, which takes minutes.
+bench-quick: $(VENV)/bench-ready
+	$(BIN)/python -m pytest benchmarks --size quick --ignore benchmarks/bench_merging.py
 
 # On a machine with a GPU everything is taken from the python at hand, and nothing is downloaded. COMMIT names the sources in
 # the results where they were copied there without their repository.
@@ -62,7 +70,7 @@ test-gpu: gpu-build
 	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
 
 bench-gpu: gpu-build
-	$(PYTHON) benchmarks/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) -m pytest benchmarks --device cuda --save-to benchmarks/results
 
 clean:
 	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo

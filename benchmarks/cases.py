@@ -1,0 +1,40 @@
+"""Which cases run: on each device, and for each size of a run (full, quick, tiny)."""
+
+from __future__ import annotations
+
+import torch
+from inputs import Logits, Packed
+
+DTYPES = (torch.float32, torch.bfloat16)
+ON_A_GPU_ONE_T = ("MiniLM", "ViT-B/32", "Llama-7B layer", "ViT-L/14")  # there the layer map is the question, not T
+SHAPES = ((4096, 2), (128, 100), (4096, 1000), (256, 128256), (4096, 32000))
+
+
+def packed_cases(device: str, size: str) -> list[Packed]:
+    if size == "tiny":
+        return [Packed("tiny", 3, dtype) for dtype in DTYPES]
+    if size == "quick":
+        return [Packed("MiniLM", 8, torch.float32), Packed("MiniLM", 8, torch.bfloat16), Packed("ViT-B/32", 8, torch.float32)]
+    if device == "cuda":
+        cases = [Packed("88M", tasks, dtype) for dtype in DTYPES for tasks in (8, 20)]
+        cases += [Packed(model, 8, dtype) for model in ON_A_GPU_ONE_T for dtype in DTYPES]
+        return cases + [Packed("1B", tasks, torch.bfloat16) for tasks in (8, 20)]
+    models = ("MiniLM", "ViT-B/32", "88M", "Llama-7B layer", "ViT-L/14")
+    return [Packed(model, tasks, dtype) for model in models for tasks in (2, 8, 20) for dtype in DTYPES]
+
+
+def logits_cases(device: str, size: str) -> list[Logits]:
+    if size == "tiny":
+        return [Logits(7, 30, dtype, gradient) for dtype in DTYPES for gradient in (False, True)]
+    if size == "quick":
+        return [Logits(4096, 1000, dtype, True) for dtype in DTYPES] + [Logits(128, 100, torch.float32, True)]
+    cases = [Logits(*shape, dtype, gradient) for shape in SHAPES for dtype in DTYPES for gradient in (False, True)]
+    huge = [Logits(8192, 128256, torch.bfloat16, gradient) for gradient in (False, True)]
+    return cases + huge if device == "cuda" else cases
+
+
+def is_compiled(case: object) -> bool:
+    """Where torch.compile takes part: compiling takes half a minute a case, and its code is the same for other layer maps."""
+    if isinstance(case, Packed):
+        return case.model == "88M"
+    return isinstance(case, Logits) and case.gradient and case.rows * case.classes > 10**8

@@ -1,0 +1,135 @@
+"""The benchmarks' parts that measure nothing, and all of them once on tiny inputs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
+TINY_NUMBERS = 32 * 1024  # the padded layers of the tiny model
+
+
+def run(*arguments, folder=BENCHMARKS) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+
+
+def rows_of(path: Path) -> list[dict]:
+    held = json.loads(path.read_text())
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """Output and results file of a tiny run."""
+    folder = tmp_path_factory.mktemp("results")
+    result = run("-m", "pytest", ".", "--size", "tiny", "--save-to", folder)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    (path,) = folder.glob("*.json")
+    return result.stdout, path
+
+
+def test_every_operator_is_measured_beside_its_baselines(tiny_run):
+    output, path = tiny_run
+    rows = rows_of(path)
+    names = {file.stem.removeprefix("bench_") for file in BENCHMARKS.glob("bench_*.py")}
+    assert {row["operator"] for row in rows} == names
+    for name in names:
+        assert {"samerge cpu", "published"} < {row["candidate"] for row in rows if row["operator"] == name}
+        assert name in output.splitlines()
+    assert all(0 < row["q20_s"] <= row["median_s"] <= row["q80_s"] for row in rows)
+    assert all(row["share"] > 0 and row["times_ours"] > 0 for row in rows)
+    environment = json.loads(path.read_text())["environment"]
+    assert {"device", "threads", "torch", "commit", "copy_bytes_per_s"} < environment.keys()
+    assert path.stat().st_size < 250 * len(rows)
+
+
+def test_bytes_are_those_that_must_move(tiny_run):
+    moved = {(row["operator"], row["case"]): row["bytes"] for row in rows_of(tiny_run[1])}
+    assert moved["weighted_sum", "tiny T3 fp32"] == (3 + 2) * TINY_NUMBERS * 4
+    assert moved["weighted_sum", "tiny T3 bf16"] == (3 + 2) * TINY_NUMBERS * 2
+    assert moved["coefficient_grad", "tiny T3 bf16"] == (3 + 1) * TINY_NUMBERS * 2
+    assert moved["softmax_kl", "7x30 fp32"] == 2 * 7 * 30 * 4
+    assert moved["softmax_kl", "7x30 bf16 with grad"] == 3 * 7 * 30 * 2
+
+
+def test_a_wrong_result_has_no_time_and_a_failing_baseline_costs_nothing(tmp_path):
+    copy = shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    with (copy / "bench_weighted_sum.py").open("a") as file:
+        file.write("\n\nCANDIDATES |= {'wrong': lambda x: lambda: x.base.clone(), 'raises': lambda x: 1 / 0}\n")
+    command = ("-m", "pytest", "bench_weighted_sum.py", "-k", "fp32 and (wrong or raises or _foreach)", "--size", "tiny")
+    result = run(*command, "--save-to", tmp_path, folder=copy)
+    assert result.returncode == 1
+    assert "no time is given for a wrong result" in result.stdout
+    assert "raises: ZeroDivisionError" in result.stdout
+    (path,) = tmp_path.glob("*.json")
+    assert [row["candidate"] for row in rows_of(path)] == ["_foreach"]
+
+
+def test_a_case_that_does_not_fit_is_skipped_with_its_size(tmp_path):
+    copy = shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    with (copy / "cases.py").open("a") as file:
+        file.write("\n\npacked_cases = lambda device, size: [Packed('1B', 2000, torch.float32)]\n")
+    result = run("-m", "pytest", "bench_weighted_sum.py", "--size", "tiny", folder=copy)
+    assert "1B T2000 fp32 needs 7" in result.stdout and "GiB are free" in result.stdout
+    assert result.returncode == 0
+
+
+def test_layer_maps_are_those_of_the_models(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from model_shapes import MODELS
+
+    clip, bert, llama = transformers.CLIPVisionConfig, transformers.BertConfig, transformers.LlamaConfig
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+    with torch.device("meta"):
+        built = {
+            "ViT-B/32": transformers.CLIPVisionModel(clip(patch_size=32)),
+            "ViT-L/14": transformers.CLIPVisionModel(clip(patch_size=14, **large)),
+            "MiniLM": transformers.BertModel(bert(**small)),
+            "Llama-7B layer": transformers.LlamaModel(llama(num_hidden_layers=1)).layers[0],
+        }
+    for name, module in built.items():
+        assert MODELS[name] == [tuple(p.shape) for p in module.parameters()], name
+    for name, numbers in (("88M", 88_000_000), ("1B", 1_000_000_000)):
+        assert sum(torch.Size(shape).numel() for shape in MODELS[name]) == numbers
+
+
+def results_file(path: Path, share: float, device="some GPU", candidate="samerge cuda") -> Path:
+    columns = ["operator", "case", "candidate", "share", "median_s"]
+    environment = {"device": device, "commit": "abc"}
+    held = {"environment": environment, "columns": columns, "rows": [["weighted_sum", "88M T8", candidate, share, 9.0]]}
+    path.write_text(json.dumps(held))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "status"), ((0.85, (), 0), (0.75, (), 1), (0.75, ("--threshold", 0.2), 0), (1.5, (), 0))
+)
+def test_compare_names_what_lost_its_share(tmp_path, share, options, status):
+    old, new = results_file(tmp_path / "old.json", 0.9), results_file(tmp_path / "new.json", share)
+    result = run("compare.py", old, new, *options)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert f"{status} of 1 benchmarks got slower" in result.stdout
+    assert ("slower\n" in result.stdout) == bool(status)
+
+
+@pytest.mark.parametrize("other", ({"device": "another GPU"}, {"candidate": "samerge triton"}, {"candidate": "published"}))
+def test_compare_refuses_what_has_nothing_in_common(tmp_path, other):
+    old, new = results_file(tmp_path / "old.json", 0.9), results_file(tmp_path / "new.json", 0.9, **other)
+    result = run("compare.py", old, new)
+    assert result.returncode == 2
+    assert result.stdout.startswith("not comparable")
+
+
+def test_the_roofline_is_drawn_without_a_display(tiny_run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    result = run("roofline.py", tiny_run[1], tmp_path / "roofline.png")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
