@@ -14,7 +14,7 @@ def packed_cases(device: str, size: str) -> list[Packed]:
     if size == "tiny":
         return [Packed("tiny", 3, dtype) for dtype in DTYPES]
     if size == "quick":
-        return [Packed("MiniLM", 8, torch.float32), Packed("MiniLM", 8, torch.bfloat16), Packed("ViT-B/32", 8, torch.float32)]
+        return [Packed("MiniLM", 8, torch.float32), Packed("MiniLM", 8, torch.bfloat16), Packed("ViT-B/32", 2, torch.float32)]
     if device == "cuda":
         cases = [Packed("88M", tasks, dtype) for dtype in DTYPES for tasks in (8, 20)]
         cases += [Packed(model, 8, dtype) for model in ON_A_GPU_ONE_T for dtype in DTYPES]

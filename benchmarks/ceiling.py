@@ -16,13 +16,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import Tensor
-from turns import Seconds, seconds_on
+from turns import Seconds, Turns, seconds_on
 
 CHUNK = 1024  # of streams.c
+BUDGET = 0.25  # seconds of turns to find the best probe
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class Yardstick:
 
 
 def ceiling(stack: Tensor, vector: Tensor, out: Tensor, seconds: Seconds) -> Yardstick:
-    """The probe with the most bytes per second; stack [S, n], vector [n], out [n], any dtype of an even number of bytes."""
-    probes = _probes(*(tensor.view(torch.float32) for tensor in (stack, vector, out)))
-    speeds: dict[str, list[float]] = {probe.name: [] for probe in probes}
-    for _ in range(4):  # the first turn warms up
-        for probe in probes:
-            speeds[probe.name].append(probe.work / seconds(probe.call, 1))
-    return max(probes, key=lambda probe: median(speeds[probe.name][1:]))
+    """The probe that moves most, by the median over turns; stack [S, n], vector [n], out [n], of an even number of bytes."""
+    probes = {probe.name: probe for probe in _probes(*(tensor.view(torch.float32) for tensor in (stack, vector, out)))}
+    turns = Turns({name: probe.call for name, probe in probes.items()}, seconds, BUDGET)
+    for _ in range(turns.rounds):
+        turns.take()
+    speeds = {name: [probe.work / taken for taken in turns.seconds[name]] for name, probe in probes.items()}
+    averages = [mean(turn) for turn in zip(*speeds.values(), strict=True)]
+    relative = {name: median(s / a for s, a in zip(own, averages, strict=True)) for name, own in speeds.items()}
+    return probes[max(relative, key=relative.get)]
 
 
 def machine_roofs(device: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 Seconds = Callable[[Callable[[], object], int], float]
 
 SHORT = 2e-3  # seconds; calls that take less are repeated within a turn, up to that
+LONG = 0.5  # seconds; calls that take more are warm after one
 MIN_TURNS, MAX_TURNS = 5, 200
 
 
@@ -61,14 +62,13 @@ class Stopwatch:
 class Turns:
     """Calls that run one after the other, turn by turn, and the seconds each took in each turn.
 
-    How often a call is repeated within a turn, and how many turns fit into `budget` seconds, is found by two turns to warm up.
+    How often a call is repeated within a turn, and how many turns fit into `budget` seconds, is found by a turn or two to warm up.
     """
 
     def __init__(self, calls: dict[str, Callable[[], object]], seconds: Seconds, budget: float):
         self.calls, self._seconds = calls, seconds
-        for call in calls.values():
-            seconds(call, 1)
-        once = {name: seconds(call, 1) for name, call in calls.items()}
+        first = {name: seconds(call, 1) for name, call in calls.items()}
+        once = {name: seconds(call, 1) if first[name] < LONG else first[name] for name, call in calls.items()}
         self._repeat = {name: max(1, math.ceil(SHORT / max(time, 1e-7))) for name, time in once.items()}
         turn = sum(once[name] * self._repeat[name] for name in calls)
         self.rounds = max(MIN_TURNS, min(MAX_TURNS, int(budget / turn)))
