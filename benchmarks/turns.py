@@ -62,7 +62,7 @@ class Stopwatch:
 class Turns:
     """Calls that run one after the other, turn by turn, and the seconds each took in each turn.
 
-    How often a call is repeated within a turn, and how many turns fit into `budget` seconds, is found by a turn or two to warm up.
+    How often a call is repeated within a turn, and how many turns fit into `budget` seconds, a turn or two of warming up shows.
     """
 
     def __init__(self, calls: dict[str, Callable[[], object]], seconds: Seconds, budget: float):
