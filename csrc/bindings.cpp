@@ -3,6 +3,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/levels.h"
 
@@ -20,6 +21,11 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& out, const std::string& loss,
     double student_temperature, double teacher_temperature);
 
+at::Tensor gram_product_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
+                            const at::Tensor& q, const at::Tensor& scale);
+
+at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
+
 #ifdef SAMERGE_CUDA
 void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                        const at::Tensor& coefficients, const at::Tensor& block_layer);
@@ -32,6 +38,11 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
     const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
     const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& out, const std::string& loss,
     double student_temperature, double teacher_temperature);
+
+at::Tensor gram_product_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
+                             const at::Tensor& q, const at::Tensor& scale);
+
+at::Tensor moments_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 #endif
 
 }  // namespace samerge
@@ -42,10 +53,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("weighted_sum_cpu", samerge::weighted_sum_cpu, without_gil());
   module.def("coefficient_grad_cpu", samerge::coefficient_grad_cpu, without_gil());
   module.def("softmax_kl_cpu", samerge::softmax_kl_cpu, without_gil());
+  module.def("gram_product_cpu", samerge::gram_product_cpu, without_gil());
+  module.def("moments_cpu", samerge::moments_cpu, without_gil());
 #ifdef SAMERGE_CUDA
   module.def("weighted_sum_cuda", samerge::weighted_sum_cuda, without_gil());
   module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());
   module.def("softmax_kl_cuda", samerge::softmax_kl_cuda, without_gil());
+  module.def("gram_product_cuda", samerge::gram_product_cuda, without_gil());
+  module.def("moments_cuda", samerge::moments_cuda, without_gil());
 #endif
   module.def("cpu_level", samerge::cpu_level, "Name of the instruction level in force.");
   module.def("set_cpu_level", samerge::set_cpu_level, "Forces portable, avx2 or avx512; auto takes the best.");

@@ -12,6 +12,12 @@ from samerge_ext import backend
 # reference; 3.9e-7 in C++), fp16 2.9e-4, bf16 3.0e-3, the last two being mostly the rounding of the result.
 TOLERANCE = {torch.float64: 5e-15, torch.float32: 1.5e-6, torch.float16: 4e-4, torch.bfloat16: 3.5e-3}
 
+# Largest relative error of a singular value against torch.linalg.svdvals in fp64 at the default rtol, and how far a bound may
+# lie below the true error: the truth has its own rounding, at most about 1e-14 of the largest value.
+SIGMA_TOLERANCE, SIGMA_ROUNDING = 1e-3, 1e-13
+# Moments are kept in fp64; results of layer_stats are rounded to fp32. Absolute, of the largest magnitude or its square.
+MOMENTS_TOLERANCE, MOMENTS_TOLERANCE_FP32 = 1e-11, 1e-6
+
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVELS = ("portable", "avx2", "avx512")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

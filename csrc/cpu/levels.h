@@ -1,6 +1,8 @@
 #pragma once
 
 #include "../coefficient_grad.h"
+#include "../gram_product.h"
+#include "../moments.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
 
@@ -13,6 +15,9 @@ struct Loops {
   // scratch: room for exponentials, [rows, chunks * kSoftmaxKlChunk] and [rows, chunks + 1] for their maxima, where a row is the
   // student's or a teacher's; or null.
   void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row, void* scratch);
+  void (*moments)(const MomentsCall&, int64_t first_segment, int64_t last_segment);
+  // Returns the bytes of scratch, at a multiple of 64, that a range needs; an empty range may pass none.
+  int64_t (*gram_product)(const GramProduct&, int64_t first_chunk, int64_t last_chunk, void* scratch);
 };
 
 constexpr int64_t kSoftmaxKlChunk = 1024;

@@ -2,7 +2,9 @@
 // for. No standard header with inline functions is included below: the linker keeps one copy of such a function, and it
 // must not be one that was compiled for instructions this machine lacks.
 #include "coefficient_grad_loops.h"
+#include "gram_product_loops.h"
 #include "levels.h"
+#include "moments_loops.h"
 #include "softmax_kl_loops.h"
 #include "weighted_sum_loops.h"
 
@@ -12,6 +14,7 @@
 namespace samerge {
 
 const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,
-                                                     SAMERGE_LEVEL::softmax_kl};
+                                                     SAMERGE_LEVEL::softmax_kl,   SAMERGE_LEVEL::moments,
+                                                     SAMERGE_LEVEL::gram_product};
 
 }  // namespace samerge

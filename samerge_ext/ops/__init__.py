@@ -1,6 +1,7 @@
 """The operators: public functions, their schemas and their autograd formulas."""
 
 from .coefficient_grad import coefficient_grad
+from .gram_product import gram_product, moments
 from .softmax_kl import (
     argmax_cross_entropy,
     argmax_cross_entropy_with_grad,
@@ -17,6 +18,8 @@ __all__ = [
     "coefficient_grad",
     "entropy",
     "entropy_with_grad",
+    "gram_product",
+    "moments",
     "softmax_kl",
     "softmax_kl_with_grad",
     "weighted_sum",
