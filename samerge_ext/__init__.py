@@ -14,8 +14,10 @@ from .ops import (
     coefficient_grad,
     entropy,
     entropy_with_grad,
+    layer_stats,
     softmax_kl,
     softmax_kl_with_grad,
+    svd_topk,
     weighted_sum,
 )
 
@@ -42,9 +44,11 @@ __all__ = [
     "coefficient_grad",
     "entropy",
     "entropy_with_grad",
+    "layer_stats",
     "ops",
     "softmax_kl",
     "softmax_kl_with_grad",
+    "svd_topk",
     "use_backend",
     "weighted_sum",
     *_LAZY,

@@ -2,6 +2,7 @@
 
 from .coefficient_grad import coefficient_grad
 from .gram_product import gram_product, moments
+from .layer_stats import layer_stats
 from .softmax_kl import (
     argmax_cross_entropy,
     argmax_cross_entropy_with_grad,
@@ -10,6 +11,7 @@ from .softmax_kl import (
     softmax_kl,
     softmax_kl_with_grad,
 )
+from .svd_topk import svd_topk
 from .weighted_sum import weighted_sum
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "entropy",
     "entropy_with_grad",
     "gram_product",
+    "layer_stats",
     "moments",
     "softmax_kl",
     "softmax_kl_with_grad",
+    "svd_topk",
     "weighted_sum",
 ]

@@ -1,0 +1,160 @@
+"""The largest singular values of many matrices of one shape at once, with bounds on their errors.
+
+Block Lanczos on A = WᵀW (or WWᵀ, whichever is smaller), which is never formed: a step multiplies A with a block of vectors,
+which reads W once, and the new vectors are orthogonalised against all earlier ones. The eigenvalues θ₁ ≥ θ₂ … of A in the space
+built so far approach σ₁² ≥ σ₂² … from below. The block is wider than k, so that repeated singular values are all found.
+
+Bounds. The residual r_i = ‖A v_i − θ_i v_i‖ costs nothing: it is the part of the last block that leaves the space. θ_i is
+taken to be off by at most 2 r_i, or by 4 r_i² / (θ_i − θ_b), b the block's width, where r_i is less than half of that gap (Parlett,
+The Symmetric Eigenvalue Problem, §11.7). The factors 2 and 4 stand for what no residual can show, the part of the spectrum that
+the space has not met: they are margins, tested on random spectra of many kinds, not theorems. Rounding adds 8 ε σ₁² for the ε
+of the arithmetic: in fp32 this settles values down to about σ₁ / 30 to a relative 1e-3; what it does not settle is computed
+again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from samerge_ext.ops.gram_product import WIDTH, gram_product
+
+FLOOR = 1e-6  # of σ₁: a value known to lie below it counts as found
+MAX_STEPS = 40
+DIRECT_SIDE = 160  # up to here A itself is computed, by one product with the identity
+_SPARE = 5  # vectors of a block beyond k
+_BASIS_BYTES = 16 * 2**20  # of all bases of a batch, as long as they have _BASIS_BLOCKS
+_BASIS_BLOCKS = 16
+_FP32_RTOL = 1e-5  # below it fp32 cannot settle even σ₁
+
+
+class Found:
+    """Values of B matrices as they become known: sigma, error [B, k] fp64, and which of the matrices are settled."""
+
+    def __init__(self, batch: int, k: int, device: torch.device):
+        self.sigma = torch.zeros(batch, k, dtype=torch.float64, device=device)
+        self.error = torch.zeros_like(self.sigma)
+        self.settled = torch.zeros(batch, dtype=torch.bool, device=device)
+
+
+def top_singular_values(
+    matrices: list[Tensor],  # B of [m, n], as gram_product takes them; none of them zero
+    bases: list[Tensor],
+    scale: Tensor,  # [B] fp64: powers of two that bring the largest magnitude near 1
+    k: int,  # at most min(m, n)
+    rtol: float,
+    seed: int,
+) -> Found:
+    """σ₁ … σ_k of scale · (base + matrix) for every matrix, and bounds on their absolute errors.
+
+    Settled are those matrices whose every value has a relative error below rtol, or is known to lie below 1e-6 σ₁.
+    """
+    side = min(matrices[0].shape)
+    wide = torch.float64 in (matrices[0].dtype, *(b.dtype for b in bases[:1])) or rtol < _FP32_RTOL
+    width = -(-(k + _SPARE) // WIDTH) * WIDTH
+    if side <= max(DIRECT_SIDE, 8 * width):
+        chunks = min(32, max(matrices[0].shape) * side // 2**18 + 1)  # of gram_product, each with a result of its own
+        return _in_batches(_direct, (6 + chunks) * side * side * 8, matrices, bases, scale, k, rtol)
+
+    def search(wide: bool, *arguments) -> Found:
+        bytes_each = (_BASIS_BLOCKS + 6) * width * side * (8 if wide else 4)
+        return _in_batches(_krylov, bytes_each, *arguments, k, rtol, width, seed, torch.float64 if wide else torch.float32)
+
+    found = search(wide, matrices, bases, scale)
+    rest = (~found.settled).nonzero()[:, 0]
+    if not wide and len(rest):
+        again = search(True, _pick(matrices, rest), _pick(bases, rest), scale[rest])
+        found.sigma[rest], found.error[rest], found.settled[rest] = again.sigma, again.error, again.settled
+    return found
+
+
+def _pick(matrices: list[Tensor], rows: Tensor) -> list[Tensor]:
+    return [matrices[i] for i in rows.tolist()] if matrices else []
+
+
+def _in_batches(search, bytes_each: int, matrices, bases, scale, k, *arguments) -> Found:
+    found = Found(len(matrices), k, scale.device)
+    batch = max(1, _BASIS_BYTES // bytes_each)
+    for i in range(0, len(matrices), batch):
+        part = slice(i, i + batch)
+        some = search(matrices[part], bases[part], scale[part], k, *arguments)
+        found.sigma[part], found.error[part], found.settled[part] = some.sigma, some.error, some.settled
+    return found
+
+
+def _direct(matrices, bases, scale, k, rtol) -> Found:
+    batch, side = len(matrices), min(matrices[0].shape)
+    identity = torch.eye(-(-side // WIDTH) * WIDTH, side, dtype=torch.float64, device=scale.device)
+    gram = gram_product(matrices, bases, identity.expand(batch, -1, -1), scale)[:, :side]  # [B, side, side]
+    found = Found(batch, k, scale.device)
+    values = torch.linalg.eigvalsh(gram).flip(1)[:, :k]
+    found.sigma, found.error, found.settled, _ = _judge(values, torch.zeros_like(values), torch.float64, rtol)
+    return found
+
+
+def _judge(values: Tensor, error: Tensor, dtype: torch.dtype, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """θ [B, k] and bounds on their errors -> σ and bounds on its errors [B, k]; [B] settled; [B] held up by rounding."""
+    values = values.clamp(min=0)
+    rounding = 8 * torch.finfo(dtype).eps * values[:, :1]
+    total = error + rounding
+    sigma = values.sqrt()
+    bound = torch.minimum(total / (sigma + (values - total).clamp(min=0).sqrt()), total.sqrt())
+    fine = (bound <= rtol * sigma) | (sigma + bound <= FLOOR * sigma[:, :1])
+    return sigma, bound, fine.all(1), (~fine & (error <= rounding)).any(1)
+
+
+def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
+    batch, side, device = len(matrices), min(matrices[0].shape), scale.device
+    found = Found(batch, k, device)
+    rows = torch.arange(batch, device=device)  # the matrices still searched
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(width, side, generator=generator, dtype=torch.float64).to(device, dtype)
+    q = torch.linalg.qr(start.mT)[0].mT.expand(batch, -1, -1).contiguous()  # [B, width, side]
+    basis = q.new_empty(batch, _BASIS_BLOCKS * width, side)
+    projected = torch.zeros(batch, basis.shape[1], basis.shape[1], dtype=torch.float64, device=device)  # basis A basisᵀ
+
+    for step in range(min(MAX_STEPS, side // width - 1)):
+        begin, end = step * width, (step + 1) * width
+        if end > basis.shape[1]:
+            basis = torch.cat([basis, torch.empty_like(basis)], 1)
+            projected = torch.nn.functional.pad(projected, (0, projected.shape[2], 0, projected.shape[1]))
+        basis[:, begin:end] = q
+        known = basis[:, :end]  # [B, end, side]
+        z = gram_product(matrices, bases, q, scale)
+        inside = z @ known.mT  # [B, width, end]
+        # z = inside · known + leaving · q. Twice, and normalised between, so that the second time removes what rounding left
+        # even where next to nothing leaves the space; the vectors are then arbitrary ones that widen it.
+        leaving, q = _orthonormal_rows(torch.baddbmm(z, inside, known, alpha=-1))
+        again = q @ known.mT
+        inside = torch.baddbmm(inside, leaving, again)
+        last, q = _orthonormal_rows(torch.baddbmm(q, again, known, alpha=-1))
+        leaving = (leaving @ last).double()  # [B, width, width]
+        projected[:, begin:end, :end] = inside.double()
+        if not _checked(step):
+            continue
+
+        values, vectors = torch.linalg.eigh(projected[:, :end, :end])  # of the lower triangle
+        values, vectors = values.flip(1), vectors[:, -width:].flip(2)[:, :, :k]
+        residual = (vectors.mT @ leaving).norm(dim=2)  # [B, k]
+        gap = values[:, :k] - values[:, width - 1 : width]
+        error = torch.where(residual < gap / 2, 4 * residual.square() / gap, 2 * residual)
+        sigma, bound, settled, held_up = _judge(values[:, :k], error, dtype, rtol)
+        found.sigma[rows], found.error[rows], found.settled[rows] = sigma, bound, settled
+        keep = (~(settled | held_up)).nonzero()[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(rows):
+            rows, scale, q, basis, projected = (t[keep] for t in (rows, scale, q, basis, projected))
+            matrices, bases = _pick(matrices, keep), _pick(bases, keep)
+    return found
+
+
+def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
+    """block [B, width, side] = factor [B, width, width] · rows [B, width, side]."""
+    q, r = torch.linalg.qr(block.mT)
+    return r.mT, q.mT
+
+
+def _checked(step: int) -> bool:
+    """Whether values are computed after a step: this costs more than the step itself once the space is large."""
+    return step in (2, 3, 4, 5) or step > 5 and step % 2 == 1
