@@ -2,6 +2,13 @@
 
 #include <cstdint>
 
+// A function that host and device code share.
+#ifdef __CUDACC__
+#define SAMERGE_ANYWHERE __host__ __device__ inline
+#else
+#define SAMERGE_ANYWHERE inline
+#endif
+
 namespace samerge {
 
 // How numbers are stored. Arithmetic is in float for the first three, in double for the last.

@@ -19,8 +19,8 @@ struct GramProduct {
   DType matrix_dtype, base_dtype;
   bool wide;
 
-  bool tall() const { return columns <= rows; }
-  int64_t side() const { return tall() ? columns : rows; }  // the shorter side
+  SAMERGE_ANYWHERE bool tall() const { return columns <= rows; }
+  SAMERGE_ANYWHERE int64_t side() const { return tall() ? columns : rows; }  // the shorter side
 };
 
 constexpr int kWidth = 4;  // vectors of q that are multiplied at once

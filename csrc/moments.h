@@ -9,12 +9,8 @@ struct Moments {
   double count, mean, squares, largest;
 };
 
-#ifndef SAMERGE_INLINE
-#define SAMERGE_INLINE inline
-#endif
-
 // The moments of both, by Chan, Golub and LeVeque's update.
-SAMERGE_INLINE void combine(Moments& a, const Moments& b) {
+SAMERGE_ANYWHERE void combine(Moments& a, const Moments& b) {
   if (!b.count) return;
   const double count = a.count + b.count, step = b.mean - a.mean;
   a.mean += step * (b.count / count);

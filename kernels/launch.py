@@ -29,3 +29,16 @@ def row_tile(num_columns: int) -> dict[str, int]:
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension is dense, so that rows may lie apart, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+# Tiles of the block products: vectors of q, places of a panel along the longer side of a matrix, places along the shorter one.
+# Their product is the numbers that a program holds in registers, 64 a thread.
+VECTORS, PANEL, TILE = 8, 16, 64
+if os.environ.get("TRITON_INTERPRET") == "1":
+    PANEL, TILE = 64, 256  # the interpreter's time goes by the number of tiles
+SEGMENT = 128  # pieces of a row, of BLOCK numbers each, that one program takes the moments of
+
+
+def addresses(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Where the matrices lie, [B] int64 on their device."""
+    return torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64).to(matrices[0].device)

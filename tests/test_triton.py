@@ -17,7 +17,8 @@ TYPES = (*FLOATS.values(), "fp64", "*i32", "*i64", "i32", "i64")
 
 def test_operators_interpreted():
     """All numeric operator tests, in a process whose kernels are interpreted from the start."""
-    tests = [str(Path(__file__).parent / f"test_{op}.py") for op in ("weighted_sum", "coefficient_grad", "softmax_kl")]
+    operators = ("weighted_sum", "coefficient_grad", "softmax_kl", "gram_product")
+    tests = [str(Path(__file__).parent / f"test_{op}.py") for op in operators]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton and not (opcheck or compile or gradcheck)", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -71,4 +72,24 @@ def test_softmax_kl_compiles(capability, dtype, loss):
         teacher_stride="i32", teacher_row_stride="i32", num_columns="i32", student_temperature="fp64",
         teacher_temperature="fp64", SAME_TEMPERATURE=True, LOSS=loss, TEACHERS=0 if alone else 3, WIDTH=1 if alone else 4,
         **launch.row_tile(40000),
+    )
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("numbers", ("*fp32", "*bf16", "*fp64"))
+@pytest.mark.parametrize("tall", (True, False))
+def test_matrix_kernels_compile(capability, numbers, tall):
+    from samerge_ext.kernels import gram_product, launch, moments
+
+    matrices = {"matrices": "*i64", "bases": "*i64", "matrix_type": numbers, "base_type": numbers}
+    shape = {"m": "i32", "n": "i32", "matrix_stride": "i64", "base_stride": "i64"}
+    for wide in {"*fp64"} | ({"*fp32"} if numbers != "*fp64" else set()):
+        of_q = {"q": wide, "scale": "*fp64"}
+        assert compile_kernel(
+            gram_product._multiply, capability, partials=wide, **matrices, **of_q, **shape, width="i32", chunk="i32",
+            ADD_BASE=True, TALL=tall, VECTORS=launch.VECTORS, PANEL=launch.PANEL, TILE=launch.TILE,
+        )
+    assert compile_kernel(
+        moments._segments, capability, partials="*fp64", **matrices, **shape, ADD_BASE=tall, SEGMENT=launch.SEGMENT,
+        BLOCK=launch.BLOCK,
     )

@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include "../coefficient_grad.h"
+#include "../gram_product.h"
+#include "../moments.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
 
@@ -21,5 +23,20 @@ cudaError_t coefficient_grad(const CoefficientGrad& a, void* out, const int32_t*
 
 // A row whose num_classes is not in 1 ... V gets loss and gradient NaN.
 cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream);
+
+// Matrices whose addresses travel with a launch: the first `count` of the two lists.
+struct Addresses {
+  static constexpr int kMost = 64;
+  const void* matrices[kMost];
+  const void* bases[kMost];
+  int count;
+};
+
+// a.matrices and a.bases are not read but for whether bases is null; the other members begin at the first of the matrices.
+// Chunks are of any size. out is [count, width, side].
+cudaError_t gram_product(const GramProduct& a, const Addresses& at, void* out, cudaStream_t stream);
+
+// As above. out is [count, 4].
+cudaError_t moments(const MomentsCall& a, const Addresses& at, double* out, cudaStream_t stream);
 
 }  // namespace samerge::gpu
