@@ -1,10 +1,10 @@
 """z = q WᵀW, or q WWᵀ where W has more columns than rows, W = scale · (base + matrix), for many matrices at once.
 
-A program takes one chunk of one matrix, a panel at a time: some whole rows of a tall matrix, y = q W_pᵀ and z += y W_p, or some
-columns of a wide one, y = q W_p and z += y W_pᵀ. Both products go over the panel in tiles, the second while the caches hold it. A
-program adds its panels in its own row of partial sums, and the chunks are added in double: without atomics, so that the
-result repeats to the bit. Moves W once from memory and once from the cache for every eight vectors, and 2 · width · side numbers per
-chunk for the sums. Matrices are found by their addresses.
+A program takes one chunk of one matrix, a panel at a time: some whole rows of a tall matrix, y = q W_pᵀ and z += y W_p, or
+some columns of a wide one, y = q W_p and z += y W_pᵀ. Both products go over the panel in tiles, the second while the caches
+hold it. A program adds its panels in its own row of partial sums, and the chunks are added in double: without atomics, so
+that the result repeats to the bit. Moves W once from memory and once from the cache for every eight vectors, and
+2 · width · side numbers per chunk for the sums. Matrices are found by their addresses.
 """
 
 import torch

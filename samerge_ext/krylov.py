@@ -5,11 +5,11 @@ which reads W once, and the new vectors are orthogonalised against all earlier o
 built so far approach σ₁² ≥ σ₂² … from below. The block is wider than k, so that repeated singular values are all found.
 
 Bounds. The residual r_i = ‖A v_i − θ_i v_i‖ costs nothing: it is the part of the last block that leaves the space. θ_i is
-taken to be off by at most 2 r_i, or by 4 r_i² / (θ_i − θ_b), b the block's width, where r_i is less than half that gap (Parlett, The
-Symmetric Eigenvalue Problem, §11.7). The factors 2 and 4 stand for what no residual can show, the part of the spectrum that
-the space has not met: they are margins, tested on random spectra of many kinds, not theorems. Rounding adds 8 ε σ₁² for the ε
-of the arithmetic: in fp32 this settles values down to about σ₁ / 30 to a relative 1e-3; what it does not settle is computed
-again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
+taken to be off by at most 2 r_i, or by 4 r_i² / (θ_i − θ_b), b the block's width, where r_i is less than half that gap (Parlett,
+The Symmetric Eigenvalue Problem, §11.7). The factors 2 and 4 stand for what no residual can show, the part of the spectrum
+that the space has not met: they are margins, tested on random spectra of many kinds, not theorems. Rounding adds 8 ε σ₁² for
+the ε of the arithmetic: in fp32 this settles values down to about σ₁ / 30 to a relative 1e-3; what it does not settle is
+computed again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import INTERPRETED, NARROW, SIGMA_ROUNDING, SIGMA_TOLERANCE, random_normal
+from helpers import NARROW, SIGMA_ROUNDING, SIGMA_TOLERANCE, random_normal
 
 import samerge_ext as sm
 from samerge_ext import krylov
@@ -44,7 +44,7 @@ def with_spectrum(m, n, values, seed=0, dtype=torch.float64):
     return ((u * values) @ v.mT).to(dtype)
 
 
-SIDE = 170 if INTERPRETED else 240  # above krylov.DIRECT_SIDE
+SIDE = 240  # above krylov.DIRECT_SIDE
 DECAY = [0.9**i for i in range(SIDE)]
 
 
@@ -188,7 +188,6 @@ def matrices_of_any_kind(draw):
     return (matrix * 10.0**exponent).to(dtype), draw(strategies.sampled_from((1, 3, 3, 3, 5)))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="hundreds of matrices are too many for the interpreter")
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @hypothesis.given(matrices_of_any_kind())
 def test_errors_lie_within_their_bounds(case):
