@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,11 @@ class LearningConfig:
     log_every: int = 10
     cuda_graph: bool = False
 
+    # What may differ between a run and its continuation from a checkpoint.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        "steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress", "log_every", "cuda_graph"
+    )  # fmt: skip
+
     def __post_init__(self):
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
@@ -96,6 +101,10 @@ class LearningConfig:
         if unknown:
             raise ValueError(f"task_weights names {sorted(unknown)}; the tasks are {list(tasks)}")
         return {task: float(given.get(task, 1.0)) for task in tasks}
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step of a run of so many."""
+        return self.learning_rate
 
 
 class FreeCoefficients(nn.Module):
@@ -129,16 +138,19 @@ def learn(
     method: str,
     *,
     targets: Mapping[str, Sequence[Tensor]] | None = None,
+    learner: nn.Module | None = None,
 ) -> list[dict]:
     """Minimises the tasks' weighted loss over λ; leaves ``model`` merged at the result.
 
     targets: task -> what the objective compares the logits of each of its batches with.
+    learner: predicts λ [T, L] or [T, 1] without arguments, and its parameters are what is learned; by default λ itself. SAM
+        perturbs λ either way, and the gradient at λ + ε is pulled back through the learner at λ.
 
     Returns the history: per step the loss, each task's loss and the gradient norm.
     Raises FloatingPointError, naming task and step, when a loss or the gradient is NaN or Inf.
     """
     device = model.merged.device
-    learner = FreeCoefficients(model.coefficients, config.granularity)
+    learner = learner or FreeCoefficients(model.coefficients, config.granularity)
     optimizer = make_optimizer(learner, config)
     total = config.steps or config.epochs * calibration.steps_per_epoch
     history: list[dict] = []
@@ -159,6 +171,8 @@ def learn(
             log.add(measured)
             optimizer.zero_grad()
             coefficients.backward(gradient)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step, total)
             optimizer.step()
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
                 log.flush()

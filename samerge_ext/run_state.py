@@ -23,12 +23,9 @@ STATE_FILE = "state.pt"  # in a run's checkpoint_dir
 class RunState:
     """The state of a run in ``checkpoint_dir``: what is learned, optimiser, history and torch's random state."""
 
-    # What may differ between a run and its continuation.
-    FREE = ("steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress", "log_every", "cuda_graph")
-
     def __init__(self, config: LearningConfig, method: str, model: MergedModel, calibration: Calibration):
         self.path = Path(config.checkpoint_dir) / STATE_FILE if config.checkpoint_dir else None
-        settings = {key: value for key, value in asdict(config).items() if key not in self.FREE}
+        settings = {key: value for key, value in asdict(config).items() if key not in config.MAY_CHANGE}
         self.identity = {
             "method": method,
             **settings,
