@@ -32,6 +32,10 @@ _LAZY = {  # public name -> module that defines it
     "AdaMergingConfig": "methods.adamerging",
     "samerging": "methods.samerging",
     "adamerging": "methods.adamerging",
+    "StatsMergingConfig": "methods.statsmerging",
+    "StatsMergeLearner": "learner",
+    "statsmerging": "methods.statsmerging",
+    "apply_learner": "methods.statsmerging",
     "task_arithmetic": "methods.arithmetic",
     "average": "methods.arithmetic",
 }

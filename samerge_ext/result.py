@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoint_files import folder_of
 from samerge_ext.checkpoints import read_config, save_checkpoint
+from samerge_ext.features import FEATURES_FILE, Features
+from samerge_ext.learner import LEARNER_FILE, StatsMergeLearner
 from samerge_ext.merged import MergedModel
 from samerge_ext.packing import PackedWeights
 
@@ -25,6 +27,7 @@ class Result:
     packed: what was merged. coefficients: [T, L]. merged: [N], the packed layers.
     method, config, seconds: how it was made. module: the merged module, where one was given.
     history: per step of a learned method the loss, each task's loss and the gradient norm.
+    learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
     """
 
     packed: PackedWeights
@@ -35,6 +38,8 @@ class Result:
     history: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     module: nn.Module | None = None
+    learner: StatsMergeLearner | None = None
+    features: Features | None = None
 
     @classmethod
     def of_model(cls, model: MergedModel, method: str, config: Any, history: list[dict], seconds: float) -> Result:
@@ -60,12 +65,17 @@ class Result:
 
         model.safetensors (or shards) in the base's dtypes or in ``dtype``, the configuration and tokenizer of
         ``companions`` (the base's folder by default; otherwise the module's own configuration),
-        heads/TASK.safetensors where tasks have heads, coefficients.json, and README.md, the model card.
+        heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
+        statistics), coefficients.json, and README.md, the model card.
         """
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
         for task, head in self.packed.heads.items():
             if head:
                 files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
+        if self.learner is not None:
+            files[f"learner/{LEARNER_FILE}"] = self.learner.to_bytes()
+        if self.features is not None:
+            files[f"learner/{FEATURES_FILE}"] = self.features.to_bytes()
         companions = companions or self.packed.folder
         configuration = self._configuration(companions)
         if configuration and dtype:
