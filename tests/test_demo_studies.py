@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from difflib import SequenceMatcher
+from random import Random
+from string import ascii_lowercase
 
 import pytest
 import torch
 from rich.console import Console
 
-from samerge_ext.demo import cells, studies
+from samerge_ext.demo import cells, robustness, rows, studies, unseen
 from samerge_ext.demo.corpora import MissingData
 from samerge_ext.demo.data import load_tasks
 from samerge_ext.demo.experts import SMALL, backbone_folder
@@ -38,13 +41,13 @@ def run(tmp_path_factory):
 
 def test_the_table_has_every_method_with_its_cost(run):
     found, printed, out = run()
-    rows = studies.main_rows(full=False)
-    assert [cell.method for cell in found] == [row.label for row in rows]
+    labels = [row.label for row in rows.main_rows(full=False)]
+    assert [cell.method for cell in found] == labels
     assert all(set(cell.accuracies) == set(TINY.tasks) for cell in found)
     assert all(cell.seconds > 0 and cell.peak_bytes is not None for cell in found if "Merging" in cell.method)
     table = (out / "main-small.md").read_text()
-    for row in rows:
-        assert row.label in printed and f"| {row.label} |" in table
+    for label in labels:
+        assert label in printed and f"| {label} |" in table
 
 
 def test_the_merged_folder_is_a_model_that_transformers_loads(run):
@@ -79,3 +82,52 @@ def test_finished_cells_are_not_computed_again(run, monkeypatch):
 def test_an_unknown_study_is_refused(run):
     with pytest.raises(ValueError, match="no study 'mian'"):
         run(study="mian")
+
+
+def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, monkeypatch):
+    labels = ["pretrained", "Task Arithmetic, λ = 0.3", "StatsMerging", "experts"]
+    few = [row for row in rows.main_rows(full=False) if row.label in labels]
+    monkeypatch.setattr(unseen, "LEFT_OUT", (("election",), ("tweets",)))
+    monkeypatch.setattr(unseen, "main_rows", lambda full: few)
+    found, _, out = run(study="unseen")
+    assert [cell.method for cell in found] == labels * 4
+    assert [set(cell.accuracies) for cell in found[:: len(labels)]] == [{"election"}, {"tweets"}, {"tweets"}, {"election"}]
+    main = {cell.method: cell for cell in run()[0]}
+    experts = {cell.method: cell for cell in found[: len(labels)]}["experts"]
+    assert experts.accuracies == {"election": main["experts"].accuracies["election"]}
+    assert "election, whose experts were not merged" in (out / "unseen-small.md").read_text()
+
+
+def test_models_are_merged_again_for_texts_with_errors(run, monkeypatch):
+    monkeypatch.setattr(robustness, "LEVELS", (0.0, 0.3))
+    main = {cell.method: cell for cell in run()[0]}
+
+    def fail(*_):
+        raise AssertionError("learned again")
+
+    monkeypatch.setattr(cells, "KINDS", dict.fromkeys(cells.KINDS, fail))
+    found, _, _ = run(study="robustness")
+    untouched = [cell for cell in found if set(cell.accuracies) == set(TINY.tasks)][: len(main)]
+    assert {cell.method: cell.accuracies for cell in untouched} == {name: cell.accuracies for name, cell in main.items()}
+    summary = {cell.method: cell.accuracies for cell in found[: len(main)]}
+    assert summary["SAMerging"]["0 %"] == pytest.approx(main["SAMerging"].mean)
+
+
+def test_a_cell_from_before_coefficients_were_kept_is_computed_again(run):
+    found, _, out = run()
+    bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    row = next(row for row in rows.main_rows(full=False) if row.label == "AdaMerging")
+    path = cells.cell_path(bench, row, "test")
+    cell = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in cell.items() if key != "coefficients"}))
+    assert cells.elsewhere(bench, row, bench.test, "same-texts") == cell["accuracies"]
+    assert json.loads(path.read_text())["coefficients"] == cell["coefficients"]
+
+
+def test_typing_errors_are_as_many_as_asked_for_and_always_the_same():
+    text = "".join(Random(0).choices(ascii_lowercase, k=2000))
+    assert robustness.typed(text, 0.0) == text
+    written = robustness.typed(text, 0.1)
+    assert written == robustness.typed(text, 0.1)
+    same = sum(block.size for block in SequenceMatcher(None, text, written, autojunk=False).get_matching_blocks())
+    assert 0.85 < same / len(text) < 0.96

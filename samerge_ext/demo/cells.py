@@ -28,6 +28,7 @@ from samerge_ext.demo.experts import (
     load_folder,
     text_batches,
 )
+from samerge_ext.demo.report import Cell
 from samerge_ext.memory import PeakMemory
 
 # Of learned rows, unless a row says otherwise.
@@ -58,6 +59,10 @@ class Workbench:
 
     def __init__(self, protocol: Protocol, seed: int, cache: Path, progress: bool = True):
         self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
+
+    @property
+    def full(self) -> bool:
+        return self.protocol.name == "full"
 
     @cached_property
     def tasks(self):
@@ -128,6 +133,10 @@ def adamerging(bench: Workbench, settings: dict) -> sm.Result:
     return _learned(sm.adamerging, sm.AdaMergingConfig, bench, settings)
 
 
+def statsmerging(bench: Workbench, settings: dict) -> sm.Result:
+    return _learned(sm.statsmerging, sm.StatsMergingConfig, bench, settings)
+
+
 def _learned(method: Callable, config: type, bench: Workbench, settings: dict) -> sm.Result:
     settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
     calibration = bench.calibration(settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name]))
@@ -140,17 +149,18 @@ KINDS: dict[str, Callable[[Workbench, dict], sm.Result]] = {
     "task_arithmetic": task_arithmetic,
     "samerging": samerging,
     "adamerging": adamerging,
+    "statsmerging": statsmerging,
 }
 
 
-def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | None = None) -> dict:
+def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | None = None, again: bool = False) -> dict:
     """The cell's accuracies per task, seconds and peak memory: from its file, or computed now and written to it.
 
     split: "test", or "tuning" where hyper-parameters are chosen.
-    save_to: also keep the merged model's folder there.
+    save_to: also keep the merged model's folder there. again: compute it even if its file is there.
     """
-    path = _cell_path(bench, row, split)
-    if path.exists() and (save_to is None or save_to.exists()):
+    path = cell_path(bench, row, split)
+    if path.exists() and not again and (save_to is None or save_to.exists()):
         return json.loads(path.read_text())
     evaluator = getattr(bench, split)
     cell = {"label": row.label, "kind": row.kind, "settings": row.settings, "variant": bench.protocol.name, "seed": bench.seed}
@@ -174,17 +184,44 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
             result.save_pretrained(save_to, companions=bench.base, overwrite=True)
     cell |= {"accuracies": accuracies, "mean": mean(accuracies)}
     cell["versions"] = {"samerge_ext": sm.__version__, "torch": torch.__version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(cell, indent=1).encode())
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(cell, indent=1))
     return cell
+
+
+def elsewhere(bench: Workbench, row: Row, evaluator: Evaluator, where: str) -> dict[str, float]:
+    """Accuracies of the cell's model on other texts than its own: merged again from its coefficients, not learned again.
+
+    where: names the evaluator's texts; the result is kept in a file of that name beside the cell's.
+    """
+    path = cell_path(bench, row, "test").with_suffix(f".{where}.json")
+    if path.exists():
+        return json.loads(path.read_text())
+    if row.kind == "pretrained":
+        accuracies = evaluator.accuracies(bench.module())
+    elif row.kind == "experts":
+        accuracies = {task: evaluator.accuracy(load_folder(bench.experts[task]), task) for task in evaluator.batches}
+    else:
+        cell = run_cell(bench, row)
+        if "coefficients" not in cell:
+            cell = run_cell(bench, row, again=True)  # it was computed before cells kept them
+        merged = sm.task_arithmetic(bench.packed, torch.tensor(cell["coefficients"]), module=bench.module())
+        accuracies = evaluator.accuracies(merged.module)
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(accuracies, indent=1))
+    return accuracies
+
+
+def as_cell(bench: Workbench, row: Row, found: dict) -> Cell:
+    """What `run_cell` found, as a row of a table."""
+    return Cell(row.label, bench.seed, found["accuracies"], found.get("seconds"), found.get("peak_bytes"))
 
 
 def mean(accuracies: dict[str, float]) -> float:
     return sum(accuracies.values()) / len(accuracies)
 
 
-def _cell_path(bench: Workbench, row: Row, split: str) -> Path:
+def cell_path(bench: Workbench, row: Row, split: str) -> Path:
     """Named after the row, with a digest of all that its numbers depend on."""
     recipe = [asdict(bench.protocol), row.kind, row.settings, split, CALIBRATION_TEXTS, BATCH[bench.protocol.name], STEPS, SCALES]
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]

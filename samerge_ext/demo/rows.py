@@ -1,0 +1,106 @@
+"""Which rows the demo's tables have."""
+
+from __future__ import annotations
+
+from samerge_ext.demo.cells import Row
+
+# Chosen by `samerge demo --study tuning` on labelled training texts of the small variant, seed 0.
+TUNED = {
+    "samerging": 1e-2,
+    "adamerging": 2e-3,
+    "statsmerging": 2e-3,
+    "samerging, task-wise": 2e-3,
+    "adamerging, task-wise": 2e-3,
+    "statsmerging, task-wise": 2e-3,
+}
+LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2)  # of λ
+LEARNER_RATES = (1e-3, 2e-3, 5e-3, 1e-2)  # of what predicts λ, which moves faster: many parameters act on one coefficient
+RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)
+
+OURS = "SAMerging"
+
+
+def learned(label: str, kind: str, **settings) -> Row:
+    """A learned row, at its method's tuned learning rate unless one is given."""
+    method = f"{kind}, task-wise" if settings.get("granularity") == "task" else kind
+    return Row(label, kind, {"learning_rate": TUNED[method], **settings})
+
+
+def main_rows(full: bool) -> list[Row]:
+    """Every method; on the full variant the main ones, since a learned row takes a quarter of an hour there."""
+    task_wise = [
+        learned("AdaMerging, task-wise", "adamerging", granularity="task"),
+        learned("StatsMerging, task-wise", "statsmerging", granularity="task"),
+        learned("SAMerging, task-wise", "samerging", granularity="task"),
+    ]
+    return [
+        Row("pretrained", "pretrained"),
+        Row("average", "average"),
+        Row("Task Arithmetic, λ = 0.3", "task_arithmetic", {"scale": 0.3}),
+        Row("Task Arithmetic, best λ", "task_arithmetic"),
+        *([] if full else task_wise),
+        learned("AdaMerging", "adamerging"),
+        learned("StatsMerging", "statsmerging"),
+        learned(OURS, "samerging"),
+        Row("experts", "experts"),
+    ]
+
+
+def claims_rows(full: bool) -> list[Row]:
+    """Claims of the paper: few samples, a start from the pretrained model and, on the small variant, what SAM adds.
+
+    On the full variant AdaMerging gets a second learning rate, since both were tuned on the small one.
+    """
+    rows = [
+        learned(OURS, "samerging"),
+        learned("SAMerging, 16 texts", "samerging", texts=16),
+        learned("SAMerging, from λ = 0", "samerging", initial_coefficient=0.0),
+    ]
+    if full:
+        return [*rows, learned("AdaMerging, learning rate 0.005", "adamerging", learning_rate=5e-3)]
+    return [*rows, learned("SAMerging, no SAM", "samerging", sam="off")]
+
+
+def tuning_rows(full: bool) -> list[Row]:
+    methods = {
+        "SAMerging": ("samerging", {}),
+        "AdaMerging": ("adamerging", {}),
+        "StatsMerging": ("statsmerging", {}),
+        "SAMerging, task-wise": ("samerging", {"granularity": "task"}),
+        "AdaMerging, task-wise": ("adamerging", {"granularity": "task"}),
+        "StatsMerging, task-wise": ("statsmerging", {"granularity": "task"}),
+    }
+    return [
+        learned(f"{label}, learning rate {rate:g}", kind, learning_rate=rate, **settings)
+        for label, (kind, settings) in methods.items()
+        for rate in (LEARNER_RATES if kind == "statsmerging" else LEARNING_RATES)
+    ]
+
+
+def ablation_rows(full: bool) -> list[Row]:
+    """What SAM adds: its radius and kind, at two sizes of the calibration set."""
+    rows = []
+    for texts in (16, 64):
+        for sam in ("off", "published"):
+            rows.append(learned(f"{texts} texts, sam = {sam}", "samerging", texts=texts, sam=sam))
+        for adaptive in (False, True):
+            for rho in RADII:
+                label = f"{texts} texts, {'adaptive' if adaptive else 'plain'}, ρ = {rho:g}"
+                rows.append(learned(label, "samerging", texts=texts, sam="paper", rho=rho, adaptive=adaptive))
+    return rows
+
+
+def features_rows(full: bool) -> list[Row]:
+    """What StatsMerging gains from its statistics, its loss and its calibration texts."""
+    variations = {
+        "StatsMerging": {},
+        "moments only": {"singular_values": 0},
+        "statistics of task vectors": {"of": "task_vectors"},
+        "task vectors, moments only": {"of": "task_vectors", "singular_values": 0},
+        "a network per layer": {"per_layer": True},
+        "KL in place of pseudo-labels": {"loss": "kl"},
+        "16 texts": {"texts": 16},
+        "256 texts": {"texts": 256},
+        "constant learning rate": {"learning_rate_decay": 1.0},
+    }
+    return [learned(label, "statsmerging", **settings) for label, settings in variations.items()]
