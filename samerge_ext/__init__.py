@@ -35,6 +35,8 @@ _LAZY = {  # public name -> module that defines it
     "StatsMergingConfig": "methods.statsmerging",
     "StatsMergeLearner": "learner",
     "statsmerging": "methods.statsmerging",
+    "DistillationConfig": "distillation",
+    "distill_expert": "distillation",
     "apply_learner": "methods.statsmerging",
     "task_arithmetic": "methods.arithmetic",
     "average": "methods.arithmetic",
