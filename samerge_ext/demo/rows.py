@@ -8,13 +8,13 @@ from samerge_ext.demo.cells import Row
 TUNED = {
     "samerging": 1e-2,
     "adamerging": 2e-3,
-    "statsmerging": 2e-3,
+    "statsmerging": 1e-3,
     "samerging, task-wise": 2e-3,
     "adamerging, task-wise": 2e-3,
-    "statsmerging, task-wise": 2e-3,
+    "statsmerging, task-wise": 1e-3,
 }
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2)  # of λ
-LEARNER_RATES = (1e-3, 2e-3, 5e-3, 1e-2)  # of what predicts λ, which moves faster: many parameters act on one coefficient
+LEARNER_RATES = (5e-4, 1e-3, 2e-3, 5e-3)  # of what predicts λ, which moves faster: many parameters act on one coefficient
 RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)
 
 OURS = "SAMerging"
