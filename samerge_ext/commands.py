@@ -79,7 +79,9 @@ def merge(
 @app.command()
 def demo(
     full: Annotated[bool, typer.Option("--full", help="all eight tasks and six layers")] = False,
-    study: Annotated[str, typer.Option(help="main, claims, tuning, ablation, features, unseen or robustness")] = "main",
+    study: Annotated[
+        str, typer.Option(help="main, claims, tuning, ablation, features, unseen, robustness or heterogeneous")
+    ] = "main",
     seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,
     out: Annotated[Path, typer.Option(help="folder for the table, the plots and the merged model")] = Path("samerge-demo"),
     cache: Annotated[Path, typer.Option(help="folder for experts and finished cells")] = Path(".cache-demo"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from samerge_ext.demo import cells, robustness, rows, studies, unseen
+from samerge_ext.demo import cells, heterogeneous, robustness, rows, studies, unseen
+from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
 from samerge_ext.demo.data import load_tasks
 from samerge_ext.demo.experts import SMALL, backbone_folder
@@ -131,3 +132,32 @@ def test_typing_errors_are_as_many_as_asked_for_and_always_the_same():
     assert written == robustness.typed(text, 0.1)
     same = sum(block.size for block in SequenceMatcher(None, text, written, autojunk=False).get_matching_blocks())
     assert 0.85 < same / len(text) < 0.96
+
+
+def test_experts_distilled_from_another_architecture_are_merged_with_the_rest(run, monkeypatch):
+    few = [row for row in rows.main_rows(full=False) if row.label in ("Task Arithmetic, λ = 0.3", "StatsMerging", "experts")]
+    small = Convolution(buckets=256, width=8, filters=8, epochs=1)
+    monkeypatch.setattr(heterogeneous, "CONVOLUTION", small)
+    monkeypatch.setattr(heterogeneous, "main_rows", lambda full: few)
+    found, _, out = run(study="heterogeneous")
+    labels = ["teachers", "experts, two of them distilled", "Task Arithmetic, λ = 0.3", "StatsMerging"]
+    assert [cell.method for cell in found] == labels
+    main = {cell.method: cell for cell in run()[0]}
+    for cell in found[:2]:
+        assert cell.accuracies["tweets"] == main["experts"].accuracies["tweets"]
+        assert cell.accuracies["election"] != main["experts"].accuracies["election"]
+
+    def fail(*_, **__):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(heterogeneous.sm, "distill_expert", fail)
+    monkeypatch.setattr("samerge_ext.demo.convolution.train", fail)
+    assert run(study="heterogeneous")[0] == found
+
+
+def test_words_are_hashed_into_buckets_that_are_not_padding():
+    settings = Convolution(buckets=8, max_words=5)
+    words = hashed(["one two, two", "", "a b c d e f g"], settings)
+    assert words.shape == (3, 5)
+    assert (words[0, :4] > 0).all() and words[0, 4] == 0 and words[0, 1] == words[0, 3]
+    assert (words[1] == 0).all() and (words[2] > 0).all() and words.max() < 8

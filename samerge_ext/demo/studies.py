@@ -17,6 +17,7 @@ from rich.console import Console
 from samerge_ext.checkpoints import atomic_write
 from samerge_ext.demo.cells import Row, Workbench, as_cell, run_cell
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
+from samerge_ext.demo.heterogeneous import heterogeneous_study
 from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, plot_coefficients, write_card
 from samerge_ext.demo.robustness import robustness_study
 from samerge_ext.demo.rows import OURS, ablation_rows, claims_rows, features_rows, main_rows, tuning_rows
@@ -51,6 +52,7 @@ STUDIES: dict[str, Study] = {
     "features": of_rows(features_rows),
     "unseen": unseen_study,
     "robustness": robustness_study,
+    "heterogeneous": heterogeneous_study,
 }
 
 
