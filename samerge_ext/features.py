@@ -18,6 +18,8 @@ from samerge_ext.packing import PackedWeights
 
 FEATURES_FILE = "features.safetensors"  # in a run's checkpoint_dir, and in the folder of a merged model
 MOMENTS = 3  # mean, variance, norm; the singular values follow
+# Relative error of the singular values. Experts of one base differ in them by a few parts in ten thousand, which must not drown.
+RTOL = 1e-5
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Features:
             if differs:
                 raise ValueError(f"{path} holds features of something else: {', '.join(differs)} differ; choose another path")
             return cls(found.values.to(packed.base.device), identity)
-        features = cls(layer_stats(packed, top_k=singular_values, of=of), identity)
+        features = cls(layer_stats(packed, top_k=singular_values, of=of, rtol=RTOL), identity)
         if path is not None:
             with atomic_write(path) as file:
                 file.write(features.to_bytes())

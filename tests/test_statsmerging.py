@@ -9,8 +9,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import samerge_ext as sm
-from samerge_ext.features import Features
+from samerge_ext.features import RTOL, Features
 from samerge_ext.learner import LearnerShape, PredictedCoefficients, StatsMergeLearner
+from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad
 from samerge_ext.passes import losses_and_gradient
 
@@ -106,32 +107,36 @@ def test_the_start_is_constant_for_any_statistics_and_does_not_last(packed, opti
     assert (spread > 1e-4).any()
 
 
-def literal_statistics(experts, singular_values=3):
-    """[T, L, 3 + k] of the experts' own weights, by the definitions."""
+def literal_statistics(models, singular_values=3):
+    """[T, L, 3 + k] by the definitions; models: T lists of L tensors."""
     rows = []
-    for expert in experts.values():
+    for tensors in models:
         rows.append([])
-        for weight in expert.parameters():
-            weight = weight.detach()
+        for weight in tensors:
             sigma = torch.linalg.svdvals(weight.reshape(weight.shape[0], -1))[:singular_values]
             moments = [weight.mean(), (weight - weight.mean()).square().mean(), weight.square().sum().sqrt()]
             rows[-1].append(torch.cat([torch.stack(moments), sigma, sigma.new_zeros(singular_values - len(sigma))]))
     return torch.stack([torch.stack(row) for row in rows])
 
 
+def weights(experts):
+    return [[parameter.detach() for parameter in expert.parameters()] for expert in experts.values()]
+
+
 @pytest.mark.parametrize("sam", ["off", "paper"])
 @pytest.mark.parametrize("task_wise", [False, True])
-def test_a_run_follows_a_literal_loop(problem, sam, task_wise):
+def test_a_run_follows_a_literal_loop(problem, sam, task_wise, monkeypatch):
     """Autograd through the learner, the merge and the model; a new learner with the same start; StepLR."""
     base, experts, packed, heads, batches = problem
+    statistics = literal_statistics(weights(experts))
+    monkeypatch.setattr("samerge_ext.features.layer_stats", lambda packed, **_: statistics)
     steps, decay = 10, 0.5
     result = run(
         packed, steps=steps, sam=sam, learning_rate=0.01, learning_rate_decay=decay, granularity="task" if task_wise else "layer"
     )
     learner, _ = learner_for(packed, granularity="task" if task_wise else "layer")
-    statistics = literal_statistics(experts)
     if task_wise:
-        vectors = [torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in experts.values()]
+        vectors = [torch.cat([weight.flatten() for weight in tensors]) for tensors in weights(experts)]
         moments = torch.stack([torch.stack([v.mean(), v.var(correction=0), v.norm()]) for v in vectors])
         statistics = torch.cat([moments, statistics[..., 3:].flatten(1).sort(descending=True).values[:, :3]], 1)[:, None]
     mean, deviation = statistics.flatten(0, 1).mean(0), statistics.flatten(0, 1).std(0, correction=0)
@@ -147,13 +152,13 @@ def test_a_run_follows_a_literal_loop(problem, sam, task_wise):
 
     def gradient(at, step):
         at = at.detach().requires_grad_()
-        weights = literal.merged_parameters(base, experts, at.expand(3, layers))
+        merged = literal.merged_parameters(base, experts, at.expand(3, layers))
         loss = 0.0
         for task, held in batches.items():
             batch = held[step % len(held)]
             with torch.no_grad():
                 labels = (experts[task](batch) @ heads[task]).argmax(-1)
-            loss = loss + cross_entropy(functional_call(base, {**weights, **buffers}, (batch,)) @ heads[task], labels)
+            loss = loss + cross_entropy(functional_call(base, {**merged, **buffers}, (batch,)) @ heads[task], labels)
         return torch.autograd.grad(loss, at)[0]
 
     for step in range(steps):
@@ -202,20 +207,24 @@ def test_features_are_standardised_over_tasks_and_layers(packed):
     assert_close(rows.square().mean(0), torch.ones(6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("of", ["experts", "task_vectors"])
 @pytest.mark.parametrize("singular_values", [0, 1, 3])
-def test_statistics_of_the_whole_model_are_those_of_all_its_numbers(problem, of, singular_values):
-    base, experts, packed, _, _ = problem
-    found = Features.of_packed(packed, of=of, singular_values=singular_values).of_granularity("task")
+def test_statistics_of_the_whole_model_are_those_of_all_its_numbers(problem, singular_values):
+    _, experts, packed, _, _ = problem
+    layers = [[name, list(shape)] for name, shape in zip(packed.layout.names, packed.layout.shapes, strict=True)]
+    features = Features(literal_statistics(weights(experts), singular_values), {"layers": layers})
+    found = features.of_granularity("task")
     assert found.shape == (3, 1, 3 + singular_values)
-    for row, expert in zip(found[:, 0], experts.values(), strict=True):
-        tensors = [parameter.detach() for parameter in expert.parameters()]
-        if of == "task_vectors":
-            tensors = [tensor - other.detach() for tensor, other in zip(tensors, base.parameters(), strict=True)]
+    for row, tensors in zip(found[:, 0], weights(experts), strict=True):
         numbers = torch.cat([tensor.flatten() for tensor in tensors])
         assert_close(row[:3], torch.stack([numbers.mean(), numbers.var(correction=0), numbers.norm()]))
         blocks = torch.block_diag(*(tensor.reshape(tensor.shape[0], -1) for tensor in tensors))
         assert_close(row[3:], torch.linalg.svdvals(blocks)[:singular_values])
+
+
+@pytest.mark.parametrize(("of", "singular_values"), [("experts", 2), ("task_vectors", 0)])
+def test_features_are_what_the_operator_computes(packed, of, singular_values):
+    features = Features.of_packed(packed, of=of, singular_values=singular_values)
+    assert torch.equal(features.values, layer_stats(packed, top_k=singular_values, of=of, rtol=RTOL))
 
 
 def test_features_are_read_from_their_file(packed, tmp_path, monkeypatch):
