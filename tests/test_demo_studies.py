@@ -58,7 +58,8 @@ def test_the_merged_folder_is_a_model_that_transformers_loads(run):
     folder = out / "merged"
     module = AutoModel.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
-    for name in ("README.md", "coefficients.json", "coefficients.png", "accuracies.png", "heads/tweets.safetensors"):
+    plots = ("coefficients.png", "accuracies.png", "singular_values.png")
+    for name in ("README.md", "coefficients.json", *plots, "heads/tweets.safetensors"):
         assert (folder / name).stat().st_size > 0, name
     summary = json.loads((folder / "coefficients.json").read_text())
     assert summary["method"] == "samerging" and summary["steps"] == 2

@@ -4,7 +4,6 @@
     rich.print(accuracy_table(cells))                            # one row per method, mean ± deviation over seeds
     markdown_table(cells)                                        # the same as Markdown, for the README and the card
     plot_accuracies(cells, "accuracies.png")
-    plot_coefficients(coefficients, tasks, layer_names, "coefficients.png")   # λ [T, L]
     write_card(folder / "README.md", base=..., method="SAMerging", config={...}, cells=cells, seed=0)
 
 Rows and columns come in the order in which methods and tasks first appear in ``cells``.
@@ -14,15 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from torch import Tensor
-
 from samerge_ext.checkpoints import atomic_write
+from samerge_ext.plots import colour_map, plot_figure, save_figure
 
 LICENCES = (
     "The backbone, all-MiniLM-L6-v2, is Apache-2.0. The experts were fine-tuned on corpora that are not part of this "
@@ -126,8 +123,8 @@ def markdown_table(cells: Sequence[Cell]) -> str:
 def plot_accuracies(cells: Sequence[Cell], path: str | os.PathLike) -> None:
     """Bars per task and for the mean, one colour per method; whiskers are standard deviations over seeds."""
     grouped, tasks = by_method(cells), tasks_of(cells)
-    figure, axes = _figure(width=1.2 + 1.3 * (len(tasks) + 1), height=4)
-    colours = _colour_map("viridis")
+    figure, axes = plot_figure(width=1.2 + 1.3 * (len(tasks) + 1), height=4)
+    colours = colour_map("viridis")
     width = 0.85 / len(grouped)
     for i, (method, held) in enumerate(grouped.items()):
         series = [[cell.accuracies[task] for cell in held] for task in tasks] + [[cell.mean for cell in held]]
@@ -140,48 +137,7 @@ def plot_accuracies(cells: Sequence[Cell], path: str | os.PathLike) -> None:
     axes.set_ylim(0, 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    _save(figure, path)
-
-
-def plot_coefficients(
-    coefficients: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | os.PathLike
-) -> None:
-    """λ [T, L] as a heat map: tasks down, layers across, grouped by the block they belong to.
-
-    The colours are centred on 0, so that a task that a layer leaves out is white and one it subtracts is blue.
-    """
-    if tuple(coefficients.shape) != (len(tasks), len(layer_names)):
-        raise ValueError(f"coefficients are {list(coefficients.shape)}, not [{len(tasks)} tasks, {len(layer_names)} layers]")
-    values = coefficients.detach().float().cpu().numpy()
-    figure, axes = _figure(width=max(8, 0.13 * len(layer_names) + 2), height=1.8 + 0.35 * len(tasks))
-    limit = max(float(abs(values).max()), 1e-6)
-    image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_yticks(range(len(tasks)), tasks)
-    starts, groups = layer_groups(layer_names)
-    for start in starts[1:]:
-        axes.axvline(start - 0.5, color="black", linewidth=0.6)
-    ends = [*starts[1:], len(layer_names)]
-    centres = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    axes.set_xticks(centres, groups, rotation=30, ha="right")
-    axes.set_xlabel("layers (parameter tensors in the model's order)")
-    figure.colorbar(image, ax=axes, label="λ", pad=0.01)
-    _save(figure, path)
-
-
-def layer_groups(layer_names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Where runs of layers of one group start, and the groups' names.
-
-    A name's group ends at its first number (``encoder.layer.1.output.dense.weight`` → ``layer 1``), or is its first
-    part where it has none (``embeddings.LayerNorm.bias`` → ``embeddings``).
-    """
-    starts, groups = [], []
-    for i, name in enumerate(layer_names):
-        numbered = re.search(r"([^.]+)\.(\d+)(\.|$)", name)
-        group = f"{numbered[1]} {numbered[2]}" if numbered else name.split(".")[0]
-        if not groups or group != groups[-1]:
-            starts.append(i)
-            groups.append(group)
-    return starts, groups
+    save_figure(figure, path)
 
 
 def write_card(
@@ -216,24 +172,3 @@ def write_card(
     ]
     with atomic_write(path, "w") as file:
         file.write("\n\n".join(sections) + "\n")
-
-
-def _figure(width: float, height: float):
-    """A figure that needs no display and leaves the caller's matplotlib backend alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _colour_map(name: str):
-    from matplotlib import colormaps
-
-    return colormaps[name]
-
-
-def _save(figure, path: str | os.PathLike) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)

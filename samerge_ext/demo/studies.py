@@ -18,10 +18,14 @@ from samerge_ext.checkpoints import atomic_write
 from samerge_ext.demo.cells import Row, Workbench, as_cell, run_cell
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.heterogeneous import heterogeneous_study
-from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, plot_coefficients, write_card
+from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, write_card
 from samerge_ext.demo.robustness import robustness_study
 from samerge_ext.demo.rows import OURS, ablation_rows, claims_rows, features_rows, main_rows, tuning_rows
 from samerge_ext.demo.unseen import unseen_study
+from samerge_ext.ops.layer_stats import layer_stats
+from samerge_ext.plots import plot_coefficients, plot_singular_values
+
+SPECTRUM = 8  # singular values per layer in the plot of the task vectors' spectra
 
 # A study yields, for one seed, the rows of its tables: (the table's title, a row's result).
 Study = Callable[[Workbench, Path], Iterator[tuple[str, Cell]]]
@@ -107,6 +111,8 @@ def _complete_model_folder(out: Path, bench: Workbench, cells: list[Cell]) -> No
     for task, prototypes in bench.heads.prototypes.items():
         save_file({"prototypes": prototypes.contiguous()}, folder / "heads" / f"{task}.safetensors")
     plot_coefficients(coefficients, tasks, layers, folder / "coefficients.png")
+    statistics = layer_stats(bench.packed, top_k=SPECTRUM, of="task_vectors")
+    plot_singular_values(statistics, tasks, layers, folder / "singular_values.png")
     plot_accuracies(cells, folder / "accuracies.png")
     write_card(
         folder / "README.md",
@@ -115,7 +121,7 @@ def _complete_model_folder(out: Path, bench: Workbench, cells: list[Cell]) -> No
         config={**summary["config"], "steps": summary["steps"], "experts": asdict(bench.protocol)},
         descriptions={name: task.descriptions for name, task in bench.tasks.items()},
         cells=cells,
-        images=["accuracies.png", "coefficients.png"],
+        images=["accuracies.png", "coefficients.png", "singular_values.png"],
     )
 
 
