@@ -1,4 +1,4 @@
-"""The subcommands of `samerge`: merge, demo, info."""
+"""The subcommands of `samerge`: merge, demo, stats, info."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def _pairs(option: str, values: list[str] | None, parse=lambda text: text) -> di
 def merge(
     config: Annotated[Path, typer.Argument(help="YAML file with mergekit's keys", exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    merge_method: Annotated[str | None, typer.Option(help="linear, task_arithmetic, samerging or adamerging")] = None,
+    merge_method: Annotated[
+        str | None, typer.Option(help="linear, task_arithmetic, samerging, adamerging or statsmerging")
+    ] = None,
     base_model: Annotated[Path | None, typer.Option(help="folder of the pretrained model")] = None,
     models: Annotated[list[Path] | None, typer.Option("--model", help="folder of an expert; once for each")] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="name of a model's task; once for each")] = None,
@@ -94,6 +96,43 @@ def demo(
         run_study(study, full=full, seeds=seeds or (3 if full else 1), out=out, cache=cache, progress=progress, console=console)
     except MISTAKES as error:
         _fail(error)
+
+
+@app.command()
+def stats(
+    base: Annotated[Path, typer.Argument(help="folder of the pretrained model")],
+    experts: Annotated[list[str], typer.Argument(help="folders of experts, each as FOLDER or as TASK=FOLDER")],
+    of: Annotated[str, typer.Option(help="experts or task_vectors")] = "experts",
+    singular_values: Annotated[int, typer.Option(help="how many of the largest ones")] = 3,
+    heads: Annotated[list[str] | None, typer.Option("--head", help='pattern of task heads, "classifier.*"')] = None,
+    out: Annotated[Path | None, typer.Option(help="write .csv or .json in place of printing")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG of the singular values of every layer")] = None,
+) -> None:
+    """Statistics of every layer of experts: mean, variance, norm and largest singular values."""
+    from samerge_ext.features import Features, statistics_rows, write_statistics
+    from samerge_ext.plots import plot_singular_values
+
+    parts = [text.rpartition("=") for text in experts]
+    folders = [(task if equals else Path(folder).name, Path(folder)) for task, equals, folder in parts]
+    try:
+        if out is not None and out.suffix not in (".csv", ".json"):
+            raise ValueError(f"{out}: statistics are written as .csv or .json")
+        packed = sm.PackedWeights.from_folders(base, folders, heads=heads or ())
+        features = Features.of_packed(packed, of=of, singular_values=singular_values)
+        if plot is not None:
+            plot_singular_values(features.values, packed.tasks, packed.layout.names, plot)
+        if out is not None:
+            write_statistics(features, out)
+    except MISTAKES as error:
+        _fail(error)
+    if out is not None:
+        console.print(f"{packed.num_tasks} experts, {packed.layout.num_layers} layers: statistics written to {out}")
+        return
+    rows = statistics_rows(features)
+    lines = [list(rows[0]), *([text if isinstance(text, str) else f"{text:.6g}" for text in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:  # as wide as it is: a layer's name that is cut would not be found
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 @app.command()

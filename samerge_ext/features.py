@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import dataclass
 from hashlib import sha256
@@ -86,6 +88,34 @@ class Features:
         singular_values = self.values[..., MOMENTS:].flatten(1).double().topk(k).values  # [T, k]
         moments = torch.stack([mean, variance, norm], dim=1)
         return torch.cat([moments, singular_values], dim=1)[:, None].to(self.values.dtype)
+
+
+def statistics_rows(features: Features) -> list[dict]:
+    """A row per task and layer: task, layer, mean, variance, norm, sigma_1, …"""
+    names = [name for name, _ in features.identity["layers"]]
+    columns = ["mean", "variance", "norm", *(f"sigma_{i}" for i in range(1, features.values.shape[-1] - MOMENTS + 1))]
+    return [
+        {"task": task, "layer": name, **dict(zip(columns, row, strict=True))}
+        for task, rows in zip(features.identity["tasks"], features.values.tolist(), strict=True)
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
+def write_statistics(features: Features, path: str | Path) -> None:
+    """The rows as .csv, or as .json beside what they were computed from. Raises ValueError for any other suffix."""
+    rows, path = statistics_rows(features), Path(path)
+    if path.suffix == ".json":
+        text = json.dumps({**features.identity, "statistics": rows}, indent=1)
+    elif path.suffix == ".csv":
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
+    else:
+        raise ValueError(f"{path}: statistics are written as .csv or .json")
+    with atomic_write(path, "w") as file:
+        file.write(text)
 
 
 def _identity(packed: PackedWeights, of: str, singular_values: int) -> dict:

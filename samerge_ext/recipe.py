@@ -10,15 +10,21 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samerge_ext.checkpoints import require_space, require_target
+from samerge_ext.features import FEATURES_FILE
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
+from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
 from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
 from samerge_ext.packing import PackedWeights
 from samerge_ext.result import Result
 from samerge_ext.run_state import STATE_FILE
 
-LEARNED = {"samerging": (samerging, SAMergingConfig), "adamerging": (adamerging, AdaMergingConfig)}
+LEARNED = {
+    "samerging": (samerging, SAMergingConfig),
+    "adamerging": (adamerging, AdaMergingConfig),
+    "statsmerging": (statsmerging, StatsMergingConfig),
+}
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,7 +53,7 @@ class CalibrationEntry(_Strict):
 class Recipe(_Strict):
     """A merge, as a file describes it.
 
-    merge_method: linear (weighted mean), task_arithmetic, samerging or adamerging.
+    merge_method: linear (weighted mean), task_arithmetic, samerging, adamerging or statsmerging.
     base_model, models, dtype: as in mergekit. dtype is that of the packed and of the written weights; by default the merge
         runs in float32 and the base's dtypes are written.
     parameters: for task_arithmetic `lambda`, for linear `normalize`, for learned methods their configuration's fields.
@@ -56,7 +62,7 @@ class Recipe(_Strict):
     calibration: for learned methods.
     """
 
-    merge_method: Literal["linear", "task_arithmetic", "samerging", "adamerging"]
+    merge_method: Literal["linear", "task_arithmetic", "samerging", "adamerging", "statsmerging"]
     base_model: Path
     models: list[ModelEntry]
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -128,10 +134,10 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     state = out.with_name(f"{out.name}.state")
     result = _learned(recipe, packed, state) if recipe.merge_method in LEARNED else _data_free(recipe, packed)
     result.save_pretrained(out, dtype=dtype, overwrite=overwrite)
-    if (state / STATE_FILE).exists():
-        (state / STATE_FILE).unlink()
-        if not any(state.iterdir()):
-            state.rmdir()
+    for name in (STATE_FILE, FEATURES_FILE):  # features of StatsMerging; the written folder has them too
+        (state / name).unlink(missing_ok=True)
+    if state.exists() and not any(state.iterdir()):
+        state.rmdir()
     return result
 
 

@@ -1,5 +1,6 @@
 """`samerge merge`: recipes, what is refused in them, and folders that transformers loads."""
 
+import csv
 import json
 
 import pytest
@@ -103,7 +104,7 @@ def test_dtype_is_what_is_written_and_loaded(write, tmp_path):
     assert {t.dtype for t in weights(tmp_path / "same").values() if t.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["samerging", "adamerging"])
+@pytest.mark.parametrize("method", ["samerging", "adamerging", "statsmerging"])
 def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method):
     result = run_recipe(load_recipe(write(**learned(models, merge_method=method)), {}), tmp_path / "out")
     packed = sm.PackedWeights.from_folders(
@@ -125,7 +126,7 @@ def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method)
         return experts[task].classifier(pooled)
 
     module = transformers.AutoModelForSequenceClassification.from_pretrained(models / "base")
-    configs = {"samerging": sm.SAMergingConfig, "adamerging": sm.AdaMergingConfig}
+    configs = {"samerging": sm.SAMergingConfig, "adamerging": sm.AdaMergingConfig, "statsmerging": sm.StatsMergingConfig}
     config = configs[method](steps=4, learning_rate=0.01, progress=False)
     expected = getattr(sm, method)(module, packed, batches, logits, config=config)
     torch.testing.assert_close(result.coefficients, expected.coefficients, rtol=1e-4, atol=1e-6)
@@ -226,3 +227,57 @@ def test_info_lists_backends():
     assert run.exit_code == 0
     for word in (sm.__version__, torch.__version__, "backend reference", "backend cuda", "threads"):
         assert word in run.output
+
+
+def test_statsmergings_own_parameters_are_a_recipes(models, write, tmp_path):
+    keys = learned(models, merge_method="statsmerging")
+    keys["parameters"] |= {"of": "task_vectors", "singular_values": 1, "loss": "kl", "hidden": 8}
+    result = run_recipe(load_recipe(write(**keys), {}), tmp_path / "out")
+    assert result.learner.shape.of == "task_vectors" and result.learner.weight.shape == (1, 4, 8)
+    loaded = sm.StatsMergeLearner.load(tmp_path / "out/learner/learner.safetensors")
+    assert torch.equal(loaded.weight, result.learner.weight)
+    keys["parameters"] |= {"of": "base"}
+    with pytest.raises(ValueError, match="of='base'"):
+        load_recipe(write(**keys), {})
+
+
+def stats(models, *options):
+    arguments = ["stats", str(models / "base"), str(models / "mood"), f"news={models / 'topic'}", "--head", "classifier.*"]
+    return CliRunner().invoke(app, [*arguments, *options])
+
+
+def test_stats_are_printed(models):
+    run = stats(models)
+    assert run.exit_code == 0, run.output
+    lines = run.output.splitlines()
+    assert lines[0].split() == ["task", "layer", "mean", "variance", "norm", "sigma_1", "sigma_2", "sigma_3"]
+    word, norm = "bert.pooler.dense.weight", weights(models / "topic")["pooler.dense.weight"].norm()
+    (row,) = [line.split() for line in lines if line.split()[:2] == ["news", word]]
+    assert float(row[4]) == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_stats_are_written_by_suffix(models, tmp_path):
+    run = stats(models, "--of", "task_vectors", "--singular-values", "2", "--out", str(tmp_path / "stats.csv"))
+    assert run.exit_code == 0, run.output
+    with open(tmp_path / "stats.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["task"] for row in rows} == {"mood", "news"}
+    base, mood = (weights(models / name)["pooler.dense.weight"] for name in ("base", "mood"))
+    (row,) = [row for row in rows if row["task"] == "mood" and row["layer"] == "bert.pooler.dense.weight"]
+    assert float(row["mean"]) == pytest.approx((mood - base).mean().item(), rel=1e-4)
+    assert list(row) == ["task", "layer", "mean", "variance", "norm", "sigma_1", "sigma_2"]
+
+    run = stats(models, "--out", str(tmp_path / "stats.json"), "--plot", str(tmp_path / "spectra.png"))
+    assert run.exit_code == 0, run.output
+    content = json.loads((tmp_path / "stats.json").read_text())
+    assert content["of"] == "experts" and len(content["statistics"]) == len(rows)
+    assert (tmp_path / "spectra.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_stats_that_cannot_be_made_are_refused(models, tmp_path):
+    run = stats(models, "--out", str(tmp_path / "stats.txt"))
+    assert run.exit_code == 1 and "written as .csv or .json" in run.output
+    run = stats(models, "--of", "heads")
+    assert run.exit_code == 1 and "heads" in run.output
+    run = CliRunner().invoke(app, ["stats", str(models / "base"), str(tmp_path / "nowhere")])
+    assert run.exit_code == 1 and "nowhere" in run.output
