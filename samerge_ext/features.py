@@ -49,7 +49,8 @@ class Features:
             found = cls.load(path)
             differs = [key for key in identity if found.identity.get(key) != identity[key]]
             if differs:
-                raise ValueError(f"{path} holds features of something else: {', '.join(differs)} differ; choose another path")
+                what = ", ".join(differs)
+                raise ValueError(f"{path} holds features of something else: {what} differ; delete it or choose another path")
             return cls(found.values.to(packed.base.device), identity)
         features = cls(layer_stats(packed, top_k=singular_values, of=of, rtol=RTOL), identity)
         if path is not None:

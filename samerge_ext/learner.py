@@ -21,7 +21,7 @@ LEARNER_FILE = "learner.safetensors"  # in the folder of a merged model
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnerShape:
+class LearnerSettings:
     """What a learner reads and how large it is.
 
     of: statistics of the "experts"' weights, or of the "task_vectors".
@@ -54,10 +54,11 @@ class StatsMergeLearner(nn.Module):
     mean, scale: [F] of the features it was made for, scale = 1 / deviation, and 0 for a feature that is constant there.
     """
 
-    def __init__(self, shape: LearnerShape, dtype: torch.dtype = torch.float32):
+    def __init__(self, settings: LearnerSettings, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.shape = shape
-        networks, features, hidden = len(shape.layers or "1"), shape.num_features, shape.hidden
+        self.settings = settings
+        networks = 1 if settings.layers is None else len(settings.layers)
+        features, hidden = settings.num_features, settings.hidden
         self.weight = nn.Parameter(torch.zeros(networks, features, hidden, dtype=dtype))  # W
         self.bias = nn.Parameter(torch.zeros(networks, 1, hidden, dtype=dtype))  # b
         self.output = nn.Parameter(torch.zeros(networks, hidden, 1, dtype=dtype))  # v
@@ -67,10 +68,10 @@ class StatsMergeLearner(nn.Module):
 
     @classmethod
     def made_for(
-        cls, statistics: Tensor, shape: LearnerShape, *, start: float, seed: int, dtype: torch.dtype = torch.float32
+        cls, statistics: Tensor, settings: LearnerSettings, *, start: float, seed: int, dtype: torch.dtype = torch.float32
     ) -> StatsMergeLearner:
         """A new learner that standardises as ``statistics`` [T, L, F] ask for and predicts ``start`` everywhere."""
-        learner = cls(shape, dtype)
+        learner = cls(settings, dtype)
         values = statistics.detach().double().cpu().flatten(0, 1)  # [T · L, F]
         deviation, mean = torch.std_mean(values, dim=0, correction=0)
         # What differs by rounding alone is constant; noise of its size would be blown up to deviation 1.
@@ -79,16 +80,16 @@ class StatsMergeLearner(nn.Module):
 
         def uniform_pairs(like: Tensor, dim: int, fan_in: int, twin: int) -> Tensor:
             """U(−1/√fan_in, 1/√fan_in), as nn.Linear starts, in the first half of the hidden units; then the twins."""
-            half = torch.empty(like.narrow(dim, 0, shape.hidden // 2).shape, dtype=torch.float64)
+            half = torch.empty(like.narrow(dim, 0, settings.hidden // 2).shape, dtype=torch.float64)
             half.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
             return torch.cat([half, twin * half], dim)
 
         with torch.no_grad():
             learner.mean.copy_(mean)
             learner.scale.copy_(torch.where(constant, 0.0, 1 / deviation))
-            learner.weight.copy_(uniform_pairs(learner.weight, 2, shape.num_features, 1))
-            learner.bias.copy_(uniform_pairs(learner.bias, 2, shape.num_features, 1))
-            learner.output.copy_(uniform_pairs(learner.output, 1, shape.hidden, -1))
+            learner.weight.copy_(uniform_pairs(learner.weight, 2, settings.num_features, 1))
+            learner.bias.copy_(uniform_pairs(learner.bias, 2, settings.num_features, 1))
+            learner.output.copy_(uniform_pairs(learner.output, 1, settings.hidden, -1))
             learner.constant.fill_(start)
         return learner.to(statistics.device)
 
@@ -104,14 +105,14 @@ class StatsMergeLearner(nn.Module):
         features: a file that keeps the experts' statistics, as in StatsMergingConfig.
         Raises ValueError where a learner with a network per layer meets other layers.
         """
-        if self.shape.layers is not None and self.shape.layers != packed.layout.names:
+        if self.settings.layers is not None and self.settings.layers != packed.layout.names:
             raise ValueError(
-                f"this learner has a network for each of {len(self.shape.layers)} layers, and they are not the "
+                f"this learner has a network for each of {len(self.settings.layers)} layers, and they are not the "
                 f"{packed.layout.num_layers} packed ones; train one with per_layer=False to apply it to other architectures"
             )
-        found = Features.of_packed(packed, of=self.shape.of, singular_values=self.shape.singular_values, path=features)
+        found = Features.of_packed(packed, of=self.settings.of, singular_values=self.settings.singular_values, path=features)
         with torch.no_grad():
-            predicted = self.to(found.values.device)(found.of_granularity(self.shape.granularity))
+            predicted = self(found.of_granularity(self.settings.granularity).to(self.weight.device))
         return packed.coefficients(predicted.expand(-1, packed.layout.num_layers))
 
     def save(self, path: str | Path) -> None:
@@ -121,17 +122,17 @@ class StatsMergeLearner(nn.Module):
 
     def to_bytes(self) -> bytes:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        return save(tensors, {"learner": json.dumps(asdict(self.shape))})
+        return save(tensors, {"learner": json.dumps(asdict(self.settings))})
 
     @classmethod
     def load(cls, path: str | Path) -> StatsMergeLearner:
         """Raises ValueError for a file that `save` did not write."""
         try:
             with safe_open(path, "pt") as file:
-                shape = json.loads(file.metadata()["learner"])
+                settings = json.loads(file.metadata()["learner"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            shape["layers"] = tuple(shape["layers"]) if shape["layers"] is not None else None
-            learner = cls(LearnerShape(**shape), tensors["weight"].dtype)
+            settings["layers"] = tuple(settings["layers"]) if settings["layers"] is not None else None
+            learner = cls(LearnerSettings(**settings), tensors["weight"].dtype)
             learner.load_state_dict(tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no StatsMergeLearner ({error!r})") from error

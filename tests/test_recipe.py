@@ -233,7 +233,7 @@ def test_statsmergings_own_parameters_are_a_recipes(models, write, tmp_path):
     keys = learned(models, merge_method="statsmerging")
     keys["parameters"] |= {"of": "task_vectors", "singular_values": 1, "loss": "kl", "hidden": 8}
     result = run_recipe(load_recipe(write(**keys), {}), tmp_path / "out")
-    assert result.learner.shape.of == "task_vectors" and result.learner.weight.shape == (1, 4, 8)
+    assert result.learner.settings.of == "task_vectors" and result.learner.weight.shape == (1, 4, 8)
     loaded = sm.StatsMergeLearner.load(tmp_path / "out/learner/learner.safetensors")
     assert torch.equal(loaded.weight, result.learner.weight)
     keys["parameters"] |= {"of": "base"}

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import samerge_ext as sm
 from samerge_ext.features import RTOL, Features
-from samerge_ext.learner import LearnerShape, PredictedCoefficients, StatsMergeLearner
+from samerge_ext.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
 from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad
 from samerge_ext.passes import losses_and_gradient
@@ -43,8 +43,8 @@ def learner_for(packed, granularity="layer", per_layer=False, of="experts", sing
         granularity=granularity, per_layer=per_layer, of=of, singular_values=singular_values, hidden=hidden
     )
     statistics = Features.of_packed(packed, of=of, singular_values=singular_values).of_granularity(granularity)
-    shape = config.learner_shape(packed.layout.names)
-    return StatsMergeLearner.made_for(statistics, shape, start=0.3, seed=seed, dtype=packed.coefficient_dtype), statistics
+    settings = config.learner_settings(packed.layout.names)
+    return StatsMergeLearner.made_for(statistics, settings, start=0.3, seed=seed, dtype=packed.coefficient_dtype), statistics
 
 
 class Merged(torch.autograd.Function):
@@ -190,7 +190,7 @@ def test_a_constant_feature_is_zero_and_not_nan(packed):
     values = Features.of_packed(packed).values.clone()
     values[..., 1] = 0.1
     values[0, :, 2], values[1:, :, 2] = 0.1, 0.1 + 2e-17  # the next number but one
-    learner = StatsMergeLearner.made_for(values, LearnerShape(), start=0.3, seed=0, dtype=torch.float64)
+    learner = StatsMergeLearner.made_for(values, LearnerSettings(), start=0.3, seed=0, dtype=torch.float64)
     assert (learner.scale[1:3] == 0).all() and (learner.scale[[0, 3, 4, 5]] > 0).all()
     assert torch.isfinite(learner(values)).all()
     changed = values.clone()
@@ -310,8 +310,8 @@ def test_a_saved_learner_merges_experts_it_was_not_trained_with(packed, tmp_path
     others = tiny.make_experts(base, scale=0.1, tasks=("cyan", "pink"))
     unseen = sm.PackedWeights.from_modules(base, others, dtype=torch.float64)
     applied = sm.apply_learner(learner, unseen, module=tiny.make(1))
-    statistics = Features.of_packed(unseen, of=learner.shape.of, singular_values=learner.shape.singular_values)
-    standardised = (statistics.of_granularity(learner.shape.granularity) - result.learner.mean) * result.learner.scale
+    statistics = Features.of_packed(unseen, of=learner.settings.of, singular_values=learner.settings.singular_values)
+    standardised = (statistics.of_granularity(learner.settings.granularity) - result.learner.mean) * result.learner.scale
     W, b, v, c = (parameter.detach()[0] for parameter in result.learner.parameters())
     expected = (torch.nn.functional.gelu(standardised @ W + b) @ v + c).squeeze(-1).expand(2, packed.layout.num_layers)
     assert_close(applied.coefficients, expected)

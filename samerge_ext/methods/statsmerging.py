@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samerge_ext.calibration import teacher_logits
 from samerge_ext.features import FEATURES_FILE, Features
-from samerge_ext.learner import LearnerShape, PredictedCoefficients, StatsMergeLearner
+from samerge_ext.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
 from samerge_ext.learning import LearningConfig, calibration_set, learn
 from samerge_ext.merged import MergedModel
 from samerge_ext.methods.arithmetic import task_arithmetic
@@ -76,8 +76,8 @@ class StatsMergingConfig(LearningConfig):
     def learning_rate_at(self, step: int, steps: int) -> float:
         return self.learning_rate * self.learning_rate_decay ** (DECAYS * step // steps)
 
-    def learner_shape(self, layers: tuple[str, ...]) -> LearnerShape:
-        return LearnerShape(
+    def learner_settings(self, layers: tuple[str, ...]) -> LearnerSettings:
+        return LearnerSettings(
             of=self.of,
             singular_values=self.singular_values,
             granularity=self.granularity,
@@ -123,7 +123,7 @@ def statsmerging(
     statistics = features.of_granularity(config.granularity)
     learner = StatsMergeLearner.made_for(
         statistics,
-        config.learner_shape(packed.layout.names),
+        config.learner_settings(packed.layout.names),
         start=config.initial_coefficient,
         seed=config.seed,
         dtype=packed.coefficient_dtype,
