@@ -218,7 +218,7 @@ class LogitsInputs:
         for some in torch.arange(rows).split(CHECKED_ROWS):
             part = slice(int(some[0]), int(some[-1]) + 1)
             logits = self.student[part].double(), self.teacher[None, part].double()
-            loss, gradient = reference.softmax_kl(*logits, None, None, scale[part], *SETTINGS)
+            loss, gradient = reference.softmax_kl(*logits, None, None, scale[part], None, *SETTINGS)
             losses.append(loss)
         return torch.cat(losses).mean(), gradient
 
