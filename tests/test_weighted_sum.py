@@ -211,3 +211,18 @@ def test_block_layer_is_checked():
             sm.weighted_sum(base, task_vectors, coefficients, block_layer.flip(0))
         with pytest.raises(ValueError, match=r"block_layer\[0\] is -1"):
             sm.coefficient_grad(base, task_vectors, block_layer - 1, 2)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("offset", (0, 1))
+def test_a_large_output_is_that_of_its_parts(each_level, dtype, offset):
+    """Results too large for the caches are stored past them where they are aligned (offset 0): the same numbers to the bit."""
+    blocks = 33 * 2**20 // dtype.itemsize // 512
+    base, task_vectors, coefficients, block_layer = packed(1, [blocks // 2, blocks - blocks // 2], base=dtype, tasks=dtype)
+    out = torch.full((len(base) + offset,), torch.nan, dtype=dtype)[offset:]
+    sm.weighted_sum(base, task_vectors, coefficients, block_layer, out=out)
+    for part in (slice(0, 1000), slice(blocks - 1000, blocks)):
+        some = slice(part.start * 1024, part.stop * 1024)
+        expected = sm.weighted_sum(base[some], task_vectors[:, some], coefficients, block_layer[part])
+        assert torch.equal(out[some], expected)
+    assert not out.isnan().any()

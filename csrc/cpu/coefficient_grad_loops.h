@@ -16,6 +16,8 @@ SAMERGE_INLINE void dot_some(const typename Storage::Stored* block, int64_t task
   for (int64_t i = 0; i < kBlock; i += 2 * kStep) {
     const Vector g = load<Vector>(grad + i), h = load<Vector>(grad + i + kStep);
     for (int k = 0; k < kCount; ++k) {
+      prefetch(block + k * task_stride + i + kBlock);
+      prefetch(block + k * task_stride + i + kBlock + kStep);
       even[k] += g * Storage::read(block + k * task_stride + i);
       odd[k] += h * Storage::read(block + k * task_stride + i + kStep);
     }

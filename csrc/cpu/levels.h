@@ -10,7 +10,8 @@ namespace samerge {
 
 // The loops, compiled once for every instruction level. Each works on a range of its outermost index, in one thread.
 struct Loops {
-  void (*weighted_sum)(const WeightedSum&, int64_t first_block, int64_t last_block);
+  // streamed: writes past the caches; needs out aligned to 64 bytes.
+  void (*weighted_sum)(const WeightedSum&, int64_t first_block, int64_t last_block, bool streamed);
   void (*coefficient_grad)(const CoefficientGrad&, int64_t first_segment, int64_t last_segment);
   // scratch: room for exponentials, [rows, chunks * kSoftmaxKlChunk] and [rows, chunks + 1] for their maxima, where a row is the
   // student's or a teacher's; or null.

@@ -1,6 +1,6 @@
 // Vectors of one instruction level, in GCC's and clang's vector extensions: the one source of the arithmetic. A Float is
 // SAMERGE_VECTOR_BYTES of floats, a Double the same number of bytes of doubles. Loops are templates over a storage type
-// (F32, BF16, F16, F64), which reads and writes whole vectors of the type that it is computed in.
+// (F32, BF16, F16, F64), which reads whole vectors of the type that it is computed in and rounds them to what it stores.
 #pragma once
 
 #include "../dtype.h"
@@ -45,6 +45,29 @@ template <class Vector>
 SAMERGE_INLINE void store(void* target, Vector v) {
   __builtin_memcpy(target, &v, sizeof(v));
 }
+
+// Stores past the caches, to an address aligned to the vector, for results too large to be found there again; fence() makes
+// them visible to other threads. The portable level stores as usual.
+#if SAMERGE_VECTOR_BYTES == 64
+SAMERGE_INLINE void stream(void* target, Float v) { _mm512_stream_ps((float*)target, (__m512)v); }
+SAMERGE_INLINE void stream(void* target, Double v) { _mm512_stream_pd((double*)target, (__m512d)v); }
+SAMERGE_INLINE void stream(void* target, HalfBits v) { _mm256_stream_si256((__m256i*)target, (__m256i)v); }
+SAMERGE_INLINE void fence() { _mm_sfence(); }
+#elif SAMERGE_VECTOR_BYTES == 32
+SAMERGE_INLINE void stream(void* target, Float v) { _mm256_stream_ps((float*)target, (__m256)v); }
+SAMERGE_INLINE void stream(void* target, Double v) { _mm256_stream_pd((double*)target, (__m256d)v); }
+SAMERGE_INLINE void stream(void* target, HalfBits v) { _mm_stream_si128((__m128i*)target, (__m128i)v); }
+SAMERGE_INLINE void fence() { _mm_sfence(); }
+#else
+template <class Vector>
+SAMERGE_INLINE void stream(void* target, Vector v) {
+  store(target, v);
+}
+SAMERGE_INLINE void fence() {}
+#endif
+
+// Into the second-level cache.
+SAMERGE_INLINE void prefetch(const void* place) { __builtin_prefetch(place, 0, 2); }
 
 template <class Vector>
 SAMERGE_INLINE Vector broadcast(lane_t<Vector> x) {
@@ -126,7 +149,7 @@ struct F32 {
   using Vector = Float;
   static constexpr bool kWide = true;  // stored as it is computed in
   static SAMERGE_INLINE Float read(const float* p) { return load<Float>(p); }
-  static SAMERGE_INLINE void write(float* p, Float v) { store(p, v); }
+  static SAMERGE_INLINE Float round(Float v) { return v; }
 };
 
 struct F64 {
@@ -134,10 +157,10 @@ struct F64 {
   using Vector = Double;
   static constexpr bool kWide = true;
   static SAMERGE_INLINE Double read(const double* p) { return load<Double>(p); }
-  static SAMERGE_INLINE void write(double* p, Double v) { store(p, v); }
+  static SAMERGE_INLINE Double round(Double v) { return v; }
 };
 
-// Writes round to the nearest, ties to even; NaN stays NaN.
+// Rounding is to the nearest, ties to even; NaN stays NaN.
 struct BF16 {
   using Stored = uint16_t;
   using Vector = Float;
@@ -145,10 +168,10 @@ struct BF16 {
   static SAMERGE_INLINE Float read(const uint16_t* p) {
     return (Float)(__builtin_convertvector(load<HalfBits>(p), Bits) << 16);
   }
-  static SAMERGE_INLINE void write(uint16_t* p, Float v) {
+  static SAMERGE_INLINE HalfBits round(Float v) {
     const Bits bits = (Bits)v;
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    store(p, __builtin_convertvector(v != v ? Bits{} + 0x7fc0u : rounded, HalfBits));
+    return __builtin_convertvector(v != v ? Bits{} + 0x7fc0u : rounded, HalfBits);
   }
 };
 
@@ -158,13 +181,13 @@ struct F16 {
   static constexpr bool kWide = false;
 #if SAMERGE_VECTOR_BYTES == 64
   static SAMERGE_INLINE Float read(const uint16_t* p) { return (Float)_mm512_cvtph_ps(load<__m256i>(p)); }
-  static SAMERGE_INLINE void write(uint16_t* p, Float v) {
-    store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  static SAMERGE_INLINE HalfBits round(Float v) {
+    return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #elif SAMERGE_VECTOR_BYTES == 32
   static SAMERGE_INLINE Float read(const uint16_t* p) { return (Float)_mm256_cvtph_ps(load<__m128i>(p)); }
-  static SAMERGE_INLINE void write(uint16_t* p, Float v) {
-    store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  static SAMERGE_INLINE HalfBits round(Float v) {
+    return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #else
   static SAMERGE_INLINE Float read(const uint16_t* p) {
@@ -173,7 +196,7 @@ struct F16 {
     const Bits special = (Bits)(magnitude >= 65536.f) & 0x7f800000u;     // inf and NaN
     return (Float)((Bits)magnitude | special | ((half & 0x8000u) << 16));
   }
-  static SAMERGE_INLINE void write(uint16_t* p, Float v) {
+  static SAMERGE_INLINE HalfBits round(Float v) {
     const Bits sign = (Bits)v & 0x80000000u;
     const Float magnitude = (Float)((Bits)v ^ sign);
     const Bits bits = (Bits)magnitude;
@@ -182,7 +205,7 @@ struct F16 {
     Bits half = magnitude < 0x1p-14f ? subnormal : normal;
     half = magnitude >= 65536.f ? Bits{} + 0x7c00u : half;
     half = v != v ? Bits{} + 0x7e00u : half;
-    store(p, __builtin_convertvector(half | (sign >> 16), HalfBits));
+    return __builtin_convertvector(half | (sign >> 16), HalfBits);
   }
 #endif
 };

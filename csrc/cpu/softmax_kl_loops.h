@@ -49,10 +49,10 @@ void write_some(void* target, int64_t n, const Real* place) {
   if (target == place) return;
   const int rest = n % kStep;
   const int64_t whole = n - rest;
-  for (int64_t i = 0; i < whole; i += kStep) Storage::write(numbers + i, load<Vector>(place + i));
+  for (int64_t i = 0; i < whole; i += kStep) store(numbers + i, Storage::round(load<Vector>(place + i)));
   if (rest == 0) return;
   typename Storage::Stored few[kStep];
-  Storage::write(few, load<Vector>(place + whole));
+  store(few, Storage::round(load<Vector>(place + whole)));
   __builtin_memcpy(numbers + whole, few, rest * sizeof(few[0]));
 }
 

@@ -7,7 +7,8 @@
 
 namespace samerge {
 
-constexpr int64_t kBlocksPerThread = 32;  // fewer do not pay for a thread
+constexpr int64_t kBlocksPerThread = 32;         // fewer do not pay for a thread
+constexpr size_t kStreamedBytes = size_t(64) << 20;  // an output this large is not found in the caches again
 
 void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                       const at::Tensor& coefficients,
@@ -19,7 +20,8 @@ void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::T
   const auto dense_base = base.contiguous(), tasks = dense_rows(task_vectors), lambda = coefficients.contiguous();
   const WeightedSum a = weighted_sum_call(out, dense_base, tasks, lambda, layer);
   const auto loop = loops().weighted_sum;
-  at::parallel_for(0, layer.numel(), kBlocksPerThread, [&](int64_t first, int64_t last) { loop(a, first, last); });
+  const bool streamed = out.nbytes() >= kStreamedBytes && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+  at::parallel_for(0, layer.numel(), kBlocksPerThread, [&](int64_t first, int64_t last) { loop(a, first, last, streamed); });
 }
 
 }  // namespace samerge

@@ -1,5 +1,6 @@
 // One block at a time: the base goes into an accumulator that stays in the first-level cache, four task vectors at a
 // time are added, and the sum is written in the dtype of the output. So any mix of dtypes needs only one loop per dtype.
+// A block is a page of fp32, at whose end the processor's own prefetching stops: whoever reads a block fetches the one after.
 #pragma once
 
 #include "../weighted_sum.h"
@@ -11,14 +12,23 @@ template <class Storage, class Real = lane_t<typename Storage::Vector>>
 void read_block(const void* source, Real* sum) {  // [kBlock], [kBlock]
   using Vector = typename Storage::Vector;
   const auto* numbers = static_cast<const typename Storage::Stored*>(source);
-  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) store(sum + i, Storage::read(numbers + i));
+  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) {
+    prefetch(numbers + i + kBlock);
+    store(sum + i, Storage::read(numbers + i));
+  }
 }
 
-template <class Storage, class Real = lane_t<typename Storage::Vector>>
+template <class Storage, bool kStream, class Real = lane_t<typename Storage::Vector>>
 void write_block(void* target, const Real* sum) {  // [kBlock], [kBlock]
   using Vector = typename Storage::Vector;
   auto* numbers = static_cast<typename Storage::Stored*>(target);
-  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) Storage::write(numbers + i, load<Vector>(sum + i));
+  for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) {
+    const auto rounded = Storage::round(load<Vector>(sum + i));
+    if constexpr (kStream)
+      stream(numbers + i, rounded);
+    else
+      store(numbers + i, rounded);
+  }
 }
 
 // sum += coefficients[k] * block k of kCount, which lie task_stride apart.
@@ -28,7 +38,10 @@ SAMERGE_INLINE void add_some(const typename Storage::Stored* block, int64_t task
   using Vector = typename Storage::Vector;
   for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) {
     Vector v = load<Vector>(sum + i);
-    for (int k = 0; k < kCount; ++k) v += Storage::read(block + k * task_stride + i) * coefficients[k];
+    for (int k = 0; k < kCount; ++k) {
+      prefetch(block + k * task_stride + i + kBlock);
+      v += Storage::read(block + k * task_stride + i) * coefficients[k];
+    }
     store(sum + i, v);
   }
 }
@@ -54,32 +67,36 @@ struct BlockFunctions {
   void (*read)(const void*, Real*);
   void (*add)(const WeightedSum&, int64_t, Real*);
   void (*write)(void*, const Real*);
+  void (*stream)(void*, const Real*);
   int64_t bytes;  // of a block
 };
 
 template <class Storage, class Real>
-constexpr BlockFunctions<Real> block_functions = {read_block<Storage>, add_blocks<Storage>, write_block<Storage>,
+constexpr BlockFunctions<Real> block_functions = {read_block<Storage>, add_blocks<Storage>, write_block<Storage, false>,
+                                                  write_block<Storage, true>,
                                                   kBlock * int64_t(sizeof(typename Storage::Stored))};
 
 template <class Real>
 void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base, const BlockFunctions<Real>& tasks,
-                  const BlockFunctions<Real>& out, int64_t first, int64_t last) {
+                  const BlockFunctions<Real>& out, int64_t first, int64_t last, bool streamed) {
   alignas(64) Real sum[kBlock];
+  const auto write = streamed ? out.stream : out.write;
   for (int64_t b = first; b < last; ++b) {
     base.read(static_cast<const char*>(a.base) + b * base.bytes, sum);
     tasks.add(a, b, sum);
-    out.write(static_cast<char*>(a.out) + b * out.bytes, sum);
+    write(static_cast<char*>(a.out) + b * out.bytes, sum);
   }
+  if (streamed) fence();
 }
 
-void weighted_sum(const WeightedSum& a, int64_t first, int64_t last) {
+void weighted_sum(const WeightedSum& a, int64_t first, int64_t last, bool streamed) {
   if (a.base_dtype == DType::f64) {
     constexpr auto wide = block_functions<F64, double>;
-    return merge_blocks<double>(a, wide, wide, wide, first, last);
+    return merge_blocks<double>(a, wide, wide, wide, first, last, streamed);
   }
   constexpr BlockFunctions<float> of[] = {block_functions<F32, float>, block_functions<BF16, float>,
                                           block_functions<F16, float>};
-  merge_blocks<float>(a, of[int(a.base_dtype)], of[int(a.task_dtype)], of[int(a.out_dtype)], first, last);
+  merge_blocks<float>(a, of[int(a.base_dtype)], of[int(a.task_dtype)], of[int(a.out_dtype)], first, last, streamed);
 }
 
 }  // namespace samerge::SAMERGE_LEVEL
