@@ -160,13 +160,24 @@ struct F64 {
   static SAMERGE_INLINE Double round(Double v) { return v; }
 };
 
+// GCC would widen each half of a vector by itself.
+SAMERGE_INLINE Bits widen(HalfBits half) {
+#if SAMERGE_VECTOR_BYTES == 64
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)half);
+#elif SAMERGE_VECTOR_BYTES == 32
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, Bits);
+#endif
+}
+
 // Rounding is to the nearest, ties to even; NaN stays NaN.
 struct BF16 {
   using Stored = uint16_t;
   using Vector = Float;
   static constexpr bool kWide = false;
   static SAMERGE_INLINE Float read(const uint16_t* p) {
-    return (Float)(__builtin_convertvector(load<HalfBits>(p), Bits) << 16);
+    return (Float)(widen(load<HalfBits>(p)) << 16);
   }
   static SAMERGE_INLINE HalfBits round(Float v) {
     const Bits bits = (Bits)v;
@@ -191,7 +202,7 @@ struct F16 {
   }
 #else
   static SAMERGE_INLINE Float read(const uint16_t* p) {
-    const Bits half = __builtin_convertvector(load<HalfBits>(p), Bits);
+    const Bits half = widen(load<HalfBits>(p));
     const Float magnitude = (Float)((half & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormals included
     const Bits special = (Bits)(magnitude >= 65536.f) & 0x7f800000u;     // inf and NaN
     return (Float)((Bits)magnitude | special | ((half & 0x8000u) << 16));
