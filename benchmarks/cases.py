@@ -33,8 +33,12 @@ def logits_cases(device: str, size: str) -> list[Logits]:
     return cases + huge if device == "cuda" else cases
 
 
-def is_compiled(case: object) -> bool:
-    """Where torch.compile takes part: compiling takes half a minute a case, and its code is the same for other layer maps."""
+def takes_part(candidate: str, case: object) -> bool:
+    """torch.compile only where its code differs, since compiling takes half a minute a case; out= where there is a gradient."""
+    if candidate == "samerge, out=":
+        return case.gradient
+    if candidate != "torch.compile":
+        return True
     if isinstance(case, Packed):
         return case.model == "88M"
     return isinstance(case, Logits) and case.gradient and case.rows * case.classes > 10**8

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import is_compiled
+from cases import takes_part
 from ceiling import Yardstick, ceiling, machine_roofs
 from inputs import free_bytes, give_back_memory, poisoned_memory
 from report import Results, environment, record, summary
@@ -64,9 +64,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """torch.compile takes part in some cases only."""
+    """Some candidates take part in some cases only."""
     params = [item.callspec.params for item in items]
-    left_out = [p["candidate"] == "torch.compile" and not is_compiled(p["x"]) for p in params]
+    left_out = [not takes_part(p["candidate"], p["x"]) for p in params]
     config.hook.pytest_deselected(items=[item for item, out in zip(items, left_out, strict=True) if out])
     items[:] = [item for item, out in zip(items, left_out, strict=True) if not out]
 

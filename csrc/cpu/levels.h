@@ -13,7 +13,7 @@ struct Loops {
   // streamed: writes past the caches; needs out aligned to 64 bytes.
   void (*weighted_sum)(const WeightedSum&, int64_t first_block, int64_t last_block, bool streamed);
   void (*coefficient_grad)(const CoefficientGrad&, int64_t first_segment, int64_t last_segment);
-  // scratch: room for exponentials, [rows, chunks * kSoftmaxKlChunk] and [rows, chunks + 1] for their maxima, where a row is the
+  // scratch: room for exponentials, [rows, chunks * kSoftmaxKlChunk] and [rows, chunks] for their maxima, where a row is the
   // student's or a teacher's; or null.
   void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row, void* scratch);
   void (*moments)(const MomentsCall&, int64_t first_segment, int64_t last_segment);

@@ -30,7 +30,7 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
                       "; num_classes must lie in 1 ... ", a.num_columns, ", the number of columns of student");
   const auto loop = loops().softmax_kl;
   const int64_t chunks = (a.num_columns + kSoftmaxKlChunk - 1) / kSoftmaxKlChunk;
-  const int64_t numbers = (1 + a.num_teachers) * (chunks * (kSoftmaxKlChunk + 1) + 1);
+  const int64_t numbers = (1 + a.num_teachers) * chunks * (kSoftmaxKlChunk + 1);
   at::parallel_for(0, a.num_rows, std::max<int64_t>(1, kNumbersPerThread / a.num_columns), [&](int64_t first, int64_t last) {
     at::Tensor scratch;
     if (numbers <= kLargestScratch) scratch = at::empty({numbers}, call.losses.options());

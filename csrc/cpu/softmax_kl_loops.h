@@ -1,7 +1,7 @@
 // One row at a time, in chunks that stay in the first-level cache as float (or double). A first pass finds each row's
-// largest logit m and log Z, with Z = sum of exp((x - m) / temperature), rescaled when a chunk brings a larger m, and
-// keeps the exponentials where there is room for them; a second pass over the same row computes loss and gradient.
-// Chunks are padded with -inf to whole vectors; those of whole vectors in float are read and written where they lie.
+// largest logit m and Z = sum of exp((x - m) / temperature), rescaled when a chunk brings a larger m, and keeps the
+// exponentials where there is room for them; a second pass over the same row computes loss and gradient. What is stored
+// as it is computed is read and written where it lies; a last vector that is not full is padded with -inf.
 #pragma once
 
 #include "../softmax_kl.h"
@@ -12,61 +12,72 @@ namespace samerge::SAMERGE_LEVEL {
 
 constexpr int64_t kChunk = kSoftmaxKlChunk;
 
-// n numbers as whole vectors: in place, or in `chunk` with -inf after them.
+// Numbers as whole vectors: those that fill one in place, what is left in a vector of its own.
+template <class Number>
+struct Chunk {
+  Number* values;
+  Number* tail;
+  int64_t whole;  // numbers at values
+
+  Number* at(int64_t i) const { return i < whole ? values + i : tail + (i - whole); }
+};
+
+// n numbers to read, with -inf after them; in `buffer` what is stored in another type than it is computed in.
 template <class Storage, class Real = lane_t<typename Storage::Vector>>
-const Real* read_padded(const void* source, int64_t n, Real* chunk) {  // [n], [n up to whole vectors]
+Chunk<const Real> read_chunk(const void* source, int64_t n, Real* buffer) {  // [n], [n up to whole vectors]
   using Vector = typename Storage::Vector;
   constexpr int kStep = kLanes<Vector>;
   const auto* numbers = static_cast<const typename Storage::Stored*>(source);
-  if constexpr (Storage::kWide)
-    if (n % kStep == 0) return numbers;
   const int rest = n % kStep;
   const int64_t whole = n - rest;
-  for (int64_t i = 0; i < whole; i += kStep) store(chunk + i, Storage::read(numbers + i));
   if (whole && rest) {  // in registers: a load that spans two recent stores would wait for both
-    store(chunk + whole, last_lanes(Storage::read(numbers + n - kStep), rest, -__builtin_inff()));
+    store(buffer + whole, last_lanes(Storage::read(numbers + n - kStep), rest, -__builtin_inff()));
   } else if (rest) {
     typename Storage::Stored few[kStep] = {};
     __builtin_memcpy(few + kStep - rest, numbers, rest * sizeof(few[0]));
-    store(chunk, last_lanes(Storage::read(few), rest, -__builtin_inff()));
+    store(buffer, last_lanes(Storage::read(few), rest, -__builtin_inff()));
   }
-  return chunk;
+  if constexpr (Storage::kWide) {
+    return {numbers, buffer + whole, whole};
+  } else {
+    for (int64_t i = 0; i < whole; i += kStep) store(buffer + i, Storage::read(numbers + i));
+    return {buffer, buffer + whole, whole};
+  }
 }
 
-// Where n numbers for `target` are computed: in place where whole vectors of them fit, else in `chunk`.
+// Where n numbers for `target` are computed, before write_chunk; all in `buffer` where there is no target.
 template <class Storage, class Real = lane_t<typename Storage::Vector>>
-Real* write_place(void* target, int64_t n, Real* chunk) {
+Chunk<Real> place_chunk(void* target, int64_t n, Real* buffer) {
+  const int64_t whole = n - n % kLanes<typename Storage::Vector>;
   if constexpr (Storage::kWide)
-    if (target && n % kLanes<typename Storage::Vector> == 0) return static_cast<Real*>(target);
-  return chunk;
+    if (target) return {static_cast<Real*>(target), buffer + whole, whole};
+  return {buffer, buffer + whole, whole};
 }
 
 template <class Storage, class Real = lane_t<typename Storage::Vector>>
-void write_some(void* target, int64_t n, const Real* place) {
+void write_chunk(const Chunk<Real>& chunk, void* target, int64_t n) {
   using Vector = typename Storage::Vector;
-  constexpr int kStep = kLanes<Vector>;
   auto* numbers = static_cast<typename Storage::Stored*>(target);
-  if (target == place) return;
-  const int rest = n % kStep;
-  const int64_t whole = n - rest;
-  for (int64_t i = 0; i < whole; i += kStep) store(numbers + i, Storage::round(load<Vector>(place + i)));
-  if (rest == 0) return;
-  typename Storage::Stored few[kStep];
-  store(few, Storage::round(load<Vector>(place + whole)));
-  __builtin_memcpy(numbers + whole, few, rest * sizeof(few[0]));
+  if constexpr (!Storage::kWide)
+    for (int64_t i = 0; i < chunk.whole; i += kLanes<Vector>)
+      store(numbers + i, Storage::round(load<Vector>(chunk.values + i)));
+  if (n == chunk.whole) return;
+  typename Storage::Stored few[kLanes<Vector>];
+  store(few, Storage::round(load<Vector>(chunk.tail)));
+  __builtin_memcpy(numbers + chunk.whole, few, (n - chunk.whole) * sizeof(few[0]));
 }
 
 // What knows how numbers are stored.
 template <class Real>
 struct RowFunctions {
-  const Real* (*read)(const void*, int64_t, Real*);
-  Real* (*place)(void*, int64_t, Real*);
-  void (*write)(void*, int64_t, const Real*);
+  Chunk<const Real> (*read)(const void*, int64_t, Real*);
+  Chunk<Real> (*place)(void*, int64_t, Real*);
+  void (*write)(const Chunk<Real>&, void*, int64_t);
   int64_t bytes;  // of a number
 };
 
 template <class Storage, class Real>
-constexpr RowFunctions<Real> row_functions = {read_padded<Storage>, write_place<Storage>, write_some<Storage>,
+constexpr RowFunctions<Real> row_functions = {read_chunk<Storage>, place_chunk<Storage>, write_chunk<Storage>,
                                               int64_t(sizeof(typename Storage::Stored))};
 
 // A row of logits and what the first pass leaves of it, with y = (x - max) / temperature.
@@ -77,57 +88,54 @@ struct Row {
   int64_t n;
   Real inverse_temperature;
   Real* exponentials;  // [n up to whole chunks] of each chunk relative to the maximum so far; null where there is no room
-  Real* maxima;        // [chunks + 1] those maxima
+  Real* maxima;        // [chunks] those maxima
   Real max;
-  double log_sum;  // log Z
+  double sum;      // Z
   Real scale;      // 1 / Z
+  double log_sum;  // log Z: not for the teachers of KL
   double entropy;  // log Z - (sum of exp(y) * y) / Z: no term cancels another
 
-  const Real* chunk(int64_t begin, int64_t count, Real* buffer) const {
+  Chunk<const Real> chunk(int64_t begin, int64_t count, Real* buffer) const {
     return storage.read(numbers + begin * storage.bytes, count, buffer);
   }
 };
 
-// Calls body(index, begin, count, x) for a row's chunks: kChunk numbers, and at the end what is left of them. What would not
-// fill a vector there is a chunk of its own where that is cheaper than a copy of them all.
+// Calls body(begin, count, x) with a row's numbers, kChunk of them at a time.
 template <class Real, class Body>
 SAMERGE_INLINE void for_chunks(const Row<Real>& row, const Body& body) {
   alignas(64) Real buffer[kChunk];
-  int64_t index = 0, begin = 0;
-  while (begin < row.n) {
-    int64_t count = row.n - begin < kChunk ? row.n - begin : kChunk;
-    if (count > kChunk / 4) count -= count % (kBytes / int64_t(sizeof(Real)));
-    body(index++, begin, count, row.chunk(begin, count, buffer));
-    begin += count;
+  for (int64_t begin = 0; begin < row.n; begin += kChunk) {
+    const int64_t count = row.n - begin < kChunk ? row.n - begin : kChunk;
+    body(begin, count, row.chunk(begin, count, buffer));
   }
 }
 
 template <class Vector, class Real = lane_t<Vector>>
-Real chunk_max(const Real* x, int64_t n, Real at_least) {
+Real chunk_max(const Chunk<const Real>& x, int64_t n, Real at_least) {
   Vector largest = broadcast<Vector>(at_least);
-  for (int64_t i = 0; i < n; i += kLanes<Vector>) largest = max(load<Vector>(x + i), largest);
+  for (int64_t i = 0; i < n; i += kLanes<Vector>) largest = max(load<Vector>(x.at(i)), largest);
   return max_lane(largest);
 }
 
 // The first pass.
 template <class Vector, class Real = lane_t<Vector>>
-void normalize(Row<Real>& row, bool with_entropy) {
+void normalize(Row<Real>& row, bool with_log, bool with_entropy) {
   alignas(64) Real unused[kChunk];
   Partition<Real, double> seen = {-__builtin_inff(), 0, 0};
-  for_chunks(row, [&](int64_t index, int64_t begin, int64_t count, const Real* x) {
+  for_chunks(row, [&](int64_t begin, int64_t count, const Chunk<const Real>& x) {
     const Real larger = chunk_max<Vector>(x, count, seen.max);
     if (larger > seen.max) {
       const double shift = (double(seen.max) - larger) * row.inverse_temperature;
       seen = rescaled(seen, larger, shift, begin ? __builtin_exp(shift) : 0.0);
     }
     Real* exponentials = row.exponentials ? row.exponentials + begin : unused;
-    if (row.exponentials) row.maxima[index] = seen.max;
+    if (row.exponentials) row.maxima[begin / kChunk] = seen.max;
     // Where all is masked so far, any finite number makes the exponentials 0.
     const Real max = seen.max == -__builtin_inff() ? Real(0) : seen.max;
     Vector sums = {}, weighted = {};
     const Real inverse = row.inverse_temperature;
     for (int64_t i = 0; i < count; i += kLanes<Vector>) {
-      const Vector y = load<Vector>(x + i) - max, e = exp_scaled(y, inverse);
+      const Vector y = load<Vector>(x.at(i)) - max, e = exp_scaled(y, inverse);
       store(exponentials + i, e);
       sums += e;
       if (with_entropy) weighted += e == Real(0) ? Vector{} : e * (y * inverse);
@@ -136,9 +144,10 @@ void normalize(Row<Real>& row, bool with_entropy) {
     if (with_entropy) seen.weighted += sum(weighted);
   });
   row.max = seen.max;
-  row.log_sum = __builtin_log(seen.sum);
+  row.sum = seen.sum;
   row.scale = 1 / seen.sum;
-  row.entropy = row.log_sum - seen.weighted / seen.sum;
+  if (with_log) row.log_sum = __builtin_log(seen.sum);
+  if (with_entropy) row.entropy = row.log_sum - seen.weighted / seen.sum;
 }
 
 // A chunk's exponentials and the factor that makes probabilities of them.
@@ -149,15 +158,15 @@ struct Exponentials {
 };
 
 template <class Vector, class Real = lane_t<Vector>>
-Exponentials<Real> exponentials(const Row<Real>& row, int64_t index, int64_t begin, int64_t count, const Real* x,
+Exponentials<Real> exponentials(const Row<Real>& row, int64_t begin, int64_t count, const Chunk<const Real>& x,
                                 Real* buffer) {
   if (row.exponentials) {
-    const Real max = row.maxima[index];
+    const Real max = row.maxima[begin / kChunk];
     const Real factor = max == row.max ? Real(1) : Real(__builtin_exp((double(max) - row.max) * row.inverse_temperature));
     return {row.exponentials + begin, factor * row.scale};
   }
   for (int64_t i = 0; i < count; i += kLanes<Vector>)
-    store(buffer + i, exp_scaled(load<Vector>(x + i) - row.max, row.inverse_temperature));
+    store(buffer + i, exp_scaled(load<Vector>(x.at(i)) - row.max, row.inverse_temperature));
   return {buffer, row.scale};
 }
 
@@ -166,11 +175,11 @@ template <class Vector, class Real = lane_t<Vector>>
 int64_t argmax(const Row<Real>& row) {
   Real best = -__builtin_inff();
   int64_t position = 0;
-  for_chunks(row, [&](int64_t, int64_t begin, int64_t count, const Real* x) {
+  for_chunks(row, [&](int64_t begin, int64_t count, const Chunk<const Real>& x) {
     const Real larger = chunk_max<Vector>(x, count, best);
     if (!(larger > best)) return;
     best = larger;
-    for (position = begin; x[position - begin] != best;) ++position;
+    for (position = begin; *x.at(position - begin) != best;) ++position;
   });
   return position;
 }
@@ -180,19 +189,19 @@ struct Next {
   const char *teacher, *student, *grad;
 };
 
+// With offset = log Z of the teacher - log Z of the student:
 // slope = before + weight * (q - p) over a chunk, where before is 0 for the first teacher and else what is in slope;
-// returns the chunk's part of KL(p || q). Meanwhile `next` is
-// fetched into the cache.
+// returns the chunk's part of KL(p || q). Meanwhile `next` is fetched into the cache.
 template <class Vector, bool kSameTemperature, class Real = lane_t<Vector>>
-double kl_chunk(const Row<Real>& teacher, const Real* t, Exponentials<Real> p, const Row<Real>& student, const Real* s,
-                Exponentials<Real> q, int64_t n, Real weight, bool first, Real* slope,
-                const Next& next) {
-  const Real offset = teacher.log_sum - student.log_sum, max_gap = teacher.max - student.max;
+double kl_chunk(const Row<Real>& teacher, const Chunk<const Real>& t, Exponentials<Real> p, const Row<Real>& student,
+                const Chunk<const Real>& s, Exponentials<Real> q, Real offset, int64_t n, Real weight, bool first,
+                const Chunk<Real>& slope, const Next& next) {
+  const Real max_gap = teacher.max - student.max;
   const Real inverse_teacher = teacher.inverse_temperature, inverse_student = student.inverse_temperature;
   const Real teacher_max = teacher.max, student_max = student.max;
   Vector total = {};
   for (int64_t i = 0; i < n; i += kLanes<Vector>) {
-    const Vector t_i = load<Vector>(t + i), s_i = load<Vector>(s + i);
+    const Vector t_i = load<Vector>(t.at(i)), s_i = load<Vector>(s.at(i));
     // t - s is exact where they are close, which (t - max) - (s - max) is not.
     const Vector gap = kSameTemperature ? ((t_i - s_i) - max_gap) * inverse_teacher
                                         : (t_i - teacher_max) * inverse_teacher - (s_i - student_max) * inverse_student;
@@ -203,19 +212,20 @@ double kl_chunk(const Row<Real>& teacher, const Real* t, Exponentials<Real> p, c
     __builtin_prefetch(next.student + i * student.storage.bytes);
     __builtin_prefetch(next.grad + i * student.storage.bytes, 1);
     total += term.loss;
-    const Vector before = first ? Vector{} : load<Vector>(slope + i);
-    store(slope + i, before + term.slope * weight);
+    Real* place = slope.at(i);
+    store(place, (first ? Vector{} : load<Vector>(place)) + term.slope * weight);
   }
   return sum(total);
 }
 
 // slope = weight * d H(q) / d (x / temperature) = -weight * q * (log q + H) over a chunk.
 template <class Vector, class Real = lane_t<Vector>>
-void entropy_chunk(const Row<Real>& row, const Real* x, Exponentials<Real> q, int64_t n, Real weight, Real* slope) {
+void entropy_chunk(const Row<Real>& row, const Chunk<const Real>& x, Exponentials<Real> q, int64_t n, Real weight,
+                   const Chunk<Real>& slope) {
   const Real shift = row.entropy - row.log_sum, factor = -weight * q.factor;
   for (int64_t i = 0; i < n; i += kLanes<Vector>) {
-    const Vector e = load<Vector>(q.values + i), y = (load<Vector>(x + i) - row.max) * row.inverse_temperature;
-    store(slope + i, e == Real(0) ? Vector{} : e * factor * (y + shift));
+    const Vector e = load<Vector>(q.values + i), y = (load<Vector>(x.at(i)) - row.max) * row.inverse_temperature;
+    store(slope.at(i), e == Real(0) ? Vector{} : e * factor * (y + shift));
   }
 }
 
@@ -223,6 +233,7 @@ template <class Real>
 struct Teacher {
   Row<Real> row;
   Real weight;
+  Real offset;     // kl: log Z - log Z of the student
   int64_t target;  // cross_entropy
 };
 
@@ -236,7 +247,7 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
   const int64_t chunks = (a.num_columns + kChunk - 1) / kChunk;
   const int64_t next_row = chunks == 1 ? a.num_columns : 0;  // the row itself where it is long
   auto* room = static_cast<Real*>(scratch);
-  auto* maxima = room + (1 + a.num_teachers) * chunks * kChunk;
+  auto* maxima = room ? room + (1 + a.num_teachers) * chunks * kChunk : nullptr;
   Row<Real> student;
   // The student is row 0, teacher k row 1 + k.
   for (int64_t k = 0; k <= a.num_teachers; ++k) {
@@ -244,14 +255,14 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
     row.storage = k ? teachers : students;
     row.inverse_temperature = k ? inverse_teacher : inverse_student;
     row.exponentials = room ? room + k * chunks * kChunk : nullptr;
-    row.maxima = room ? maxima + k * (chunks + 1) : nullptr;
+    row.maxima = room ? maxima + k * chunks : nullptr;
   }
 
   for (int64_t r = first; r < last; ++r) {
     const int64_t n = a.num_classes ? a.num_classes[r] : a.num_columns;
     student.numbers = static_cast<const char*>(a.student) + r * a.student_stride * students.bytes;
     student.n = n;
-    normalize<Vector>(student, a.loss == RowLoss::entropy);
+    normalize<Vector>(student, a.loss != RowLoss::kl, a.loss == RowLoss::entropy);
     double loss = a.loss == RowLoss::entropy ? student.entropy : 0;
     Real total_weight = 0;
 
@@ -264,10 +275,11 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
                                    : Real(1) / Real(a.num_teachers);
       total_weight += t.weight;
       if (a.loss == RowLoss::kl) {
-        normalize<Vector>(t.row, false);
+        normalize<Vector>(t.row, false, false);
+        t.offset = __builtin_log(t.row.sum / student.sum);
       } else {
         t.target = argmax<Vector>(t.row);
-        const double logit = *student.chunk(t.target, 1, y);
+        const double logit = *student.chunk(t.target, 1, y).at(0);
         loss += t.weight * (student.log_sum - (logit - student.max) * inverse_student);
       }
     }
@@ -275,30 +287,30 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
     char* grad = a.grad ? static_cast<char*>(a.grad) + r * a.num_columns * students.bytes : nullptr;
     const Real grad_scale = grad ? static_cast<const Real*>(a.row_scale)[r] * inverse_student : Real(0);
     if (grad || a.loss == RowLoss::kl) {
-      for_chunks(student, [&](int64_t index, int64_t begin, int64_t count, const Real* x) {
-        const Exponentials<Real> q = exponentials<Vector>(student, index, begin, count, x, q_buffer);
+      for_chunks(student, [&](int64_t begin, int64_t count, const Chunk<const Real>& x) {
+        const Exponentials<Real> q = exponentials<Vector>(student, begin, count, x, q_buffer);
         char* target = grad ? grad + begin * students.bytes : nullptr;
-        Real* slope = students.place(target, count, slope_buffer);
+        const Chunk<Real> slope = students.place(target, count, slope_buffer);
         if (a.loss == RowLoss::entropy) {
           entropy_chunk<Vector>(student, x, q, count, grad_scale, slope);
         } else if (a.loss == RowLoss::kl) {
           for (int64_t k = 0; k < a.num_teachers; ++k) {
             const Teacher<Real>& t = teacher[k];
-            const Real* numbers = t.row.chunk(begin, count, y);
-            const Exponentials<Real> p = exponentials<Vector>(t.row, index, begin, count, numbers, p_buffer);
+            const Chunk<const Real> numbers = t.row.chunk(begin, count, y);
+            const Exponentials<Real> p = exponentials<Vector>(t.row, begin, count, numbers, p_buffer);
             const Next next = {t.row.numbers + next_row * teachers.bytes, student.numbers + next_row * students.bytes,
-                               grad + next_row * students.bytes};
-            loss += t.weight * kl(t.row, numbers, p, student, x, q, count, t.weight * grad_scale, k == 0, slope, next);
+                               grad ? grad + next_row * students.bytes : student.numbers};
+            loss += t.weight * kl(t.row, numbers, p, student, x, q, t.offset, count, t.weight * grad_scale, k == 0, slope, next);
           }
         } else {
           const Real factor = total_weight * grad_scale * q.factor;
-          for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope + i, load<Vector>(q.values + i) * factor);
+          for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope.at(i), load<Vector>(q.values + i) * factor);
           for (int64_t k = 0; k < a.num_teachers; ++k) {
             const int64_t hit = teacher[k].target - begin;
-            if (hit >= 0 && hit < count) slope[hit] -= teacher[k].weight * grad_scale;
+            if (hit >= 0 && hit < count) *slope.at(hit) -= teacher[k].weight * grad_scale;
           }
         }
-        if (grad) students.write(target, count, slope);
+        if (grad) students.write(slope, target, count);
       });
     }
     if (grad && n < a.num_columns) __builtin_memset(grad + n * students.bytes, 0, (a.num_columns - n) * students.bytes);

@@ -26,9 +26,10 @@ def check_dtypes(**tensors: torch.Tensor) -> None:
     """Each of fp32, bf16, fp16 in any mix, or all fp64, and all on one device."""
     (first_name, first), *_ = tensors.items()
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NARROW and tensor.dtype != torch.float64:
+        dtype = tensor.dtype
+        if dtype not in _NARROW and dtype != torch.float64:
             raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
-        if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
+        if dtype != first.dtype and torch.float64 in (dtype, first.dtype):
             raise TypeError(
                 f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; float64 does not mix with other dtypes, "
                 "convert one of them"

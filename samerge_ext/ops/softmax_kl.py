@@ -175,7 +175,9 @@ def _loss_with_grad(
         losses, grad = torch.ops.samerge.softmax_kl_grad(*inputs, *settings)
     else:
         losses, grad = torch.ops.samerge.softmax_kl_grad_out(*inputs, out, *settings), out
-    return _reduce(losses, row_weights, reduction), grad
+    if reduction == "none":
+        return losses if row_weights is None else losses * row_weights, grad
+    return losses.dot(row_scale), grad
 
 
 def _check_out(out, student) -> None:
@@ -196,7 +198,8 @@ def _reduce(losses, row_weights, reduction):  # [R], [R]
         losses = losses * row_weights
     if reduction == "none":
         return losses
-    return losses.mean() if reduction == "batchmean" and len(losses) else losses.sum()
+    total = losses.sum()
+    return total / max(losses.shape[0], 1) if reduction == "batchmean" else total
 
 
 def _check(
@@ -211,8 +214,9 @@ def _check(
     if student.dim() != 2 or student.shape[1] == 0:
         raise ValueError(f"student has shape {shape(student)}; it must be [R, V] with at least one class")
     rows, classes = student.shape
-    check_dtypes(student=student)
-    if teacher is not None:
+    if teacher is None:
+        check_dtypes(student=student)
+    else:
         if teacher.dim() == 2:
             teacher = teacher.unsqueeze(0)
         if teacher.dim() != 3 or teacher.shape[0] == 0 or teacher.shape[1:] != student.shape:
