@@ -13,11 +13,12 @@ VADER := vaderSentiment-3.3.2.tar.gz
 
 GPU_TESTS := $(addprefix tests/test_,weighted_sum.py coefficient_grad.py softmax_kl.py gram_product.py svd_topk.py layer_stats.py gpu.py)
 
-.PHONY: help setup data demo test bench bench-quick gpu-build test-gpu bench-gpu clean
+.PHONY: help setup data demo test bench bench-quick sanitize gpu-build test-gpu bench-gpu clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make test    run the tests"
+	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
 	@echo "make clean   remove the environment and all that was built"
@@ -48,6 +49,22 @@ demo: $(DATA)/$(VADER)
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
 	$(BIN)/python -m pytest
+
+SANITIZED := build/sanitized
+SANITIZED_OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/level*.cpp tests/cpp/*.cpp))
+
+sanitize:
+	@$(MAKE) --no-print-directory --jobs=2 $(SANITIZED)/test_loops
+	@$(SANITIZED)/test_loops
+
+$(SANITIZED)/test_loops: $(SANITIZED_OBJECTS)
+	$(CXX) -fsanitize=address,undefined $^ -o $@
+
+$(SANITIZED)/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -Wall -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -MMD -MP -c $< -o $@
+
+-include $(SANITIZED_OBJECTS:.o=.d)
 
 $(VENV)/bench-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --group bench

@@ -1,0 +1,123 @@
+// The CPU loops on every instruction level of this machine, beside plain sums in double; without torch, so that the sanitizers
+// see all there is. `make sanitize` builds and runs it.
+#include <stdexcept>
+
+#include "checks.h"
+
+namespace samerge {
+namespace {
+
+// block_layer of `blocks` blocks: layer 1 has none, layer 2 all but the first.
+std::vector<int32_t> block_layers(int64_t blocks) {
+  std::vector<int32_t> layer(blocks, 2);
+  layer[0] = 0;
+  return layer;
+}
+constexpr int64_t kLayers = 3;
+
+// [T, N], rows `stride` apart; what lies between them stays NaN.
+void fill_rows(Numbers& rows, int64_t stride, int64_t n) {
+  for (int64_t first = 0; first < rows.size; first += stride) fill(rows, first, n);
+}
+
+void weighted_sum_case(int64_t num_tasks, int64_t blocks, int64_t gap, DType base_dtype, DType task_dtype, DType out_dtype) {
+  const int64_t n = blocks * kBlock, stride = n + gap;
+  Numbers out(out_dtype, n), base(base_dtype, n), tasks(task_dtype, (num_tasks - 1) * stride + n);
+  Numbers coefficients(computed_in(base_dtype), num_tasks * kLayers);
+  const std::vector<int32_t> layer = block_layers(blocks);
+  fill(base, 0, n);
+  fill_rows(tasks, stride, n);
+  fill(coefficients, 0, coefficients.size);
+  std::vector<double> truth(n);
+  for (int64_t i = 0; i < n; ++i) {
+    truth[i] = base[i];
+    for (int64_t t = 0; t < num_tasks; ++t)
+      truth[i] += coefficients[t * kLayers + layer[i / kBlock]] * tasks[t * stride + i];
+  }
+  const WeightedSum a = {out.data(), base.data(), tasks.data(), coefficients.data(), layer.data(), num_tasks,
+                         kLayers,    stride,      out_dtype,    base_dtype,          task_dtype};
+  for (const bool streamed : {false, true}) {
+    at_work = std::string("weighted_sum, base ") + name_of(base_dtype) + ", task vectors " + name_of(task_dtype) + ", out " +
+              name_of(out_dtype) + ", T = " + std::to_string(num_tasks) + ", blocks = " + std::to_string(blocks) +
+              (streamed ? ", streamed" : "");
+    on_every_level([&] {
+      out.poison();
+      // A streaming store is an intrinsic that AddressSanitizer does not watch: blocks outside of a range show what it hits.
+      const int64_t last = blocks > 2 ? blocks - 1 : blocks, first = last > 1 ? 1 : 0;
+      loops().weighted_sum(a, first, last, streamed);
+      CHECK(out.poisoned(0, first * kBlock) && out.poisoned(last * kBlock, n - last * kBlock));
+      loops().weighted_sum(a, 0, first, streamed);
+      loops().weighted_sum(a, last, blocks, streamed);
+      CHECK(close(truth, out_dtype, [&](int64_t i) { return out[i]; }));
+    });
+  }
+}
+
+void coefficient_grad_case(int64_t num_tasks, int64_t gap, DType grad_dtype, DType task_dtype) {
+  const std::vector<int64_t> segment_begin = {0, 1, 3, 7};
+  const int64_t segments = segment_begin.size() - 1, n = segment_begin.back() * kBlock, stride = n + gap;
+  Numbers grad(grad_dtype, n), tasks(task_dtype, (num_tasks - 1) * stride + n), partials(DType::f64, segments * num_tasks);
+  fill(grad, 0, n);
+  fill_rows(tasks, stride, n);
+  std::vector<double> truth(partials.size);
+  for (int64_t s = 0; s < segments; ++s)
+    for (int64_t t = 0; t < num_tasks; ++t)
+      for (int64_t i = segment_begin[s] * kBlock; i < segment_begin[s + 1] * kBlock; ++i)
+        truth[s * num_tasks + t] += grad[i] * tasks[t * stride + i];
+  const CoefficientGrad a = {static_cast<double*>(partials.data()), grad.data(), tasks.data(), segment_begin.data(), num_tasks,
+                             stride, grad_dtype, task_dtype};
+  at_work = std::string("coefficient_grad, grad ") + name_of(grad_dtype) + ", task vectors " + name_of(task_dtype) +
+            ", T = " + std::to_string(num_tasks);
+  on_every_level([&] {
+    partials.poison();
+    loops().coefficient_grad(a, 1, 2);
+    CHECK(partials.poisoned(0, num_tasks) && partials.poisoned(2 * num_tasks, num_tasks));
+    loops().coefficient_grad(a, 2, segments);
+    loops().coefficient_grad(a, 0, 1);
+    CHECK(close(truth, computed_in(grad_dtype), [&](int64_t i) { return partials[i]; }));
+  });
+}
+
+constexpr DType kNarrow[] = {DType::f32, DType::bf16, DType::f16};
+
+}  // namespace
+
+void test_weighted_sum() {
+  for (const int64_t num_tasks : {1, 3, 8, 11})
+    for (const int64_t blocks : {1, 2, 5}) {
+      const int64_t gap = num_tasks == 3 ? 0 : 7;
+      weighted_sum_case(num_tasks, blocks, gap, DType::f64, DType::f64, DType::f64);
+      for (const DType base : kNarrow)
+        for (const DType task : kNarrow)
+          weighted_sum_case(num_tasks, blocks, gap, base, task, kNarrow[(int(base) + int(task)) % 3]);
+      for (const DType dtype : kNarrow) weighted_sum_case(num_tasks, blocks, gap, dtype, dtype, dtype);
+    }
+}
+
+void test_coefficient_grad() {
+  for (const int64_t num_tasks : {1, 3, 8, 11}) {
+    const int64_t gap = num_tasks == 3 ? 0 : 7;
+    coefficient_grad_case(num_tasks, gap, DType::f64, DType::f64);
+    for (const DType grad : kNarrow)
+      for (const DType task : kNarrow) coefficient_grad_case(num_tasks, gap, grad, task);
+  }
+}
+
+}  // namespace samerge
+
+int main() {
+  using namespace samerge;
+  for (const char* name : {"portable", "avx2", "avx512"}) try {
+      set_cpu_level(name);
+      tested_levels.push_back({name, 0});
+    } catch (const std::invalid_argument&) {
+      std::printf("%s: does not run on this machine\n", name);
+    }
+  test_weighted_sum();
+  test_coefficient_grad();
+  test_softmax_kl();
+  test_moments();
+  test_gram_product();
+  for (const TestedLevel& level : tested_levels)
+    std::printf("%s: %lld calls agree with plain sums\n", level.name, (long long)level.calls);
+}

@@ -1,0 +1,145 @@
+// moments and gram_product: sums over W[i] = bases[i] + matrices[i], of a batch of two matrices.
+#include <deque>
+
+#include "checks.h"
+
+namespace samerge {
+namespace {
+
+constexpr int64_t kBatch = 2;
+
+struct Matrices {
+  int64_t rows, columns, stride;
+  std::deque<Numbers> numbers;
+  std::vector<const void*> pointers;
+
+  Matrices(DType dtype, int64_t rows, int64_t columns, int64_t gap) : rows(rows), columns(columns), stride(columns + gap) {
+    for (int64_t i = 0; i < kBatch; ++i) {
+      Numbers& matrix = numbers.emplace_back(dtype, (rows - 1) * stride + columns);
+      for (int64_t r = 0; r < rows; ++r) fill(matrix, r * stride, columns);
+      pointers.push_back(matrix.data());
+    }
+  }
+
+  double at(int64_t i, int64_t row, int64_t column) const { return numbers[i][row * stride + column]; }
+};
+
+// What MomentsCall and GramProduct have in common.
+template <class Call>
+Call call_with(const Matrices& matrices, DType matrix_dtype, const Matrices* bases, DType base_dtype) {
+  Call a{};
+  a.matrices = matrices.pointers.data();
+  a.bases = bases ? bases->pointers.data() : nullptr;
+  a.rows = matrices.rows;
+  a.columns = matrices.columns;
+  a.matrix_stride = matrices.stride;
+  a.base_stride = bases ? bases->stride : 0;
+  a.matrix_dtype = matrix_dtype;
+  a.base_dtype = base_dtype;
+  return a;
+}
+
+template <class Test>
+void with_and_without_base(const std::vector<std::vector<int64_t>>& shapes, const Test& test) {
+  constexpr DType dtypes[][2] = {
+      {DType::f32, DType::f32}, {DType::bf16, DType::f32}, {DType::f16, DType::bf16}, {DType::f64, DType::f64}};
+  for (const auto& shape : shapes)
+    for (const auto& dtype : dtypes) {
+      const Matrices matrices(dtype[0], shape[0], shape[1], 3), bases(dtype[1], shape[0], shape[1], 0);
+      for (const Matrices* base : {static_cast<const Matrices*>(nullptr), &bases}) {
+        at_work = std::string(name_of(dtype[0])) + " [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) + "]" +
+                  (base ? std::string(", base ") + name_of(dtype[1]) : "");
+        test(matrices, dtype[0], base, dtype[1]);
+      }
+    }
+}
+
+double weight(const Matrices& matrices, const Matrices* bases, int64_t i, int64_t row, int64_t column) {
+  return matrices.at(i, row, column) + (bases ? bases->at(i, row, column) : 0);
+}
+
+}  // namespace
+
+void test_moments() {
+  with_and_without_base({{1, 1}, {3, 7}, {2, 1024}, {3, 1041}, {131, 33}},
+                        [](const Matrices& matrices, DType dtype, const Matrices* bases, DType base_dtype) {
+    auto a = call_with<MomentsCall>(matrices, dtype, bases, base_dtype);
+    const int64_t pieces = a.rows * ((a.columns + kPiece - 1) / kPiece);
+    a.segments = (pieces + kSegmentPieces - 1) / kSegmentPieces;
+    Numbers partials(DType::f64, kBatch * a.segments * 4);
+    a.partials = static_cast<Moments*>(partials.data());
+    std::vector<double> truth;
+    for (int64_t i = 0; i < kBatch; ++i) {
+      long double mean = 0, squares = 0;  // the loop's error is below that of a plain sum in double
+      double largest = 0;
+      for (int64_t k = 0; k < a.rows * a.columns; ++k)
+        mean += weight(matrices, bases, i, k / a.columns, k % a.columns) / (a.rows * a.columns);
+      for (int64_t k = 0; k < a.rows * a.columns; ++k) {
+        const double w = weight(matrices, bases, i, k / a.columns, k % a.columns);
+        squares += (w - mean) * (w - mean);
+        largest = std::fmax(largest, std::fabs(w));
+      }
+      truth.insert(truth.end(), {double(a.rows * a.columns), double(mean), double(squares), largest});
+    }
+    at_work = "moments, " + at_work;
+    on_every_level([&] {
+      partials.poison();
+      loops().moments(a, 0, 1);
+      CHECK(partials.poisoned(4, partials.size - 4));
+      loops().moments(a, 1, kBatch * a.segments);
+      std::vector<double> result;
+      for (int64_t i = 0; i < kBatch; ++i) {
+        Moments total = {};
+        for (int64_t s = 0; s < a.segments; ++s) combine(total, a.partials[i * a.segments + s]);
+        result.insert(result.end(), {total.count, total.mean, total.squares, total.largest});
+      }
+      CHECK(close(truth, DType::f64, [&](int64_t i) { return result[i]; }));
+    });
+  });
+}
+
+void test_gram_product() {
+  with_and_without_base({{1, 1}, {7, 3}, {3, 7}, {64, 64}, {130, 33}, {33, 130}},
+                        [](const Matrices& matrices, DType dtype, const Matrices* bases, DType base_dtype) {
+    auto a = call_with<GramProduct>(matrices, dtype, bases, base_dtype);
+    a.wide = dtype == DType::f64 || a.columns % 2;  // narrow matrices are multiplied in either
+    a.width = 2 * kWidth;
+    a.chunk = 64;
+    const int64_t side = a.side(), longer = a.tall() ? a.rows : a.columns, numbers = a.width * side;
+    a.chunks = (longer + a.chunk - 1) / a.chunk;
+    const DType real = a.wide ? DType::f64 : DType::f32;
+    const double scale[kBatch] = {0.5, -3};
+    Numbers q(real, kBatch * numbers), partials(real, kBatch * a.chunks * numbers);
+    fill(q, 0, q.size);
+    a.q = q.data();
+    a.scale = scale;
+    a.partials = partials.data();
+    std::vector<double> truth(q.size);
+    for (int64_t j = 0; j < kBatch * a.width; ++j)
+      for (int64_t k = 0; k < longer; ++k) {
+        const int64_t i = j / a.width;
+        const auto w = [&](int64_t s) {
+          return scale[i] * (a.tall() ? weight(matrices, bases, i, k, s) : weight(matrices, bases, i, s, k));
+        };
+        double y = 0;
+        for (int64_t s = 0; s < side; ++s) y += q[j * side + s] * w(s);
+        for (int64_t s = 0; s < side; ++s) truth[j * side + s] += y * w(s);
+      }
+    at_work = "gram_product, " + at_work;
+    on_every_level([&] {
+      partials.poison();
+      const int64_t scratch_bytes = loops().gram_product(a, 0, 0, nullptr);
+      Numbers scratch(DType::f64, scratch_bytes / 8);
+      loops().gram_product(a, 0, 1, scratch.data());
+      CHECK(partials.poisoned(numbers, partials.size - numbers));
+      loops().gram_product(a, 1, kBatch * a.chunks, scratch.data());
+      CHECK(close(truth, real, [&](int64_t i) {
+        double total = 0;
+        for (int64_t c = 0; c < a.chunks; ++c) total += partials[(i / numbers * a.chunks + c) * numbers + i % numbers];
+        return total;
+      }));
+    });
+  });
+}
+
+}  // namespace samerge
