@@ -24,23 +24,31 @@ MAX_STEPS = 40
 DIRECT_SIDE = 160  # up to here A itself is computed, by one product with the identity
 _SPARE = 5  # vectors of a block beyond k
 _BASIS_BYTES = 16 * 2**20  # of all bases of a batch, as long as they have _BASIS_BLOCKS
-_BASIS_BLOCKS = 16
+_BASIS_BLOCKS = 8
 _FP32_RTOL = 1e-5  # below it fp32 cannot settle even σ₁
 
 
 class Found:
-    """Values of B matrices as they become known: sigma, error [B, k] fp64, and which of the matrices are settled."""
+    """Values of B matrices as they become known: sigma, error [B, k] fp64, and which of the matrices are settled.
+
+    Out of range are those whose products are not finite, or near the ends of what fp32 can hold: they are not searched.
+    """
 
     def __init__(self, batch: int, k: int, device: torch.device):
         self.sigma = torch.zeros(batch, k, dtype=torch.float64, device=device)
         self.error = torch.zeros_like(self.sigma)
         self.settled = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.in_range = torch.zeros_like(self.settled)
+
+    def put(self, rows: slice | Tensor, some: "Found") -> None:
+        for name in ("sigma", "error", "settled", "in_range"):
+            getattr(self, name)[rows] = getattr(some, name)
 
 
 def top_singular_values(
     matrices: list[Tensor],  # B of [m, n], as gram_product takes them; none of them zero
     bases: list[Tensor],
-    scale: Tensor,  # [B] fp64: powers of two that bring the largest magnitude near 1
+    scale: Tensor,  # [B] fp64: powers of two; those that bring the largest magnitude near 1 bring every matrix into range
     k: int,  # at most min(m, n)
     rtol: float,
     seed: int,
@@ -61,10 +69,9 @@ def top_singular_values(
         return _in_batches(_krylov, bytes_each, *arguments, k, rtol, width, seed, torch.float64 if wide else torch.float32)
 
     found = search(wide, matrices, bases, scale)
-    rest = (~found.settled).nonzero()[:, 0]
+    rest = (found.in_range & ~found.settled).nonzero()[:, 0]
     if not wide and len(rest):
-        again = search(True, _pick(matrices, rest), _pick(bases, rest), scale[rest])
-        found.sigma[rest], found.error[rest], found.settled[rest] = again.sigma, again.error, again.settled
+        found.put(rest, search(True, _pick(matrices, rest), _pick(bases, rest), scale[rest]))
     return found
 
 
@@ -77,8 +84,7 @@ def _in_batches(search, bytes_each: int, matrices, bases, scale, k, *arguments) 
     batch = max(1, _BASIS_BYTES // bytes_each)
     for i in range(0, len(matrices), batch):
         part = slice(i, i + batch)
-        some = search(matrices[part], bases[part], scale[part], k, *arguments)
-        found.sigma[part], found.error[part], found.settled[part] = some.sigma, some.error, some.settled
+        found.put(part, search(matrices[part], bases[part], scale[part], k, *arguments))
     return found
 
 
@@ -87,9 +93,15 @@ def _direct(matrices, bases, scale, k, rtol) -> Found:
     identity = torch.eye(-(-side // WIDTH) * WIDTH, side, dtype=torch.float64, device=scale.device)
     gram = gram_product(matrices, bases, identity.expand(batch, -1, -1), scale)[:, :side]  # [B, side, side]
     found = Found(batch, k, scale.device)
-    values = torch.linalg.eigvalsh(gram).flip(1)[:, :k]
+    found.in_range = _in_range(gram)
+    values = torch.linalg.eigvalsh(gram.where(found.in_range[:, None, None], 0)).flip(1)[:, :k]
     found.sigma, found.error, found.settled, _ = _judge(values, torch.zeros_like(values), torch.float64, rtol)
     return found
+
+
+def _in_range(products: Tensor) -> Tensor:  # [B, …] -> [B]
+    largest = products.abs().flatten(1).amax(1)
+    return (largest > 2.0**-60) & (largest < 2.0**60)  # not where NaN
 
 
 def _judge(values: Tensor, error: Tensor, dtype: torch.dtype, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,7 +125,8 @@ def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
     basis = q.new_empty(batch, _BASIS_BLOCKS * width, side)
     projected = torch.zeros(batch, basis.shape[1], basis.shape[1], dtype=torch.float64, device=device)  # basis A basisᵀ
 
-    for step in range(min(MAX_STEPS, side // width - 1)):
+    steps = min(MAX_STEPS, side // width - 1)
+    for step in range(steps):
         begin, end = step * width, (step + 1) * width
         if end > basis.shape[1]:
             basis = torch.cat([basis, torch.empty_like(basis)], 1)
@@ -121,6 +134,14 @@ def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
         basis[:, begin:end] = q
         known = basis[:, :end]  # [B, end, side]
         z = gram_product(matrices, bases, q, scale)
+        if step == 0:
+            found.in_range = _in_range(z)
+            keep = found.in_range.nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) < batch:
+                rows, scale, z, basis, projected = (t[keep] for t in (rows, scale, z, basis, projected))
+                matrices, bases, known = _pick(matrices, keep), _pick(bases, keep), basis[:, :end]
         inside = z @ known.mT  # [B, width, end]
         # z = inside · known + leaving · q. Twice, and normalised between, so that the second time removes what rounding left
         # even where next to nothing leaves the space; the vectors are then arbitrary ones that widen it.
@@ -130,7 +151,7 @@ def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
         last, q = _orthonormal_rows(torch.baddbmm(q, again, known, alpha=-1))
         leaving = (leaving @ last).double()  # [B, width, width]
         projected[:, begin:end, :end] = inside.double()
-        if not _checked(step):
+        if not _checked(step) and step + 1 < steps:
             continue
 
         values, vectors = torch.linalg.eigh(projected[:, :end, :end])  # of the lower triangle
@@ -157,4 +178,4 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
 
 def _checked(step: int) -> bool:
     """Whether values are computed after a step: this costs more than the step itself once the space is large."""
-    return step in (2, 3, 4, 5) or step > 5 and step % 2 == 1
+    return step in (3, 4, 5) or step > 5 and step % 2 == 1

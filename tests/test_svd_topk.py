@@ -147,12 +147,14 @@ def test_random_matrices_settle(each_backend):
         check(random_normal((SIDE, SIDE), (2 * SIDE, SIDE), (170, 600), seed=10))
 
 
-def test_not_finite_is_named_before_any_work(each_backend, monkeypatch):
-    monkeypatch.setattr(krylov, "top_singular_values", None)
-    matrices = random_normal((20, 30), (40, 30), (20, 30), seed=11)
-    matrices[2][3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"matrices\[2\] of shape \[20, 30\] holds NaN"):
-        sm.svd_topk(matrices, 3)
+def test_not_finite_is_named(each_backend):
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for sides in ((20, 30), (SIDE, 250), (1, 30)):
+            matrices = random_normal(sides, (40, 30), sides, (SIDE, 260), seed=11)
+            for matrix in matrices[2:]:
+                matrix[0, 4] = value
+            with pytest.raises(ValueError, match=rf"matrices\[2\] of shape \[{sides[0]}, {sides[1]}\] holds NaN"):
+                sm.svd_topk(matrices, 3)
 
 
 def test_errors_name_the_argument():

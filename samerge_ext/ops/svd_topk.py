@@ -24,8 +24,8 @@ def svd_topk(
     there. A matrix whose values do not settle goes to torch.linalg.svdvals in fp64, with a warning that names it. The scale of
     a matrix does not matter. Tensors of other than two dimensions: [d, …] counts as [d, rest]; of a vector or a number the norm
     is the one singular value. Matrices are read where they lie; one is copied first only where neither its rows nor its columns
-    are dense. Beyond that, memory is at most 64 MiB at shorter sides up to 8,192, but for a matrix that goes to svdvals. Not
-    differentiable.
+    are dense. Beyond that, memory is at most 64 MiB (measured in fp32 up to 8,192 × 8,192), but for a matrix that goes to
+    svdvals. Not differentiable.
 
     Args:
         matrices: tensors of any shapes, or one tensor [B, m, n]; fp32, bf16, fp16 (computed in fp32, or fp64 where that does not
@@ -56,7 +56,8 @@ def svd_topk(
     if not tensors:
         empty = torch.zeros(0, k)
         return (empty, empty.clone()) if return_bound else empty
-    _, sigma, bound = statistics(tensors, [], lambda i: f"matrices[{i}] of shape {list(tensors[i].shape)}", k, rtol, seed)
+    describe = lambda i: f"matrices[{i}] of shape {list(tensors[i].shape)}"
+    _, sigma, bound = statistics(tensors, [], describe, k, rtol, seed, all_moments=False)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     if return_bound:
         return sigma.to(dtype), (bound + torch.finfo(dtype).eps * (bound > 0)).to(dtype)  # the result is rounded too
@@ -70,39 +71,56 @@ def statistics(
     k: int,
     rtol: float,
     seed: int,
+    all_moments: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of every base + tensor (bases: none, or one for every tensor): moments [B, 4], singular values and bounds [B, k], fp64."""
+    """Of every base + tensor (bases: none, or one for every tensor): moments [B, 4], singular values and bounds [B, k], fp64.
+
+    Without all_moments, a pass over a matrix for its moments is made only where its scale is needed: they are NaN elsewhere.
+    """
     groups: dict[tuple, list[int]] = {}
     matrices, added = [_as_matrix(t) for t in tensors], [_as_matrix(b) for b in bases]
     for i, matrix in enumerate(matrices):
         of_base = (added[i].dtype, added[i].stride()) if added else ()
         groups.setdefault((matrix.shape, matrix.dtype, matrix.stride(), of_base), []).append(i)
     device = tensors[0].device
-    stats = torch.empty(len(tensors), 4, dtype=torch.float64, device=device)
-    for rows in groups.values():
-        stats[rows] = moments(*_select(matrices, added, rows))
-    finite = stats[:, 3].isfinite().tolist()
-    if not all(finite):
-        raise ValueError(f"{describe(finite.index(False))} holds NaN or infinity")
-
+    stats = torch.full((len(tensors), 4), torch.nan, dtype=torch.float64, device=device)
     sigma = torch.zeros(len(tensors), k, dtype=torch.float64, device=device)
     bound = torch.zeros_like(sigma)
     unsettled = []
+
+    def search(rows, scale):
+        """Fills sigma and bound; -> the matrices whose numbers are out of range at this scale."""
+        count = min(k, *matrices[rows[0]].shape)
+        found = krylov.top_singular_values(*_select(matrices, added, rows), scale, count, rtol, seed)
+        sigma[rows, :count] = found.sigma / scale[:, None]
+        bound[rows, :count] = found.error / found.sigma
+        flags = list(zip(rows, found.settled.tolist(), found.in_range.tolist()))
+        unsettled.extend(i for i, settled, in_range in flags if in_range and not settled)
+        return [i for i, _, in_range in flags if not in_range]
+
+    scaled = []  # groups whose scale is looked for, by a pass over their numbers
     for (shape, *_), rows in groups.items():
+        if min(shape) > 1 and not all_moments:
+            rows = search(rows, torch.ones_like(stats[rows, 3]))
+        if rows:
+            scaled.append(rows)
+            stats[rows] = moments(*_select(matrices, added, rows))
+    finite = {i: whether for rows in scaled for i, whether in zip(rows, stats[rows, 3].isfinite().tolist())}
+    if not all(finite.values()):
+        raise ValueError(f"{describe(min(i for i, whether in finite.items() if not whether))} holds NaN or infinity")
+
+    for rows in scaled:
         rows = [i for i, largest in zip(rows, stats[rows, 3].tolist()) if largest > 0]
         if not rows:
             continue
+        shape = matrices[rows[0]].shape
         if min(shape) == 1:
             sigma[rows, 0] = stats[rows, 2]
             bound[rows, 0] = 1e-15 * max(shape) ** 0.5
             continue
-        scale = torch.ldexp(torch.ones_like(stats[rows, 3]), -torch.frexp(stats[rows, 3])[1])
-        count = min(k, *shape)
-        found = krylov.top_singular_values(*_select(matrices, added, rows), scale, count, rtol, seed)
-        sigma[rows, :count] = found.sigma / scale[:, None]
-        bound[rows, :count] = found.error / found.sigma
-        unsettled += [i for i, settled in zip(rows, found.settled.tolist()) if not settled]
+        unsettled += search(rows, torch.ldexp(torch.ones_like(stats[rows, 3]), -torch.frexp(stats[rows, 3])[1]))
     if unsettled:
+        unsettled.sort()
         names = ", ".join(describe(i) for i in unsettled[:5]) + (", …" if len(unsettled) > 5 else "")
         warnings.warn(f"{len(unsettled)} of {len(tensors)} did not settle and go to svdvals: {names}", stacklevel=3)
     for i in unsettled:
