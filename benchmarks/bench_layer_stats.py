@@ -1,78 +1,103 @@
-"""The three largest singular values of many matrices: svd_topk beside torch.linalg.svdvals and torch.svd_lowrank per matrix.
+"""svd_topk, the three largest singular values of many matrices, beside a decomposition of each: must be within its rtol.
 
-    pytest -s benchmarks/bench_layer_stats.py
-
-Random matrices have the shapes of a ViT-B/32 and a flat spectrum, the hardest case; SAMERGE_BENCH_EXPERTS names a folder with
-`base*` and expert model folders, whose task vectors are then measured too. A candidate's largest relative error against fp64
-stands beside its time; ours must be within rtol. Candidates take turns in one process.
+Random matrices have the shapes of a ViT-B/32 and a flat spectrum, the hardest case. The task vectors are those of the demo's
+experts, which `make demo` leaves in .cache-demo; SAMERGE_BENCH_EXPERTS names another folder of `base*` and `*seed0*` models.
+The yardstick is one pass of sums over all matrices, of which a candidate takes 1 / share.
 """
 
+from __future__ import annotations
+
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
-from measure import interleaved, print_table
+from ceiling import Yardstick
+from torch import Tensor
 
 import samerge_ext as sm
-from samerge_ext.memory import PeakMemory
 
-K = 3
-
-
-def padded(sigma):  # -> [K], zeros beyond what there is
-    return torch.nn.functional.pad(sigma, (0, K))[:K]
-
-
-def ours(matrices):
-    return sm.svd_topk(matrices, K)
+K, RTOL = 3, 1e-3
+SKETCH_TOLERANCE = 0.3  # of svd_lowrank, which promises nothing; its error stands in the results
+DEMO_EXPERTS = Path(__file__).parent.parent / ".cache-demo" / "experts" / "full"
+SHAPES = {
+    "tiny": [(30, 20), (200, 180)],
+    "ViT-B/32": [(768, 768), (3072, 768), (768, 3072), (2304, 768), (768, 768), (512, 768), (3072, 768), (768, 3072)],
+}
 
 
-def svdvals(matrices):
-    return torch.stack([padded(torch.linalg.svdvals(w)) for w in matrices])
+@dataclass(frozen=True)
+class Matrices:
+    name: str  # of SHAPES, or the experts'
+
+    def __str__(self) -> str:
+        return self.name
+
+    def tolerance(self, is_ours: bool) -> float:
+        return RTOL if is_ours else SKETCH_TOLERANCE
+
+    def needed_bytes(self, device: str) -> int:
+        return 0 if self.name == "tiny" else 2**31
+
+    def build(self, device: str) -> Problem:
+        if self.name not in SHAPES:
+            return Problem([matrix.to(device) for matrix in expert_task_vectors()])
+        generator = torch.Generator().manual_seed(0)
+        return Problem([torch.randn(shape, generator=generator).to(device) for shape in SHAPES[self.name]])
 
 
-def svd_lowrank(matrices):
-    return torch.stack([padded(torch.svd_lowrank(w, q=min(8, *w.shape), niter=2)[1]) for w in matrices])
+class Problem:
+    def __init__(self, matrices: list[Tensor]):
+        self.matrices = matrices
+
+    @cached_property
+    def _truth(self) -> Tensor:
+        return each(self.matrices, lambda w: torch.linalg.svdvals(w.double()))
+
+    def error_of(self, sigma: Tensor) -> float:
+        """The largest relative error; where a value is zero, it must be too."""
+        return ((sigma.double() - self._truth).abs() / self._truth.clamp(min=1e-30)).max().item()
 
 
-CANDIDATES = {"svd_topk": ours, "torch.linalg.svdvals": svdvals, "torch.svd_lowrank(q=8)": svd_lowrank}
-
-
-def random_task_vectors():
-    shapes = [(768, 768), (3072, 768), (768, 3072), (2304, 768), (768, 768), (512, 768), (3072, 768), (768, 3072)]
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
-def expert_task_vectors():
-    folder = os.environ.get("SAMERGE_BENCH_EXPERTS")
-    if not folder:
-        pytest.skip("SAMERGE_BENCH_EXPERTS names no folder of experts")
-    base, *more = sorted(Path(folder).glob("base*"))
-    experts = {path.name: path for path in sorted(Path(folder).glob("*seed0*"))}
-    assert not more and experts, f"{folder} must hold one folder base* and some *seed0*"
-    packed = sm.PackedWeights.from_folders(base, experts)
+def expert_task_vectors() -> list[Tensor]:
+    folder = Path(os.environ.get("SAMERGE_BENCH_EXPERTS", DEMO_EXPERTS))
+    bases, experts = sorted(folder.glob("base*")), {path.name: path for path in sorted(folder.glob("*seed0*"))}
+    if len(bases) != 1 or not experts:
+        pytest.skip(f"{folder} does not hold one folder base* and some *seed0*: run make demo, or set SAMERGE_BENCH_EXPERTS")
+    packed = sm.PackedWeights.from_folders(bases[0], experts)
     return [view for row in packed.task_vectors for view in packed.layout.views(row).values() if view.dim() == 2]
 
 
-@pytest.mark.parametrize("make", (random_task_vectors, expert_task_vectors), ids=lambda make: make.__name__)
-def test_svd_topk(make):
-    matrices = make()
-    largest = max(matrices, key=torch.Tensor.numel).shape
-    expected = torch.stack([padded(torch.linalg.svdvals(w.double())) for w in matrices])
-    error = lambda sigma: ((sigma.double() - expected).abs() / expected.clamp(min=1e-300)).where(expected > 0, 0).max().item()
-    memory = {}
-    for name, candidate in CANDIDATES.items():
-        with PeakMemory() as peak:
-            candidate(matrices)
-        memory[name] = peak.rise
-    times = interleaved({name: lambda c=candidate: c(matrices) for name, candidate in CANDIDATES.items()}, rounds=3)
-    baseline = times["torch.linalg.svdvals"]["median_s"]
-    rows = []
-    for name, candidate in CANDIDATES.items():
-        seconds = times[name]["median_s"]
-        row = {"candidate": name, "ms": seconds * 1e3, "speed-up": baseline / seconds, "MiB": memory[name] / 2**20}
-        rows.append({**row, "largest error": error(candidate(matrices))})
-    print_table(f"{make.__name__}: {len(matrices)} matrices up to {list(largest)}", rows)
-    assert rows[0]["largest error"] <= 1e-3
+def each(matrices: list[Tensor], values) -> Tensor:  # -> [B, K], zeros beyond what there is
+    return torch.stack([torch.nn.functional.pad(values(w), (0, K))[:K] for w in matrices])
+
+
+def ours(x: Problem):
+    return lambda: sm.svd_topk(x.matrices, K, rtol=RTOL)
+
+
+def svdvals(x: Problem):
+    return lambda: each(x.matrices, torch.linalg.svdvals)
+
+
+def svd_lowrank(x: Problem):
+    return lambda: each(x.matrices, lambda w: torch.svd_lowrank(w, q=min(8, *w.shape), niter=2)[1])
+
+
+def matrices_cases(device: str, size: str) -> list[Matrices]:
+    return [Matrices(name) for name in {"tiny": ["tiny"], "quick": ["ViT-B/32"]}.get(size, ["ViT-B/32", "MiniLM experts"])]
+
+
+CASES = matrices_cases
+CANDIDATES = {"torch.linalg.svdvals": svdvals, "torch.svd_lowrank(q=8)": svd_lowrank}
+
+
+@pytest.fixture(scope="module")
+def yardstick(x):
+    return Yardstick("one pass", 1, lambda: [w.sum() for w in x.matrices])
+
+
+def bench_layer_stats(x, candidate, measure, yardstick):
+    measure(candidate, work=1, error_of=x.error_of, yardstick=yardstick)
