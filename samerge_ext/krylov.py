@@ -40,7 +40,7 @@ class Found:
         self.settled = torch.zeros(batch, dtype=torch.bool, device=device)
         self.in_range = torch.zeros_like(self.settled)
 
-    def put(self, rows: slice | Tensor, some: "Found") -> None:
+    def put(self, rows: slice | Tensor, some: Found) -> None:
         for name in ("sigma", "error", "settled", "in_range"):
             getattr(self, name)[rows] = getattr(some, name)
 

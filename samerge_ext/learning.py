@@ -1,4 +1,4 @@
-"""Learning the merging coefficients: the loop that samerging and adamerging share."""
+"""Learning the merging coefficients: the loop that the learned methods share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LearningConfig:
     log_every: on a GPU, how many steps' losses are read back at once; NaN and Inf are noticed up to twice as many steps
         late there, before anything is saved. The history has every step.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
-        never waits for the device. The numbers are the same.
+        never waits for the device.
     """
 
     granularity: str = "layer"

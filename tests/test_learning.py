@@ -20,30 +20,12 @@ def run(packed, method=sm.samerging, batches=None, logits=None, config=sm.SAMerg
     return method(tiny.make(1), packed, batches or tiny.make_batches(), logits, config=config(**settings))
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(passes):
-    """A logits function that fails after so many passes with a gradient."""
-    heads, left = tiny.make_heads(), passes * len(tiny.TASKS)
-
-    def logits(module, batch, task):
-        nonlocal left
-        left -= torch.is_grad_enabled()
-        if left < 0:
-            raise Interrupted
-        return module(batch) @ heads[task]
-
-    return logits
-
-
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd"}, {"shuffle": True, "granularity": "task"}])
 def test_an_interrupted_run_continues_to_the_same_numbers(packed, tmp_path, settings):
     settings = {"steps": 10, "checkpoint_every": 3, **settings}
     whole = run(packed, **settings)
-    with pytest.raises(Interrupted):
-        run(packed, logits=interrupt_after(15), checkpoint_dir=tmp_path, **settings)
+    with pytest.raises(tiny.Interrupted):
+        run(packed, logits=tiny.interrupt_after(15), checkpoint_dir=tmp_path, **settings)
     passes = []
 
     def counted(module, batch, task):

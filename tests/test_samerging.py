@@ -12,10 +12,7 @@ STEPS = 20
 
 @pytest.fixture
 def problem():
-    base = tiny.make(0)
-    experts = tiny.make_experts(base)
-    packed = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64)
-    return base, experts, packed, tiny.make_heads(), tiny.make_batches()
+    return tiny.make_problem()
 
 
 def close(result, expected, tolerance=1e-9):

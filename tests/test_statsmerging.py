@@ -20,10 +20,7 @@ SHAPES = {"shared": {}, "per layer": {"per_layer": True}, "task-wise": {"granula
 
 @pytest.fixture
 def problem():
-    base = tiny.make(0)
-    experts = tiny.make_experts(base)
-    packed = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64)
-    return base, experts, packed, tiny.make_heads(), tiny.make_batches()
+    return tiny.make_problem()
 
 
 @pytest.fixture
@@ -255,24 +252,12 @@ def test_features_of_something_else_are_refused(packed, tmp_path):
         run(packed, features=path)
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("options", [{"sam": "paper"}, {"per_layer": True, "optimizer": "sgd"}, {"granularity": "task"}])
 def test_an_interrupted_run_continues_to_the_same_numbers(packed, tmp_path, options):
     options = {"steps": 10, "checkpoint_every": 3, "shuffle": True, **options}
     whole = run(packed, **options)
-    heads, left = tiny.make_heads(), 7 * 3 * (2 if options.get("sam") == "paper" else 1)
-
-    def interrupted(module, batch, task):
-        nonlocal left
-        left -= torch.is_grad_enabled()
-        if left < 0:
-            raise Interrupted
-        return module(batch) @ heads[task]
-
-    with pytest.raises(Interrupted):
+    interrupted = tiny.interrupt_after(7 * (2 if options.get("sam") == "paper" else 1))
+    with pytest.raises(tiny.Interrupted):
         run(packed, logits=interrupted, checkpoint_dir=tmp_path, **options)
     assert (tmp_path / "features.safetensors").exists()
     continued = run(packed, checkpoint_dir=tmp_path, **options)

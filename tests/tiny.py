@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from samerge_ext import PackedWeights
 from samerge_ext.models import SharedEncoder
 
 TASKS = ("red", "green", "blue")
@@ -69,3 +70,29 @@ def shared_encoder(heads):
 
 def plain(heads):
     return lambda module, batch, task: module(batch) @ heads[task]
+
+
+def make_problem():
+    """base, experts, packed weights, heads and batches, in fp64."""
+    base = make(0)
+    experts = make_experts(base)
+    packed = PackedWeights.from_modules(base, experts, dtype=torch.float64)
+    return base, experts, packed, make_heads(), make_batches()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(passes):
+    """A logits function that fails after so many passes with a gradient."""
+    heads, left = make_heads(), passes * len(TASKS)
+
+    def logits(module, batch, task):
+        nonlocal left
+        left -= torch.is_grad_enabled()
+        if left < 0:
+            raise Interrupted
+        return module(batch) @ heads[task]
+
+    return logits

@@ -9,8 +9,8 @@
 
 namespace samerge {
 
-constexpr int64_t kNumbersPerThread = 4096;   // fewer do not pay for a thread
-constexpr int64_t kLargestScratch = 1 << 19;   // numbers of a thread, which must stay in its second-level cache
+constexpr int64_t kNumbersPerThread = 4096;  // fewer do not pay for a thread
+constexpr int64_t kLargestScratch = 1 << 19;  // numbers of a thread, which must stay in its second-level cache
 
 std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const at::Tensor& student,                         // [R, V]
