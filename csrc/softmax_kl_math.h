@@ -8,13 +8,11 @@ namespace samerge::SAMERGE_LEVEL {
 // loses.
 template <class Vector>
 SAMERGE_INLINE Vector exp_remainder_series(Vector d) {
-  Vector y = d * (1.f / 40320) - 1.f / 5040;
-  y = y * d + 1.f / 720;
-  y = y * d - 1.f / 120;
-  y = y * d + 1.f / 24;
-  y = y * d - 1.f / 6;
-  y = y * d + 0.5f;
-  return y * d * d;
+  Vector y = d * 1.3895343127e-03f - 8.3488389465e-03f;
+  y = y * d + 4.1666717171e-02f;
+  y = y * d - 1.6666642462e-01f;
+  y = y * d + 4.9999999937e-01f;
+  return y * (d * d);
 }
 
 template <class Vector>
@@ -28,7 +26,7 @@ struct KlTerm {
 // and teacher nearly agree.
 template <class Real, class Vector>
 SAMERGE_INLINE KlTerm<Vector> kl_term(Vector p, Vector q, Vector d, Vector remainder) {
-  const auto close = (d < Real(0.25)) & (d > Real(-0.25));
+  const auto close = d * d < Real(0.0625);
   const Vector difference = close ? p * (remainder - d) : q - p;
   const Vector term = close ? p * remainder : p * d + difference;
   return {p == Real(0) ? q : term, p == Real(0) ? q : difference};  // d is not finite where both are masked

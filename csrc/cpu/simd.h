@@ -6,6 +6,7 @@
 #include "../dtype.h"
 
 #define SAMERGE_INLINE inline __attribute__((always_inline))
+#define SAMERGE_INLINE_BODY __attribute__((always_inline))  // of a lambda
 #include "../softmax_kl_math.h"
 
 namespace samerge::SAMERGE_LEVEL {
@@ -94,11 +95,14 @@ SAMERGE_INLINE Vector last_lanes(Vector v, int count, lane_t<Vector> fill) {
 #endif
 }
 
+// Both join the halves of what is left, until it is one lane. Unrolled, since GCC keeps these loops as loops.
 template <class Vector>
 SAMERGE_INLINE double sum(Vector v) {
   double lanes[kLanes<Vector>];
   for (int i = 0; i < kLanes<Vector>; ++i) lanes[i] = v[i];
+#pragma GCC unroll 4
   for (int width = kLanes<Vector> / 2; width; width /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }
@@ -107,7 +111,9 @@ template <class Vector>
 SAMERGE_INLINE lane_t<Vector> max_lane(Vector v) {
   lane_t<Vector> lanes[kLanes<Vector>];
   store(lanes, v);
+#pragma GCC unroll 4
   for (int width = kLanes<Vector> / 2; width; width /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
 }
@@ -116,7 +122,7 @@ SAMERGE_INLINE lane_t<Vector> max_lane(Vector v) {
 // arithmetic and |x * scale| * 2^-24 for the rounding of the factor: 2^(n + f) with |f| <= 1/2 and a polynomial in f, whose
 // coefficients are a minimax fit of the relative error, 2e-9.
 SAMERGE_INLINE Float exp_scaled(Float x, float scale) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  constexpr float kRound = 12582912.f + 127;  // 1.5 * 2^23: adding it leaves the nearest integer, biased, in the low bits
   const float factor = scale * 1.44269504088896341f;
   const Float shifted = x * factor + kRound;
   const Float n = shifted - kRound;
@@ -127,7 +133,7 @@ SAMERGE_INLINE Float exp_scaled(Float x, float scale) {
   y = y * f + 2.4022647738e-1f;
   y = y * f + 6.9314718246e-1f;
   y = y * f + 1.f;
-  const Float power = (Float)(((Bits)shifted << 23) + (127u << 23));
+  const Float power = (Float)((Bits)shifted << 23);
   return n < -125.5f ? Float{} : y * power;
 }
 

@@ -20,7 +20,16 @@ struct Chunk {
   int64_t whole;  // numbers at values
 
   Number* at(int64_t i) const { return i < whole ? values + i : tail + (i - whole); }
+  Number* vector(int64_t i, bool last) const { return last ? tail : values + i; }
 };
+
+// Calls body(i, last) for every vector of chunks of n numbers, where `last` says that it is not full and lies in the tails.
+template <class Vector, class Body>
+SAMERGE_INLINE void for_vectors(int64_t n, const Body& body) {
+  const int64_t whole = n - n % kLanes<Vector>;
+  for (int64_t i = 0; i < whole; i += kLanes<Vector>) body(i, false);
+  if (whole < n) body(whole, true);
+}
 
 // n numbers to read, with -inf after them; in `buffer` what is stored in another type than it is computed in.
 template <class Storage, class Real = lane_t<typename Storage::Vector>>
@@ -85,6 +94,7 @@ template <class Real>
 struct Row {
   const char* numbers;  // [n]
   RowFunctions<Real> storage;
+  int64_t ahead;  // from a number to the one that is fetched into the cache meanwhile, in bytes
   int64_t n;
   Real inverse_temperature;
   Real* exponentials;  // [n up to whole chunks] of each chunk relative to the maximum so far; null where there is no room
@@ -112,9 +122,14 @@ SAMERGE_INLINE void for_chunks(const Row<Real>& row, const Body& body) {
 
 template <class Vector, class Real = lane_t<Vector>>
 Real chunk_max(const Chunk<const Real>& x, int64_t n, Real at_least) {
-  Vector largest = broadcast<Vector>(at_least);
-  for (int64_t i = 0; i < n; i += kLanes<Vector>) largest = max(load<Vector>(x.at(i)), largest);
-  return max_lane(largest);
+  Vector even = broadcast<Vector>(at_least), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * kLanes<Vector> <= x.whole; i += 2 * kLanes<Vector>) {
+    even = max(load<Vector>(x.values + i), even);
+    odd = max(load<Vector>(x.values + i + kLanes<Vector>), odd);
+  }
+  for (; i < n; i += kLanes<Vector>) even = max(load<Vector>(x.at(i)), even);
+  return max_lane(max(odd, even));
 }
 
 // The first pass.
@@ -132,14 +147,17 @@ void normalize(Row<Real>& row, bool with_log, bool with_entropy) {
     if (row.exponentials) row.maxima[begin / kChunk] = seen.max;
     // Where all is masked so far, any finite number makes the exponentials 0.
     const Real max = seen.max == -__builtin_inff() ? Real(0) : seen.max;
-    Vector sums = {}, weighted = {};
     const Real inverse = row.inverse_temperature;
-    for (int64_t i = 0; i < count; i += kLanes<Vector>) {
-      const Vector y = load<Vector>(x.at(i)) - max, e = exp_scaled(y, inverse);
+    const char* next = row.numbers + begin * row.storage.bytes + row.ahead;
+    const int64_t bytes = row.storage.bytes;
+    Vector sums = {}, weighted = {};
+    for_vectors<Vector>(count, [=, &sums, &weighted](int64_t i, bool last) SAMERGE_INLINE_BODY {
+      prefetch(next + i * bytes);
+      const Vector y = load<Vector>(x.vector(i, last)) - max, e = exp_scaled(y, inverse);
       store(exponentials + i, e);
       sums += e;
       if (with_entropy) weighted += e == Real(0) ? Vector{} : e * (y * inverse);
-    }
+    });
     seen.sum += sum(sums);
     if (with_entropy) seen.weighted += sum(weighted);
   });
@@ -184,49 +202,43 @@ int64_t argmax(const Row<Real>& row) {
   return position;
 }
 
-// What follows a chunk's row in memory. Short rows follow each other sooner than the processor's own prefetching notices.
-struct Next {
-  const char *teacher, *student, *grad;
-};
-
 // With offset = log Z of the teacher - log Z of the student:
 // slope = before + weight * (q - p) over a chunk, where before is 0 for the first teacher and else what is in slope;
-// returns the chunk's part of KL(p || q). Meanwhile `next` is fetched into the cache.
-template <class Vector, bool kSameTemperature, class Real = lane_t<Vector>>
-double kl_chunk(const Row<Real>& teacher, const Chunk<const Real>& t, Exponentials<Real> p, const Row<Real>& student,
-                const Chunk<const Real>& s, Exponentials<Real> q, Real offset, int64_t n, Real weight, bool first,
-                const Chunk<Real>& slope, const Next& next) {
+// returns the chunk's part of KL(p || q).
+template <class Vector, bool kSameTemperature, bool kFirst, class Real = lane_t<Vector>>
+double kl_chunk(const Row<Real>& teacher, Chunk<const Real> t, Exponentials<Real> p, const Row<Real>& student,
+                Chunk<const Real> s, Exponentials<Real> q, Real offset, int64_t n, Real weight, Chunk<Real> slope,
+                int64_t ahead) {
   const Real max_gap = teacher.max - student.max;
   const Real inverse_teacher = teacher.inverse_temperature, inverse_student = student.inverse_temperature;
   const Real teacher_max = teacher.max, student_max = student.max;
   Vector total = {};
-  for (int64_t i = 0; i < n; i += kLanes<Vector>) {
-    const Vector t_i = load<Vector>(t.at(i)), s_i = load<Vector>(s.at(i));
+  for_vectors<Vector>(n, [=, &total](int64_t i, bool last) SAMERGE_INLINE_BODY {
+    const Vector t_i = load<Vector>(t.vector(i, last)), s_i = load<Vector>(s.vector(i, last));
     // t - s is exact where they are close, which (t - max) - (s - max) is not.
     const Vector gap = kSameTemperature ? ((t_i - s_i) - max_gap) * inverse_teacher
                                         : (t_i - teacher_max) * inverse_teacher - (s_i - student_max) * inverse_student;
     const Vector d = gap - offset;
     const KlTerm<Vector> term = kl_term<Real>(load<Vector>(p.values + i) * p.factor, load<Vector>(q.values + i) * q.factor,
                                               d, exp_remainder(d));
-    __builtin_prefetch(next.teacher + i * teacher.storage.bytes);
-    __builtin_prefetch(next.student + i * student.storage.bytes);
-    __builtin_prefetch(next.grad + i * student.storage.bytes, 1);
     total += term.loss;
-    Real* place = slope.at(i);
-    store(place, (first ? Vector{} : load<Vector>(place)) + term.slope * weight);
-  }
+    Real* place = slope.vector(i, last);
+    __builtin_prefetch(place + ahead, 1);
+    store(place, (kFirst ? Vector{} : load<Vector>(place)) + term.slope * weight);
+  });
   return sum(total);
 }
 
 // slope = weight * d H(q) / d (x / temperature) = -weight * q * (log q + H) over a chunk.
 template <class Vector, class Real = lane_t<Vector>>
-void entropy_chunk(const Row<Real>& row, const Chunk<const Real>& x, Exponentials<Real> q, int64_t n, Real weight,
-                   const Chunk<Real>& slope) {
+void entropy_chunk(const Row<Real>& row, Chunk<const Real> x, Exponentials<Real> q, int64_t n, Real weight,
+                   Chunk<Real> slope) {
   const Real shift = row.entropy - row.log_sum, factor = -weight * q.factor;
-  for (int64_t i = 0; i < n; i += kLanes<Vector>) {
-    const Vector e = load<Vector>(q.values + i), y = (load<Vector>(x.at(i)) - row.max) * row.inverse_temperature;
-    store(slope.at(i), e == Real(0) ? Vector{} : e * factor * (y + shift));
-  }
+  const Real max = row.max, inverse = row.inverse_temperature;
+  for_vectors<Vector>(n, [=](int64_t i, bool last) SAMERGE_INLINE_BODY {
+    const Vector e = load<Vector>(q.values + i), y = (load<Vector>(x.vector(i, last)) - max) * inverse;
+    store(slope.vector(i, last), e == Real(0) ? Vector{} : e * factor * (y + shift));
+  });
 }
 
 template <class Real>
@@ -243,9 +255,13 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
   const Real inverse_student = 1 / a.student_temperature, inverse_teacher = 1 / a.teacher_temperature;
   alignas(64) Real y[kChunk], p_buffer[kChunk], q_buffer[kChunk], slope_buffer[kChunk];
   auto* teacher = static_cast<Teacher<Real>*>(__builtin_alloca(a.num_teachers * sizeof(Teacher<Real>)));  // [K]
-  const auto kl = inverse_student == inverse_teacher ? kl_chunk<Vector, true> : kl_chunk<Vector, false>;
+  const bool same = inverse_student == inverse_teacher;
+  const auto first_kl = same ? kl_chunk<Vector, true, true> : kl_chunk<Vector, false, true>;
+  const auto next_kl = same ? kl_chunk<Vector, true, false> : kl_chunk<Vector, false, false>;
   const int64_t chunks = (a.num_columns + kChunk - 1) / kChunk;
-  const int64_t next_row = chunks == 1 ? a.num_columns : 0;  // the row itself where it is long
+  // Short rows follow each other sooner than the processor's own prefetching notices.
+  const bool is_short = chunks == 1;
+  const int64_t grad_ahead = is_short ? a.num_columns : kChunk;
   auto* room = static_cast<Real*>(scratch);
   auto* maxima = room ? room + (1 + a.num_teachers) * chunks * kChunk : nullptr;
   Row<Real> student;
@@ -253,6 +269,7 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
   for (int64_t k = 0; k <= a.num_teachers; ++k) {
     Row<Real>& row = k ? teacher[k - 1].row : student;
     row.storage = k ? teachers : students;
+    row.ahead = row.storage.bytes * (!is_short ? kChunk : k ? a.teacher_row_stride : a.student_stride);
     row.inverse_temperature = k ? inverse_teacher : inverse_student;
     row.exponentials = room ? room + k * chunks * kChunk : nullptr;
     row.maxima = room ? maxima + k * chunks : nullptr;
@@ -298,13 +315,14 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Real>& students, const Ro
             const Teacher<Real>& t = teacher[k];
             const Chunk<const Real> numbers = t.row.chunk(begin, count, y);
             const Exponentials<Real> p = exponentials<Vector>(t.row, begin, count, numbers, p_buffer);
-            const Next next = {t.row.numbers + next_row * teachers.bytes, student.numbers + next_row * students.bytes,
-                               grad ? grad + next_row * students.bytes : student.numbers};
-            loss += t.weight * kl(t.row, numbers, p, student, x, q, t.offset, count, t.weight * grad_scale, k == 0, slope, next);
+            loss += t.weight * (k ? next_kl : first_kl)(t.row, numbers, p, student, x, q, t.offset, count,
+                                                        t.weight * grad_scale, slope, grad_ahead);
           }
         } else {
           const Real factor = total_weight * grad_scale * q.factor;
-          for (int64_t i = 0; i < count; i += kLanes<Vector>) store(slope.at(i), load<Vector>(q.values + i) * factor);
+          for_vectors<Vector>(count, [=](int64_t i, bool last) SAMERGE_INLINE_BODY {
+            store(slope.vector(i, last), load<Vector>(q.values + i) * factor);
+          });
           for (int64_t k = 0; k < a.num_teachers; ++k) {
             const int64_t hit = teacher[k].target - begin;
             if (hit >= 0 && hit < count) *slope.at(hit) -= teacher[k].weight * grad_scale;
