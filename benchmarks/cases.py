@@ -6,7 +6,7 @@ import torch
 from inputs import Logits, Packed
 
 DTYPES = (torch.float32, torch.bfloat16)
-ON_A_GPU_ONE_T = ("MiniLM", "ViT-B/32", "Llama-7B layer", "ViT-L/14")  # there the layer map is the question, not T
+MODELS_AT_T8 = ("MiniLM", "ViT-B/32", "Llama-7B layer", "ViT-L/14")  # there the layer map is the question, not T
 SHAPES = ((4096, 2), (128, 100), (4096, 1000), (256, 128256), (4096, 32000))
 
 
@@ -15,12 +15,10 @@ def packed_cases(device: str, size: str) -> list[Packed]:
         return [Packed("tiny", 3, dtype) for dtype in DTYPES]
     if size == "quick":
         return [Packed("MiniLM", 8, torch.float32), Packed("MiniLM", 8, torch.bfloat16), Packed("ViT-B/32", 2, torch.float32)]
-    if device == "cuda":
-        cases = [Packed("88M", tasks, dtype) for dtype in DTYPES for tasks in (8, 20)]
-        cases += [Packed(model, 8, dtype) for model in ON_A_GPU_ONE_T for dtype in DTYPES]
-        return cases + [Packed("1B", tasks, torch.bfloat16) for tasks in (8, 20)]
-    models = ("MiniLM", "ViT-B/32", "88M", "Llama-7B layer", "ViT-L/14")
-    return [Packed(model, tasks, dtype) for model in models for tasks in (2, 8, 20) for dtype in DTYPES]
+    numbers = (8, 20) if device == "cuda" else (2, 8, 20)
+    cases = [Packed("88M", tasks, dtype) for dtype in DTYPES for tasks in numbers]
+    cases += [Packed(model, 8, dtype) for model in MODELS_AT_T8 for dtype in DTYPES]
+    return cases + [Packed("1B", tasks, torch.bfloat16) for tasks in (8, 20)] if device == "cuda" else cases
 
 
 def logits_cases(device: str, size: str) -> list[Logits]:
