@@ -10,10 +10,11 @@
 namespace samerge {
 
 void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
-                      const at::Tensor& coefficients, const at::Tensor& block_layer);
+                      const at::Tensor& coefficients, const at::Tensor& block_layer,
+                      const std::optional<at::Tensor>& scales);
 
 at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
-                                int64_t num_layers);
+                                int64_t num_layers, const std::optional<at::Tensor>& scales);
 
 std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const at::Tensor& student, const std::optional<at::Tensor>& teacher,
@@ -28,10 +29,11 @@ at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vecto
 
 #ifdef SAMERGE_CUDA
 void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
-                       const at::Tensor& coefficients, const at::Tensor& block_layer);
+                       const at::Tensor& coefficients, const at::Tensor& block_layer,
+                      const std::optional<at::Tensor>& scales);
 
 at::Tensor coefficient_grad_cuda(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
-                                 int64_t num_layers);
+                                 int64_t num_layers, const std::optional<at::Tensor>& scales);
 
 std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
     const at::Tensor& student, const std::optional<at::Tensor>& teacher,

@@ -7,8 +7,9 @@ namespace samerge {
 
 inline void check_weighted_sum(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                                const at::Tensor& coefficients, const at::Tensor& block_layer,
-                               at::DeviceType device) {  // [N], [N], [T, N], [T, L], [N / kBlock]
-  check_packed(base, task_vectors, block_layer, device);
+                               const std::optional<at::Tensor>& scales,
+                               at::DeviceType device) {  // [N], [N], [T, N], [T, L], [N / kBlock], [T, N / kGroup]
+  check_packed(base, task_vectors, block_layer, scales, device);
   TORCH_CHECK_VALUE(out.sizes() == base.sizes() && out.is_contiguous() && out.device() == base.device() &&
                         accumulator(out) == accumulator(base),
                     "out must be contiguous, of the base's shape, and float64 only where base is");
@@ -19,19 +20,17 @@ inline void check_weighted_sum(const at::Tensor& out, const at::Tensor& base, co
 
 // The arguments of loops and kernels, from dense tensors that outlive the call; rows of task_vectors may lie apart.
 inline WeightedSum weighted_sum_call(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
-                                     const at::Tensor& coefficients, const at::Tensor& block_layer) {
+                                     const at::Tensor& coefficients, const at::Tensor& block_layer,
+                                     const std::optional<at::Tensor>& scales) {
   WeightedSum a;
   a.out = out.mutable_data_ptr();
   a.base = base.const_data_ptr();
-  a.task_vectors = task_vectors.const_data_ptr();
+  set_task_vectors(a, task_vectors, scales);
   a.coefficients = coefficients.const_data_ptr();
   a.block_layer = block_layer.const_data_ptr<int32_t>();
-  a.num_tasks = task_vectors.size(0);
   a.num_layers = coefficients.size(1);
-  a.task_stride = task_vectors.stride(0);
   a.out_dtype = dtype_of(out);
   a.base_dtype = dtype_of(base);
-  a.task_dtype = dtype_of(task_vectors);
   return a;
 }
 

@@ -15,9 +15,10 @@ from . import launch
 
 def coefficient_grad(
     grad: torch.Tensor,  # [N]
-    task_vectors: torch.Tensor,  # [T, N]
+    task_vectors: torch.Tensor,  # [T, N], or their codes
     block_layer: torch.Tensor,  # [N // 1024]
     num_layers: int,
+    scales: torch.Tensor | None = None,  # [T, N // 128] of codes
 ) -> torch.Tensor:  # [T, L]
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     num_tasks, num_blocks = task_vectors.shape[0], block_layer.numel()
@@ -27,16 +28,33 @@ def coefficient_grad(
     block_sums = torch.empty(num_tasks, num_blocks, dtype=wide, device=grad.device)
     tasks = launch.dense_rows(task_vectors)
     with torch.cuda.device_of(grad):
-        _sum_blocks[(num_blocks,)](
-            block_sums,
-            grad.contiguous(),
-            tasks,
-            tasks.stride(0),
-            num_blocks,
-            num_tasks=num_tasks,
-            GROUP=launch.task_group(num_tasks),
-            BLOCK=launch.BLOCK,
-        )
+        if scales is None:
+            _sum_blocks[(num_blocks,)](
+                block_sums,
+                grad.contiguous(),
+                tasks,
+                tasks.stride(0),
+                num_blocks,
+                num_tasks=num_tasks,
+                GROUP=launch.task_group(num_tasks),
+                BLOCK=launch.BLOCK,
+            )
+        else:
+            scales = launch.dense_rows(scales)
+            _sum_blocks_of_codes[(num_blocks,)](
+                block_sums,
+                grad.contiguous(),
+                tasks,
+                scales,
+                tasks.stride(0),
+                scales.stride(0),
+                num_blocks,
+                num_tasks=num_tasks,
+                BITS=8 if tasks.dtype == torch.int8 else 4,
+                TASKS=launch.task_group(num_tasks),
+                BLOCK=launch.BLOCK,
+                GROUP=launch.GROUP,
+            )
         _sum_layers[(num_layers, num_tasks)](
             out, block_sums, block_layer.contiguous(), num_blocks, num_layers, WIDTH=1024, num_warps=8
         )
@@ -65,6 +83,38 @@ def _sum_blocks(
         tile = tl.load(rows + places[None, :], mask=valid[:, None], other=0)  # [GROUP, BLOCK]
         sums = tl.sum(tile.to(wide) * g[None, :], 1)
         tl.store(block_sums + tasks * num_blocks + block, sums, mask=valid)
+
+
+@triton.jit
+def _sum_blocks_of_codes(
+    block_sums,
+    grad,
+    codes,
+    scales,
+    code_stride,
+    scale_stride,
+    num_blocks,
+    num_tasks: tl.constexpr,
+    BITS: tl.constexpr,
+    TASKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As above: a group's products are added up before they are scaled."""
+    wide: tl.constexpr = block_sums.dtype.element_ty
+    block = tl.program_id(0)
+    groups = block.to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    lanes = tl.arange(0, GROUP // 2)
+    for first in range(0, num_tasks, TASKS):
+        tasks = (first + tl.arange(0, TASKS)).to(tl.int64)
+        valid = tasks < num_tasks
+        sums = tl.zeros([TASKS, BLOCK // GROUP], wide)
+        for half in tl.static_range(2):
+            g = tl.load(grad + groups[:, None] * GROUP + half * (GROUP // 2) + lanes[None, :]).to(wide)
+            tile = launch.load_codes(codes, tasks, code_stride, valid, groups, lanes, half, BITS, GROUP)
+            sums += tl.sum(tile.to(wide) * g[None, :, :], 2)
+        scale = tl.load(scales + tasks[:, None] * scale_stride + groups[None, :], mask=valid[:, None], other=0)
+        tl.store(block_sums + tasks * num_blocks + block, tl.sum(sums * scale.to(wide), 1), mask=valid)
 
 
 @triton.jit

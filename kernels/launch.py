@@ -4,8 +4,10 @@ import os
 
 import torch
 import triton
+import triton.language as tl
 
 BLOCK = 1024  # numbers per block of packed weights; a block belongs to one layer
+GROUP = 128  # numbers of a quantised task vector that share a scale
 
 # Tuned on the first call for a number of tasks and a set of dtypes, which must come before a graph is captured. A tile's tasks
 # are added up inside a thread in every configuration, so the choice does not change a bit of the result. Kernels that add
@@ -42,3 +44,14 @@ SEGMENT = 128  # pieces of a row, of BLOCK numbers each, that one program takes 
 def addresses(matrices: list[torch.Tensor]) -> torch.Tensor:
     """Where the matrices lie, [B] int64 on their device."""
     return torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64).to(matrices[0].device)
+
+
+@triton.jit
+def load_codes(codes, tasks, stride, valid, groups, lanes, half, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Codes of one half of every group, [tasks, groups, GROUP / 2]: a byte each, or half a byte, plus 8."""
+    first = groups * (GROUP * BITS // 8)
+    if BITS == 8:
+        first += half * (GROUP // 2)
+    places = tasks[:, None, None] * stride + first[None, :, None] + lanes[None, None, :]
+    tile = tl.load(codes + places, mask=valid[:, None, None], other=0).to(tl.int32)
+    return tile if BITS == 8 else (tile >> (4 * half) & 15) - 8

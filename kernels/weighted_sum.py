@@ -14,14 +14,35 @@ from . import launch
 def weighted_sum(
     out: torch.Tensor,  # [N], written
     base: torch.Tensor,  # [N]
-    task_vectors: torch.Tensor,  # [T, N]
+    task_vectors: torch.Tensor,  # [T, N], or their codes
     coefficients: torch.Tensor,  # [T, L]
     block_layer: torch.Tensor,  # [N // 1024]
+    scales: torch.Tensor | None = None,  # [T, N // 128] of codes
 ) -> None:
     num_tasks, num_layers = coefficients.shape
     if not base.numel():
         return
     tasks = launch.dense_rows(task_vectors)
+    if scales is not None:
+        scales = launch.dense_rows(scales)
+        with torch.cuda.device_of(base):
+            _weighted_sum_of_codes[(block_layer.numel(),)](
+                out,
+                base.contiguous(),
+                tasks,
+                scales,
+                coefficients.contiguous(),
+                block_layer.contiguous(),
+                num_layers,
+                tasks.stride(0),
+                scales.stride(0),
+                num_tasks=num_tasks,
+                BITS=8 if tasks.dtype == torch.int8 else 4,
+                TASKS=launch.task_group(num_tasks),
+                BLOCK=launch.BLOCK,
+                GROUP=launch.GROUP,
+            )
+        return
     with torch.cuda.device_of(base):
         _weighted_sum[(block_layer.numel(),)](
             out,
@@ -64,3 +85,40 @@ def _weighted_sum(
         coefficient = tl.load(coefficients + tasks * num_layers + layer, mask=valid, other=0)
         total += tl.sum(tile.to(wide) * coefficient[:, None], 0)
     tl.store(out + places, total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _weighted_sum_of_codes(
+    out,
+    base,
+    codes,
+    scales,
+    coefficients,
+    block_layer,
+    num_layers,
+    code_stride,
+    scale_stride,
+    num_tasks: tl.constexpr,
+    BITS: tl.constexpr,
+    TASKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As above: the first halves of a block's groups, then the second ones, whose codes are in the same bytes for 4 bits."""
+    wide: tl.constexpr = coefficients.dtype.element_ty
+    block = tl.program_id(0)
+    layer = tl.load(block_layer + block)
+    groups = block.to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    lanes = tl.arange(0, GROUP // 2)
+    for half in tl.static_range(2):
+        places = groups[:, None] * GROUP + half * (GROUP // 2) + lanes[None, :]  # [groups, GROUP / 2]
+        total = tl.load(base + places).to(wide)
+        for first in range(0, num_tasks, TASKS):
+            tasks = (first + tl.arange(0, TASKS)).to(tl.int64)
+            valid = tasks < num_tasks
+            coefficient = tl.load(coefficients + tasks * num_layers + layer, mask=valid, other=0)
+            scale = tl.load(scales + tasks[:, None] * scale_stride + groups[None, :], mask=valid[:, None], other=0)
+            factor = coefficient[:, None] * scale.to(wide)  # [TASKS, groups]
+            tile = launch.load_codes(codes, tasks, code_stride, valid, groups, lanes, half, BITS, GROUP)
+            total += tl.sum(tile.to(wide) * factor[:, :, None], 0)
+        tl.store(out + places, total.to(out.dtype.element_ty))

@@ -17,7 +17,8 @@ TOLERANCE = {torch.float64: 5e-15, torch.float32: 1.5e-6, torch.float16: 4e-4, t
 SIGMA_TOLERANCE, SIGMA_ROUNDING = 1e-3, 1e-13
 # Moments are kept in fp64; results of layer_stats are rounded to fp32. Absolute, of the largest magnitude or its square.
 MOMENTS_TOLERANCE, MOMENTS_TOLERANCE_FP32 = 1e-11, 1e-6
-
+# Largest error of a quantised number, in scales: half a code, and the rounding of number / scale, at most 127, in fp32.
+HALF_A_SCALE = 0.5 + 127 * 2**-24
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVELS = ("portable", "avx2", "avx512")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

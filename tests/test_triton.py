@@ -12,12 +12,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
 
 FLOATS = {"fp32": "*fp32", "bf16": "*bf16", "fp64": "*fp64"}
-TYPES = (*FLOATS.values(), "fp64", "*i32", "*i64", "i32", "i64")
+TYPES = (*FLOATS.values(), "fp64", "*i32", "*i64", "*i8", "*u8", "i32", "i64")
 
 
 def test_operators_interpreted():
     """All numeric operator tests, in a process whose kernels are interpreted from the start."""
-    operators = ("weighted_sum", "coefficient_grad", "softmax_kl", "gram_product")
+    operators = ("weighted_sum", "coefficient_grad", "quantised", "softmax_kl", "gram_product")
     tests = [str(Path(__file__).parent / f"test_{op}.py") for op in operators]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton and not (opcheck or compile or gradcheck)", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -55,6 +55,26 @@ def test_packed_kernels_compile(capability, dtype):
     assert compile_kernel(
         coefficient_grad._sum_layers, capability, out=wide, block_sums=wide, block_layer="*i32", num_blocks="i32",
         num_layers="i32", WIDTH=1024,
+    )
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", (8, 4))
+def test_kernels_on_codes_compile(capability, dtype, bits):
+    from samerge_ext.kernels import coefficient_grad, launch, weighted_sum
+
+    numbers, wide = FLOATS[dtype], "*fp64" if dtype == "fp64" else "*fp32"
+    stored = {"codes": "*i8" if bits == 8 else "*u8", "scales": "*bf16"}
+    strides = {"code_stride": "i64", "scale_stride": "i64"}
+    shape = {"num_tasks": 20, "BITS": bits, "TASKS": 8, "BLOCK": launch.BLOCK, "GROUP": launch.GROUP}
+    assert compile_kernel(
+        weighted_sum._weighted_sum_of_codes, capability, out=numbers, base=numbers, **stored, coefficients=wide,
+        block_layer="*i32", num_layers="i32", **strides, **shape,
+    )
+    assert compile_kernel(
+        coefficient_grad._sum_blocks_of_codes, capability, block_sums=wide, grad=numbers, **stored, **strides, num_blocks="i32",
+        **shape,
     )
 
 

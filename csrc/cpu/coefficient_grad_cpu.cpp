@@ -21,14 +21,16 @@ static std::vector<int64_t> cut_into_segments(const at::Tensor& block_layer) {
   return begin;
 }
 
-at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
-                                int64_t num_layers) {  // [N], [T, N], [N / kBlock] -> [T, L]
+at::Tensor coefficient_grad_cpu(
+    const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer, int64_t num_layers,
+    const std::optional<at::Tensor>& scales) {  // [N], [T, N], [N / kBlock], L, [T, N / kGroup] -> [T, L]
   const auto layer = block_layer.contiguous();
-  check_packed(grad, task_vectors, layer, at::kCPU);
+  check_packed(grad, task_vectors, layer, scales, at::kCPU);
   check_block_layer(layer, num_layers);
   const auto out = at::zeros({task_vectors.size(0), num_layers}, grad.options().dtype(accumulator(grad)));
   if (grad.numel() == 0 || out.numel() == 0) return out;
   const auto dense_grad = grad.contiguous(), tasks = dense_rows(task_vectors);
+  const auto dense_scales = dense_rows(scales);
   const auto segment_begin = cut_into_segments(layer);
   const int64_t segments = segment_begin.size() - 1, num_tasks = tasks.size(0);
   std::vector<double> partials(segments * num_tasks);
@@ -36,12 +38,9 @@ at::Tensor coefficient_grad_cpu(const at::Tensor& grad, const at::Tensor& task_v
   CoefficientGrad a;
   a.partials = partials.data();
   a.grad = dense_grad.const_data_ptr();
-  a.task_vectors = tasks.const_data_ptr();
+  set_task_vectors(a, tasks, dense_scales);
   a.segment_begin = segment_begin.data();
-  a.num_tasks = num_tasks;
-  a.task_stride = tasks.stride(0);
   a.grad_dtype = dtype_of(grad);
-  a.task_dtype = dtype_of(tasks);
   const auto loop = loops().coefficient_grad;
   at::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) { loop(a, first, last); });
 

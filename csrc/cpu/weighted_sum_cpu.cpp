@@ -11,14 +11,15 @@ constexpr int64_t kBlocksPerThread = 32;         // fewer do not pay for a threa
 constexpr size_t kStreamedBytes = size_t(64) << 20;  // an output this large is not found in the caches again
 
 void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
-                      const at::Tensor& coefficients,
-                      const at::Tensor& block_layer) {  // [N], [N], [T, N], [T, L], [N / kBlock]
+                      const at::Tensor& coefficients, const at::Tensor& block_layer,
+                      const std::optional<at::Tensor>& scales) {  // [N], [N], [T, N], [T, L], [N / kBlock], [T, N / kGroup]
   const auto layer = block_layer.contiguous();
-  check_weighted_sum(out, base, task_vectors, coefficients, layer, at::kCPU);
+  check_weighted_sum(out, base, task_vectors, coefficients, layer, scales, at::kCPU);
   check_block_layer(layer, coefficients.size(1));
   if (base.numel() == 0) return;
   const auto dense_base = base.contiguous(), tasks = dense_rows(task_vectors), lambda = coefficients.contiguous();
-  const WeightedSum a = weighted_sum_call(out, dense_base, tasks, lambda, layer);
+  const auto dense_scales = dense_rows(scales);
+  const WeightedSum a = weighted_sum_call(out, dense_base, tasks, lambda, layer, dense_scales);
   const auto loop = loops().weighted_sum;
   const bool streamed = out.nbytes() >= kStreamedBytes && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
   at::parallel_for(0, layer.numel(), kBlocksPerThread, [&](int64_t first, int64_t last) { loop(a, first, last, streamed); });

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../weighted_sum.h"
-#include "simd.h"
+#include "codes.h"
 
 namespace samerge::SAMERGE_LEVEL {
 
@@ -62,6 +62,49 @@ void add_blocks(const WeightedSum& a, int64_t b, Real* sum) {
   }
 }
 
+// As above, of codes.
+template <class Codes, int kCount, class Real = lane_t<typename Codes::Vector>>
+SAMERGE_INLINE void add_some_codes(const uint8_t* block, int64_t task_stride, const uint16_t* scales, int64_t scale_stride,
+                                   const Real* coefficients, Real* sum) {
+  using Vector = typename Codes::Vector;
+  for (int64_t group = 0; group < kBlock / kGroup; ++group) {
+    Real factors[kCount];
+    for (int k = 0; k < kCount; ++k) {
+      factors[k] = coefficients[k] * scale_value(scales[k * scale_stride + group]);
+      prefetch_codes<Codes>(block + k * task_stride, group);
+    }
+    Real *first = sum + group * kGroup, *second = first + kGroup / 2;
+    for (int64_t i = 0; i < kGroup / 2; i += kLanes<Vector>) {
+      Vector v = load<Vector>(first + i), w = load<Vector>(second + i);
+      for (int k = 0; k < kCount; ++k) {
+        const Halves<Vector> codes = Codes::read(block + k * task_stride, group, i);
+        v += codes.first * factors[k];
+        w += codes.second * factors[k];
+      }
+      store(first + i, v);
+      store(second + i, w);
+    }
+  }
+}
+
+template <class Codes, class Real = lane_t<typename Codes::Vector>>
+void add_codes(const WeightedSum& a, int64_t b, Real* sum) {
+  const auto* block = static_cast<const uint8_t*>(a.task_vectors) + b * kBlock / kGroup * Codes::kBytes;
+  const auto* scales = a.scales + b * (kBlock / kGroup);
+  const auto* coefficient = static_cast<const Real*>(a.coefficients) + a.block_layer[b];
+  for (int64_t t = 0; t < a.num_tasks; t += 4) {
+    Real some[4];
+    const int64_t count = a.num_tasks - t < 4 ? a.num_tasks - t : 4;
+    for (int64_t k = 0; k < count; ++k) some[k] = coefficient[(t + k) * a.num_layers];
+    const auto* first = block + t * a.task_stride;
+    const auto* scale = scales + t * a.scale_stride;
+    if (count == 4) add_some_codes<Codes, 4>(first, a.task_stride, scale, a.scale_stride, some, sum);
+    if (count == 3) add_some_codes<Codes, 3>(first, a.task_stride, scale, a.scale_stride, some, sum);
+    if (count == 2) add_some_codes<Codes, 2>(first, a.task_stride, scale, a.scale_stride, some, sum);
+    if (count == 1) add_some_codes<Codes, 1>(first, a.task_stride, scale, a.scale_stride, some, sum);
+  }
+}
+
 template <class Real>
 struct BlockFunctions {
   void (*read)(const void*, Real*);
@@ -77,13 +120,13 @@ constexpr BlockFunctions<Real> block_functions = {read_block<Storage>, add_block
                                                   kBlock * int64_t(sizeof(typename Storage::Stored))};
 
 template <class Real>
-void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base, const BlockFunctions<Real>& tasks,
+void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base, void (*add)(const WeightedSum&, int64_t, Real*),
                   const BlockFunctions<Real>& out, int64_t first, int64_t last, bool streamed) {
   alignas(64) Real sum[kBlock];
   const auto write = streamed ? out.stream : out.write;
   for (int64_t b = first; b < last; ++b) {
     base.read(static_cast<const char*>(a.base) + b * base.bytes, sum);
-    tasks.add(a, b, sum);
+    add(a, b, sum);
     write(static_cast<char*>(a.out) + b * out.bytes, sum);
   }
   if (streamed) fence();
@@ -92,11 +135,13 @@ void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base, const 
 void weighted_sum(const WeightedSum& a, int64_t first, int64_t last, bool streamed) {
   if (a.base_dtype == DType::f64) {
     constexpr auto wide = block_functions<F64, double>;
-    return merge_blocks<double>(a, wide, wide, wide, first, last, streamed);
+    constexpr decltype(wide.add) add[] = {wide.add, add_codes<Int8<Double>>, add_codes<Int4<Double>>};
+    return merge_blocks<double>(a, wide, add[int(a.task_dtype) - int(DType::f64)], wide, first, last, streamed);
   }
   constexpr BlockFunctions<float> of[] = {block_functions<F32, float>, block_functions<BF16, float>,
                                           block_functions<F16, float>};
-  merge_blocks<float>(a, of[int(a.base_dtype)], of[int(a.task_dtype)], of[int(a.out_dtype)], first, last, streamed);
+  constexpr decltype(of[0].add) add[] = {of[0].add, of[1].add, of[2].add, nullptr, add_codes<Int8<Float>>, add_codes<Int4<Float>>};
+  merge_blocks<float>(a, of[int(a.base_dtype)], add[int(a.task_dtype)], of[int(a.out_dtype)], first, last, streamed);
 }
 
 }  // namespace samerge::SAMERGE_LEVEL

@@ -11,6 +11,19 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
+// Adds the lanes' sums of kCount task vectors, and writes as many as there are.
+template <class Real, int kCount>
+__device__ __forceinline__ void write_sums(const Real (&sums)[kCount], double* partials, int64_t num_tasks) {
+  const int lane = threadIdx.x % kWarp;
+  Real mine = 0;  // lane k keeps the sum of task k
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const Real sum = warp_sum(sums[k]);
+    mine = lane == k ? sum : mine;
+  }
+  if (lane < kCount && lane < num_tasks) partials[lane] = mine;
+}
+
 // kTasks task vectors, or any number, eight at a time, where it is 0.
 template <class Stored, int kTasks>
 __global__ void __launch_bounds__(kThreads) dot_blocks(const CoefficientGrad a, int64_t num_blocks) {
@@ -39,13 +52,50 @@ __global__ void __launch_bounds__(kThreads) dot_blocks(const CoefficientGrad a, 
           for (int j = 0; j < kCount; ++j) sums[k] += g[j] * x[j];
         }
       }
-      Real mine = 0;  // lane k keeps the sum of task t + k
+      write_sums<Real, kGroup>(sums, a.partials + b * num_tasks + t, num_tasks - t);
+    }
+  }
+}
+
+// As above, of codes, a piece of kTasks task vectors, or of four, at a time.
+template <int kBits, class Real, int kTasks>
+__global__ void __launch_bounds__(kThreads, 2) dot_codes(const CoefficientGrad a, int64_t num_blocks) {
+  using C = Codes<kBits>;
+  constexpr int kCount = kTasks ? kTasks : 4;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t num_tasks = kTasks ? kTasks : a.num_tasks, warps = int64_t(gridDim.x) * kWarps;
+  for (int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; b < num_blocks; b += warps) {
+    for (int64_t t = 0; t < num_tasks; t += kCount) {
+      Real sums[kCount] = {};
+#pragma unroll 1
+      for (int piece = lane; piece < C::kPieces; piece += kWarp) {
+        const int first = C::first(piece);
+        typename C::Piece pieces[kCount];
+        float scales[kCount];
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        const Real sum = warp_sum(sums[k]);
-        mine = lane == k ? sum : mine;
+        for (int k = 0; k < kCount; ++k) {
+          if (!kTasks && t + k >= num_tasks) break;
+          pieces[k] = C::load(a.task_vectors, (t + k) * a.task_stride, b, piece);
+          scales[k] = scale_value(a.scales, (t + k) * a.scale_stride + b * (kBlock / kGroup) + first / kGroup);
+        }
+        Real g[C::kRuns][C::kRun];
+#pragma unroll
+        for (int r = 0; r < C::kRuns; ++r) load(a.grad, a.grad_dtype, b * kBlock + first + r * (kGroup / 2), g[r]);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          if (!kTasks && t + k >= num_tasks) break;
+          Real part = 0;
+#pragma unroll
+          for (int r = 0; r < C::kRuns; ++r) {
+            float x[C::kRun];
+            C::values(pieces[k], r, x);
+#pragma unroll
+            for (int j = 0; j < C::kRun; ++j) part += g[r][j] * x[j];
+          }
+          sums[k] += part * scales[k];
+        }
       }
-      if (lane < kGroup && t + lane < num_tasks) a.partials[b * num_tasks + t + lane] = mine;
+      write_sums<Real, kCount>(sums, a.partials + b * num_tasks + t, num_tasks - t);
     }
   }
 }
@@ -80,15 +130,11 @@ __global__ void __launch_bounds__(kThreads)
   out[task * num_layers + layer] = sum;
 }
 
-template <class Stored>
-cudaError_t launch(const CoefficientGrad& a, void* out, const int32_t* block_layer, int64_t num_blocks, int64_t num_layers,
-                   cudaStream_t stream) {
-  using Real = real_t<Stored>;
-  constexpr void (*kKernels[])(CoefficientGrad, int64_t) = {
-      dot_blocks<Stored, 0>, dot_blocks<Stored, 1>, dot_blocks<Stored, 2>, dot_blocks<Stored, 3>, dot_blocks<Stored, 4>,
-      dot_blocks<Stored, 5>, dot_blocks<Stored, 6>, dot_blocks<Stored, 7>, dot_blocks<Stored, 8>,
-  };
-  const auto kernel = kKernels[a.num_tasks <= 8 ? a.num_tasks : 0];
+using Kernel = void (*)(CoefficientGrad, int64_t);
+
+template <class Real>
+cudaError_t launch(Kernel kernel, const CoefficientGrad& a, void* out, const int32_t* block_layer, int64_t num_blocks,
+                   int64_t num_layers, cudaStream_t stream) {
   int64_t grid;
   if (const cudaError_t error = resident_blocks(kernel, kThreads, 0, (num_blocks + kWarps - 1) / kWarps, &grid)) return error;
   kernel<<<grid, kThreads, 0, stream>>>(a, num_blocks);
@@ -98,15 +144,41 @@ cudaError_t launch(const CoefficientGrad& a, void* out, const int32_t* block_lay
   return cudaGetLastError();
 }
 
+template <class Stored>
+Kernel kernel_for(int64_t num_tasks) {
+  constexpr Kernel kKernels[] = {
+      dot_blocks<Stored, 0>, dot_blocks<Stored, 1>, dot_blocks<Stored, 2>, dot_blocks<Stored, 3>, dot_blocks<Stored, 4>,
+      dot_blocks<Stored, 5>, dot_blocks<Stored, 6>, dot_blocks<Stored, 7>, dot_blocks<Stored, 8>,
+  };
+  return kKernels[num_tasks <= 8 ? num_tasks : 0];
+}
+
+template <int kBits>
+Kernel kernel_for_codes(int64_t num_tasks, DType grad_dtype) {
+  constexpr Kernel kKernels[] = {
+      dot_codes<kBits, float, 0>, dot_codes<kBits, float, 1>, dot_codes<kBits, float, 2>,
+      dot_codes<kBits, float, 3>, dot_codes<kBits, float, 4>, dot_codes<kBits, float, 5>,
+      dot_codes<kBits, float, 6>, dot_codes<kBits, float, 7>, dot_codes<kBits, float, 8>,
+  };
+  return grad_dtype == DType::f64 ? Kernel(dot_codes<kBits, double, 0>) : kKernels[num_tasks <= 8 ? num_tasks : 0];
+}
+
+Kernel kernel_for(const CoefficientGrad& a) {
+  switch (a.task_dtype) {
+    case DType::f64: return kernel_for<double>(a.num_tasks);
+    case DType::f32: return kernel_for<float>(a.num_tasks);
+    case DType::i8: return kernel_for_codes<8>(a.num_tasks, a.grad_dtype);
+    case DType::i4: return kernel_for_codes<4>(a.num_tasks, a.grad_dtype);
+    default: return kernel_for<uint16_t>(a.num_tasks);
+  }
+}
+
 }  // namespace
 
 cudaError_t coefficient_grad(const CoefficientGrad& a, void* out, const int32_t* block_layer, int64_t num_blocks,
                              int64_t num_layers, cudaStream_t stream) {
-  switch (a.task_dtype) {
-    case DType::f64: return launch<double>(a, out, block_layer, num_blocks, num_layers, stream);
-    case DType::f32: return launch<float>(a, out, block_layer, num_blocks, num_layers, stream);
-    default: return launch<uint16_t>(a, out, block_layer, num_blocks, num_layers, stream);
-  }
+  const auto launch_for = a.grad_dtype == DType::f64 ? launch<double> : launch<float>;
+  return launch_for(kernel_for(a), a, out, block_layer, num_blocks, num_layers, stream);
 }
 
 }  // namespace samerge::gpu

@@ -129,6 +129,37 @@ __device__ __forceinline__ void store(void* data, DType dtype, int64_t first, co
   store_pack(data, first, narrow<double, kCount>(x, dtype));
 }
 
+// Codes of task vectors (see DType), eight bytes at a time: a piece is kRuns runs of eight numbers that lie kGroup / 2 apart.
+template <int kBits>
+struct Codes {
+  static constexpr int kPieces = kBlock * kBits / 64, kRuns = 8 / kBits, kRun = 8;
+  using Piece = uint2;
+
+  // The first number of a block's piece.
+  static __device__ __forceinline__ int first(int piece) {
+    return kBits == 8 ? piece * 8 : piece / 8 * int(kGroup) + piece % 8 * 8;
+  }
+
+  static __device__ __forceinline__ Piece load(const void* codes, int64_t row, int64_t block, int piece) {  // row: its first byte
+    return reinterpret_cast<const Piece*>(static_cast<const char*>(codes) + row + block * (kBlock * kBits / 8))[piece];
+  }
+
+  // A byte becomes the low bits of 2^23, which is faster than a conversion.
+  static __device__ __forceinline__ void values(Piece piece, int run, float (&x)[kRun]) {
+    constexpr float kOffset = 8388608.f + (kBits == 8 ? 128 : 8);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      const unsigned word = j < 4 ? piece.x : piece.y;
+      const unsigned bytes = kBits == 8 ? word ^ 0x80808080u : word >> 4 * run & 0x0f0f0f0fu;
+      x[j] = __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7650 | j % 4)) - kOffset;
+    }
+  }
+};
+
+__device__ __forceinline__ float scale_value(const uint16_t* scales, int64_t place) {
+  return __uint_as_float(uint32_t(scales[place]) << 16);
+}
+
 // The same sum in every lane, always added in the same order.
 template <class Real>
 __device__ __forceinline__ Real warp_sum(Real x) {

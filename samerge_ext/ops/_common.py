@@ -44,13 +44,21 @@ def check_devices(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}; move one of them")
 
 
-def check_packed(name: str, vector: torch.Tensor, task_vectors: torch.Tensor, block_layer: torch.Tensor) -> None:
-    """vector [N], task_vectors [T, N], block_layer [N // 1024] int32."""
+def check_packed(
+    name: str,
+    vector: torch.Tensor,
+    task_vectors: torch.Tensor,
+    block_layer: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """vector [N], task_vectors [T, N] or, with scales, the codes of QuantisedTaskVectors, block_layer [N // 1024] int32."""
     if vector.dim() != 1 or vector.shape[0] % BLOCK:
         raise ValueError(f"{name} has shape {shape(vector)}; it must be [N] with N a multiple of {BLOCK}, as a Layout packs it")
-    if task_vectors.dim() != 2 or task_vectors.shape[1] != vector.shape[0]:
+    numbers = 2 if scales is not None and task_vectors.dtype == torch.uint8 else 1  # per element of task_vectors
+    if task_vectors.dim() != 2 or numbers * task_vectors.shape[1] != vector.shape[0]:
         raise ValueError(
-            f"task_vectors has shape {shape(task_vectors)}; with {name} of {shape(vector)} it must be [T, {vector.shape[0]}]"
+            f"task_vectors has shape {shape(task_vectors)}; with {name} of {shape(vector)} it must be "
+            f"[T, {vector.shape[0] // numbers}]"
         )
     if block_layer.dtype != torch.int32:
         raise TypeError(f"block_layer is {block_layer.dtype}; it must be int32")
@@ -58,7 +66,11 @@ def check_packed(name: str, vector: torch.Tensor, task_vectors: torch.Tensor, bl
         raise ValueError(
             f"block_layer has shape {shape(block_layer)}; with {name} of {shape(vector)} it must be [{vector.shape[0] // BLOCK}]"
         )
-    check_dtypes(**{name: vector, "task_vectors": task_vectors})
+    if scales is None:
+        check_dtypes(**{name: vector, "task_vectors": task_vectors})
+    else:
+        check_dtypes(**{name: vector})
+        check_devices(**{name: vector, "task_vectors": task_vectors, "scales": scales})
     check_devices(**{name: vector, "block_layer": block_layer})
     if task_vectors.requires_grad:
         raise ValueError("task_vectors requires grad, but task vectors are constants here; pass task_vectors.detach()")

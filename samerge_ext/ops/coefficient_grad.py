@@ -1,15 +1,20 @@
 """∂loss/∂λ_{t,l} = ⟨G_l, τ_{t,l}⟩ for all task vectors and layers in one pass."""
 
+from __future__ import annotations
+
 import torch
 
 from .. import backend
+from ..quantised import QuantisedTaskVectors
 from ._common import accumulator, check_packed, define, library
 
-define("coefficient_grad(Tensor grad, Tensor task_vectors, Tensor block_layer, SymInt num_layers) -> Tensor")
+define(
+    "coefficient_grad(Tensor grad, Tensor task_vectors, Tensor block_layer, SymInt num_layers, Tensor? scales=None) -> Tensor"
+)
 
 
 def coefficient_grad(
-    grad: torch.Tensor, task_vectors: torch.Tensor, block_layer: torch.Tensor, num_layers: int
+    grad: torch.Tensor, task_vectors: torch.Tensor | QuantisedTaskVectors, block_layer: torch.Tensor, num_layers: int
 ) -> torch.Tensor:
     """Gradient of a loss by the merging coefficients, out[t, l] = Σ over i in layer l of grad[i] · task_vectors[t, i].
 
@@ -18,7 +23,7 @@ def coefficient_grad(
 
     Args:
         grad: [N], N a multiple of 1,024, the gradient by the merged weights; fp32, bf16, fp16, or all in fp64.
-        task_vectors: [T, N], its dtype independent of the gradient's; a constant.
+        task_vectors: [T, N], its dtype independent of the gradient's, or QuantisedTaskVectors; a constant.
         block_layer: [N // 1024] int32, non-decreasing, in 0 … num_layers − 1: the layer of every block of 1,024 numbers.
         num_layers: L; a layer without a block gets 0.
 
@@ -28,28 +33,32 @@ def coefficient_grad(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or `task_vectors` requires grad.
     """
+    if isinstance(task_vectors, QuantisedTaskVectors):
+        check_packed("grad", grad, task_vectors.codes, block_layer, task_vectors.scales)
+        parts = task_vectors.codes, block_layer, num_layers, task_vectors.scales
+        return task_vectors.of_tasks(torch.ops.samerge.coefficient_grad(grad, *parts))
     check_packed("grad", grad, task_vectors, block_layer)
     return torch.ops.samerge.coefficient_grad(grad, task_vectors, block_layer, num_layers)
 
 
-def _forward(grad, task_vectors, block_layer, num_layers):
-    return backend.kernel("coefficient_grad", grad)(grad, task_vectors, block_layer, num_layers)
+def _forward(grad, task_vectors, block_layer, num_layers, scales=None):
+    return backend.kernel("coefficient_grad", grad)(grad, task_vectors, block_layer, num_layers, scales)
 
 
-def _fake(grad, task_vectors, block_layer, num_layers):
+def _fake(grad, task_vectors, block_layer, num_layers, scales=None):
     return grad.new_empty(task_vectors.shape[0], num_layers, dtype=accumulator(grad))
 
 
 def _setup_context(ctx, inputs, output):
-    grad, task_vectors, block_layer, _ = inputs
-    ctx.grad_dtype = grad.dtype
-    ctx.save_for_backward(task_vectors, block_layer)
+    grad, task_vectors, block_layer, _, scales = inputs
+    ctx.grad_dtype, ctx.numel = grad.dtype, grad.shape[0]
+    ctx.save_for_backward(task_vectors, block_layer, scales)
 
 
 def _backward(ctx, coefficients):  # [T, L]
-    task_vectors, block_layer = ctx.saved_tensors
-    zero = torch.zeros(task_vectors.shape[1], dtype=ctx.grad_dtype, device=task_vectors.device)
-    return torch.ops.samerge.weighted_sum(zero, task_vectors, coefficients, block_layer), None, None, None
+    task_vectors, block_layer, scales = ctx.saved_tensors
+    zero = torch.zeros(ctx.numel, dtype=ctx.grad_dtype, device=task_vectors.device)
+    return torch.ops.samerge.weighted_sum(zero, task_vectors, coefficients, block_layer, scales), None, None, None, None
 
 
 library.impl("coefficient_grad", _forward, "CompositeExplicitAutograd")

@@ -1,19 +1,22 @@
 """θ(λ) = θ₀ + Σ_t λ_t τ_t over all layers at once."""
 
+from __future__ import annotations
+
 import torch
 
 from .. import backend
+from ..quantised import QuantisedTaskVectors
 from ._common import accumulator, check_devices, check_packed, define, library, shape
 
-define("weighted_sum(Tensor base, Tensor task_vectors, Tensor coefficients, Tensor block_layer) -> Tensor")
-define(
-    "weighted_sum_out(Tensor(a!) out, Tensor base, Tensor task_vectors, Tensor coefficients, Tensor block_layer) -> ()"
-)
+# With scales, task_vectors holds the codes of QuantisedTaskVectors.
+_INPUTS = "Tensor base, Tensor task_vectors, Tensor coefficients, Tensor block_layer, Tensor? scales=None"
+define(f"weighted_sum({_INPUTS}) -> Tensor")
+define(f"weighted_sum_out(Tensor(a!) out, {_INPUTS}) -> ()")
 
 
 def weighted_sum(
     base: torch.Tensor,
-    task_vectors: torch.Tensor,
+    task_vectors: torch.Tensor | QuantisedTaskVectors,
     coefficients: torch.Tensor,
     block_layer: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -26,7 +29,8 @@ def weighted_sum(
 
     Args:
         base: [N], N a multiple of 1,024; fp32, bf16 or fp16, or fp64 with everything else in fp64.
-        task_vectors: [T, N], its dtype independent of the base's; a constant.
+        task_vectors: [T, N], its dtype independent of the base's, or QuantisedTaskVectors, which are read as they are
+            stored; a constant.
         coefficients: [T, L] fp32 (fp64 where base is fp64).
         block_layer: [N // 1024] int32, non-decreasing, in 0 … L − 1: the layer of every block of 1,024 numbers.
         out: [N], contiguous, of a dtype of its own: written in place and returned, outside autograd.
@@ -38,17 +42,22 @@ def weighted_sum(
         ValueError, TypeError: a shape, dtype or device does not fit, or `task_vectors` requires grad.
         RuntimeError: `out` is given while an input requires grad and grad mode is on.
     """
-    check_packed("base", base, task_vectors, block_layer)
+    stored, scales = task_vectors, None
+    if isinstance(task_vectors, QuantisedTaskVectors):
+        stored, scales = task_vectors.codes, task_vectors.scales
+    check_packed("base", base, stored, block_layer, scales)
     if coefficients.dim() != 2 or coefficients.shape[0] != task_vectors.shape[0]:
         raise ValueError(
-            f"coefficients has shape {shape(coefficients)}; with task_vectors of {shape(task_vectors)} it must be "
+            f"coefficients has shape {shape(coefficients)}; with task_vectors of {list(task_vectors.shape)} it must be "
             f"[{task_vectors.shape[0]}, L]"
         )
     if coefficients.dtype != accumulator(base):
         raise TypeError(f"coefficients is {coefficients.dtype}; with base of {base.dtype} it must be {accumulator(base)}")
     check_devices(base=base, coefficients=coefficients)
+    if scales is not None:
+        coefficients = task_vectors.of_rows(coefficients)
     if out is None:
-        return torch.ops.samerge.weighted_sum(base, task_vectors, coefficients, block_layer)
+        return torch.ops.samerge.weighted_sum(base, stored, coefficients, block_layer, scales)
 
     if torch.is_grad_enabled() and (base.requires_grad or coefficients.requires_grad or out.requires_grad):
         raise RuntimeError(
@@ -57,19 +66,19 @@ def weighted_sum(
         )
     if out.shape != base.shape or not out.is_contiguous():
         raise ValueError(f"out has shape {shape(out)} and stride {out.stride()}; it must be contiguous, {shape(base)}")
-    check_packed("out", out, task_vectors, block_layer)
-    torch.ops.samerge.weighted_sum_out(out, base, task_vectors, coefficients, block_layer)
+    check_packed("out", out, stored, block_layer, scales)
+    torch.ops.samerge.weighted_sum_out(out, base, stored, coefficients, block_layer, scales)
     return out
 
 
-def _forward(base, task_vectors, coefficients, block_layer):
+def _forward(base, task_vectors, coefficients, block_layer, scales=None):
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    backend.kernel("weighted_sum", base)(out, base, task_vectors, coefficients, block_layer)
+    backend.kernel("weighted_sum", base)(out, base, task_vectors, coefficients, block_layer, scales)
     return out
 
 
-def _forward_out(out, base, task_vectors, coefficients, block_layer):
-    backend.kernel("weighted_sum", base)(out, base, task_vectors, coefficients, block_layer)
+def _forward_out(out, base, task_vectors, coefficients, block_layer, scales=None):
+    backend.kernel("weighted_sum", base)(out, base, task_vectors, coefficients, block_layer, scales)
 
 
 def _mark_written(keyset, out, *args):
@@ -81,18 +90,19 @@ def _mark_written(keyset, out, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    base, task_vectors, coefficients, block_layer = inputs
+    base, task_vectors, coefficients, block_layer, scales = inputs
     ctx.base_dtype, ctx.num_layers = base.dtype, coefficients.shape[1]
-    ctx.save_for_backward(task_vectors, block_layer)
+    ctx.save_for_backward(task_vectors, block_layer, scales)
 
 
 def _backward(ctx, grad):  # [N]
-    needs_base, _, needs_coefficients, _ = ctx.needs_input_grad
+    needs_base, needs_coefficients = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     grad_base = grad.to(ctx.base_dtype) if needs_base else None
     grad_coefficients = None
     if needs_coefficients:
-        grad_coefficients = torch.ops.samerge.coefficient_grad(grad, *ctx.saved_tensors, ctx.num_layers)
-    return grad_base, None, grad_coefficients, None
+        task_vectors, block_layer, scales = ctx.saved_tensors
+        grad_coefficients = torch.ops.samerge.coefficient_grad(grad, task_vectors, block_layer, ctx.num_layers, scales)
+    return grad_base, None, grad_coefficients, None, None
 
 
 library.impl("weighted_sum", _forward, "CompositeExplicitAutograd")
