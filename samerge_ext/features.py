@@ -133,7 +133,9 @@ def _identity(packed: PackedWeights, of: str, singular_values: int) -> dict:
 def weights_digest(packed: PackedWeights) -> str:
     """A digest of every packed number: reads all of them once, block by block."""
     digest = sha256()
-    for tensor in (packed.base, *packed.task_vectors, *packed.unchanged.values()):
+    stored = packed.task_vectors
+    rows = stored if isinstance(stored, Tensor) else stored.tensors().values()
+    for tensor in (packed.base, *rows, *packed.unchanged.values()):
         digest.update(str(tensor.dtype).encode())
         for block in tensor.detach().flatten().split(1 << 24):
             digest.update(block.cpu().contiguous().view(torch.uint8).numpy())

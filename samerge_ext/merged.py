@@ -102,12 +102,13 @@ class MergedModel(nn.Module):
 
     @contextmanager
     def teacher(self, task: str) -> Iterator[nn.Module]:
-        """The module as expert ``task``: one-hot coefficients, the expert's own BatchNorm statistics and head."""
+        """The module as expert ``task``: its weights before any quantising, its own BatchNorm statistics and head."""
         training = self.module.training
         self.module.eval()
         self._set_buffers(task)
         self.select_head(task)
-        self.merge(self.packed.one_hot(task))
+        self.packed.expert(task, out=self.merged)
+        torch.clear_autocast_cache()
         try:
             with torch.no_grad():
                 yield self.module

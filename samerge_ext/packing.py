@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints import open_checkpoint
-from samerge_ext.layout import Layout
+from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.ops.weighted_sum import weighted_sum
-from samerge_ext.sources import CheckpointSource, ModuleSource, StateDictSource, matches
+from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource, matches
 from samerge_ext.validation import check_sources
 
 Buffers = dict[str, Tensor]
@@ -26,25 +27,27 @@ class PackedWeights:
     layout: where each of the L layers lies.
     tasks: T names; row t of everything belongs to ``tasks[t]``.
     base: [N], the pretrained weights.
-    task_vectors: [T, N], expert minus base.
+    task_vectors: [T, N], expert minus base; or QuantisedTaskVectors.
     unchanged: layers that no expert changed, in the base's dtype of storage.
     aliases: names of tied tensors -> the layer they share.
     buffers: the base's buffers, float and not.
     expert_buffers: each expert's own float buffers (BatchNorm statistics).
     heads: each task's own head tensors, which are never merged.
     folder: the base's folder, where the weights came from one.
+    experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
     """
 
     layout: Layout
     tasks: tuple[str, ...]
     base: Tensor
-    task_vectors: Tensor
+    task_vectors: Tensor | QuantisedTaskVectors
     unchanged: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: Buffers = field(default_factory=dict)
     expert_buffers: dict[str, Buffers] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path | None = None
+    experts: dict[str, Source | Path] = field(default_factory=dict)
 
     @classmethod
     def from_modules(
@@ -53,14 +56,16 @@ class PackedWeights:
         experts: Mapping[str, nn.Module] | Sequence[tuple[str, nn.Module]],
         *,
         dtype: torch.dtype = torch.float32,
-        task_vector_dtype: torch.dtype | None = None,
+        task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
     ) -> PackedWeights:
         """Packs modules of one architecture.
 
         dtype: storage of the base (fp32, bf16, fp16; fp64 for proofs). task_vector_dtype: of the task vectors,
-        the base's by default.
+        the base's by default; or "int8", "int4" or "int4-residual", which quantises them (see QuantisedTaskVectors) tensor by
+        tensor. Teachers are then the experts themselves, not their quantised task vectors: modules and state dicts are kept
+        as they were given, and folders are read again when logits are computed from them.
         heads: shell-style patterns of the tensors that belong to a task ("classifier.*"): kept per task, not merged.
 
         Raises ValueError, before anything is allocated, for tensors that are missing, extra, of another shape,
@@ -76,7 +81,7 @@ class PackedWeights:
         experts: Mapping[str, Mapping[str, Tensor]] | Sequence[tuple[str, Mapping[str, Tensor]]],
         *,
         dtype: torch.dtype = torch.float32,
-        task_vector_dtype: torch.dtype | None = None,
+        task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
     ) -> PackedWeights:
@@ -91,7 +96,7 @@ class PackedWeights:
         experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
         *,
         dtype: torch.dtype = torch.float32,
-        task_vector_dtype: torch.dtype | None = None,
+        task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
     ) -> PackedWeights:
@@ -107,6 +112,8 @@ class PackedWeights:
             ]
             packed = _pack(base_source, sources, dtype, task_vector_dtype, device, heads)
         packed.folder = Path(base)
+        if packed.experts:
+            packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed
 
     @property
@@ -142,6 +149,31 @@ class PackedWeights:
         """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
         return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
 
+    def expert(self, task: str, out: Tensor | None = None, start: int = 0) -> Tensor:
+        """The packed weights of expert ``task``, [N], or [n] from number ``start`` on where ``out`` [n] is given.
+
+        Of quantised task vectors they are not base + task vector: they are read from where the expert came from, one tensor
+        at a time, where that is known (`experts`); its folder must still be there. A range begins and ends with a layer.
+        """
+        out = torch.empty_like(self.base) if out is None else out
+        stop = start + len(out)
+        if task not in self.experts:
+            blocks = slice(start // BLOCK, stop // BLOCK)
+            stored = self.task_vectors
+            part = stored[:, start:stop] if isinstance(stored, Tensor) else stored.narrow(start, len(out))
+            return weighted_sum(self.base[start:stop], part, self.one_hot(task), self.layout.block_layer[blocks], out=out)
+        out.zero_()
+        with _opened(self.experts[task], task) as source:
+            for name, shape, offset in zip(self.layout.names, self.layout.shapes, self.layout.offsets, strict=True):
+                if offset is not None and start <= offset < stop:
+                    tensor = source.read(name)
+                    if tensor.shape != shape:
+                        raise ValueError(
+                            f"{source.label}: '{name}' was {list(shape)} when packed and is {list(tensor.shape)} now"
+                        )
+                    out[offset - start : offset - start + shape.numel()].copy_(tensor.reshape(-1))
+        return out
+
     def merged_buffers(self) -> Buffers:
         """The merged model's buffers: float ones are the average of the experts', the others are the base's."""
         average = {
@@ -168,10 +200,22 @@ def _pairs(experts) -> list[tuple]:
     return list(experts.items() if isinstance(experts, Mapping) else experts)
 
 
+@contextmanager
+def _opened(expert: Source | Path, task: str) -> Iterator[Source]:
+    if isinstance(expert, Source):
+        yield expert
+    else:
+        with open_checkpoint(expert) as checkpoint:
+            yield CheckpointSource(checkpoint, f"expert '{task}'")
+
+
 def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeights:
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     task_vector_dtype = task_vector_dtype or dtype
-    changed = check_sources(base, experts, heads, dtype, task_vector_dtype)
+    quantised = isinstance(task_vector_dtype, str)
+    if quantised and task_vector_dtype not in FORMATS:
+        raise ValueError(f"task_vector_dtype={task_vector_dtype!r}; choose a torch.dtype or one of {', '.join(FORMATS)}")
+    changed = check_sources(base, experts, heads, dtype, dtype if quantised else task_vector_dtype)
 
     layers = [name for name in base.names if not (base.is_buffer(name) or matches(name, heads))]
     layout = Layout.build(
@@ -181,26 +225,56 @@ def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeigh
         [n in changed for n in layers],
         device,
     )
+    if quantised:
+        task_vectors = QuantisedTaskVectors.zeros(len(experts), layout.numel, task_vector_dtype, device)
+    else:
+        task_vectors = torch.zeros(len(experts), layout.numel, dtype=task_vector_dtype, device=device)
     packed = PackedWeights(
         layout=layout,
         tasks=tuple(task for task, _ in experts),
         base=torch.zeros(layout.numel, dtype=dtype, device=device),
-        task_vectors=torch.zeros(len(experts), layout.numel, dtype=task_vector_dtype, device=device),
+        task_vectors=task_vectors,
         unchanged={n: base.read(n).to(device=device, dtype=dtype, copy=True) for n in layers if n not in changed},
         aliases={alias: name for alias, name in base.aliases.items() if name in set(layers)},
         buffers={n: base.read(n).clone() for n in base.names if base.is_buffer(n) and not matches(n, heads)},
+        experts=dict(experts) if quantised else {},
     )
-    views = layout.views(packed.base)
-    rows = [layout.views(row) for row in packed.task_vectors]
-    wide = torch.float64 if torch.float64 in (dtype, task_vector_dtype) else torch.float32
-    for name in views:
-        pretrained = base.read(name).to(device, wide)
-        views[name].copy_(pretrained)
-        for row, (_, expert) in zip(rows, experts, strict=True):
-            torch.sub(expert.read(name).to(device, wide), pretrained, out=row[name])
+    _fill(packed, base, experts)
 
     float_buffers = [n for n, b in packed.buffers.items() if b.is_floating_point()]
     for task, expert in experts:
         packed.expert_buffers[task] = {n: expert.read(n).clone() for n in float_buffers}
         packed.heads[task] = {n: expert.read(n).clone() for n in expert.names if matches(n, heads)}
     return packed
+
+
+def _fill(packed: PackedWeights, base: Source, experts: list[tuple[str, Source]]) -> None:
+    """Writes base and task vectors, one tensor at a time."""
+    views, stored = packed.layout.views(packed.base), packed.task_vectors
+    rows = [packed.layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
+    for name, view in views.items():
+        pretrained = base.read(name).to(packed.base.device, packed.coefficient_dtype)
+        view.copy_(pretrained)
+        for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
+            torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
+        if not rows:
+            _quantise(packed, name, pretrained, experts)
+
+
+def _quantise(packed: PackedWeights, name: str, pretrained: Tensor, experts: list[tuple[str, Source]]) -> None:
+    """Writes one tensor of all quantised task vectors; with an offset, which is their mean, experts are read twice."""
+    store, start = packed.task_vectors, packed.layout.offsets[packed.layout.names.index(name)]
+    try:
+        offset = None
+        if store.shared:
+            at = "the experts' mean"
+            mean = torch.zeros_like(pretrained)
+            for _, expert in experts:
+                mean += (expert.read(name).to(pretrained) - pretrained) / len(experts)
+            offset = store.write_shared(start, mean.flatten()).view_as(mean)
+        for task, (_, expert) in enumerate(experts):
+            at = expert.label
+            task_vector = expert.read(name).to(pretrained) - pretrained
+            store.write(task, start, task_vector if offset is None else task_vector - offset)
+    except ValueError as error:
+        raise ValueError(f"{at}: '{name}' minus the base's cannot be quantised: {error}") from error

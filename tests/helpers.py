@@ -19,6 +19,9 @@ SIGMA_TOLERANCE, SIGMA_ROUNDING = 1e-3, 1e-13
 MOMENTS_TOLERANCE, MOMENTS_TOLERANCE_FP32 = 1e-11, 1e-6
 # Largest error of a quantised number, in scales: half a code, and the rounding of number / scale, at most 127, in fp32.
 HALF_A_SCALE = 0.5 + 127 * 2**-24
+# How far the loss that a tiny model learns may move with its task vectors' storage, relative.
+QUANTISED_LOSS = {"int8": 2e-2, "int4": 2e-1, "int4-residual": 2e-1}
+
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVELS = ("portable", "avx2", "avx512")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,7 +16,8 @@ def layer_stats(
 ) -> torch.Tensor:
     """Mean, population variance, Frobenius norm and the largest singular values of every layer (arXiv 2506.04567, S_{t,l}).
 
-    Reads the packed weights where they lie; experts, base + task vector, are added up number by number as they are read. Mean,
+    Reads the packed weights where they lie; experts, base + task vector, are added up number by number as they are read.
+    Quantised task vectors are those that are stored, in fp32, and one expert's at a time exists. Mean,
     variance and norm come from one pass, in fp64; singular values as in `svd_topk`, which also says what is settled how far.
     A tensor with more than two dimensions counts as [dim 0, rest]; of a vector, σ₁ is the norm and the others are 0.
 
@@ -56,13 +57,16 @@ def layer_stats(
             out[:, index] = rows
 
     base = layout.views(packed.base)
-    changed = [(t, name, view) for t, row in zip(packed.tasks, packed.task_vectors) for name, view in layout.views(row).items()]
-    fill(
-        [view for _, _, view in changed],
-        [base[name] for _, name, _ in changed] if of == "experts" else [],
-        [task for task, _, _ in changed],
-        [position[name] for _, name, _ in changed],
-    )
+    # Rows of a tensor are views; a quantised one is dequantised while its statistics are computed.
+    pairs = zip(packed.tasks, packed.task_vectors)
+    for rows in [list(pairs)] if isinstance(packed.task_vectors, torch.Tensor) else ([pair] for pair in pairs):
+        changed = [(t, name, view) for t, row in rows for name, view in layout.views(row).items()]
+        fill(
+            [view for _, _, view in changed],
+            [base[name] for _, name, _ in changed] if of == "experts" else [],
+            [task for task, _, _ in changed],
+            [position[name] for _, name, _ in changed],
+        )
     if of == "experts":
         fill(list(packed.unchanged.values()), [], [], [position[name] for name in packed.unchanged])
     return out.to(dtype)
