@@ -28,9 +28,12 @@ struct Packed {
   static constexpr int kNumbers = kWidth * kColumns;
   typedef Real Vector __attribute__((vector_size(kNumbers * sizeof(Real))));
 
-  // Where number c of vector j lies.
-  static SAMERGE_INLINE int64_t place(int64_t j, int64_t c) {
-    return c / kColumns * kNumbers + j * kColumns + c % kColumns;
+  // factor * vector [n] as vector j of its four.
+  static SAMERGE_INLINE void pack(const Real* vector, int64_t n, Real factor, Real* packed, int64_t j) {
+    packed += j * kColumns;
+    for (int64_t c = 0; c < n / kColumns; ++c)
+      for (int i = 0; i < kColumns; ++i) packed[c * kNumbers + i] = factor * vector[c * kColumns + i];
+    for (int64_t c = n / kColumns * kColumns; c < n; ++c) packed[c / kColumns * kNumbers + c % kColumns] = factor * vector[c];
   }
 };
 
@@ -53,7 +56,8 @@ SAMERGE_INLINE Packed<double>::Vector repeat(const double* x) {
 }
 
 // Part of a matrix, whole vectors a row, in a panel or where it lies; `ahead` numbers further lies the part that comes
-// next, which is fetched from memory meanwhile.
+// next, which is fetched from memory meanwhile: its first half by dot and its second by accumulate, so that the memory is
+// always at work.
 template <class Real>
 struct Rows {
   const Real* numbers;
@@ -71,22 +75,21 @@ SAMERGE_INLINE void dot_rows(Rows<Real> panel, int64_t columns, const Real* x, i
   for (int64_t c = 0; c < columns; c += kColumns) {
     Vector v[kGroups];
     for (int g = 0; g < kGroups; ++g) v[g] = load<Vector>(x + g * x_group + c * kWidth);
+    if (kRows > 1) prefetch(panel[c / kColumns % (kRows / 2)] + c + panel.ahead);
     for (int r = 0; r < kRows; ++r) {
       const Vector w = repeat(panel[r] + c);
       for (int g = 0; g < kGroups; ++g) sums[r][g] += w * v[g];
     }
   }
-  for (int g = 0; g < kGroups; ++g)
-    for (int r = 0; r < kRows; ++r) {
-      Real lanes[Packed<Real>::kNumbers];
-      store(lanes, sums[r][g]);
-      for (int j = 0; j < kWidth; ++j) {
-        const Real* some = lanes + j * kColumns;
-        out[g * out_group + r * kWidth + j] += kColumns == 4   ? (some[0] + some[1]) + (some[2] + some[3])
-                                               : kColumns == 2 ? some[0] + some[1]
-                                                               : some[0];
-      }
+  for (int g = 0; g < kGroups; ++g) {
+    alignas(64) Real lanes[kRows * Packed<Real>::kNumbers];
+    for (int r = 0; r < kRows; ++r) store(lanes + r * Packed<Real>::kNumbers, sums[r][g]);
+    Real* const target = out + g * out_group;
+    for (int i = 0; i < kRows * kWidth; ++i) {
+      const Real* some = lanes + i * kColumns;
+      target[i] += kColumns == 4 ? (some[0] + some[1]) + (some[2] + some[3]) : kColumns == 2 ? some[0] + some[1] : some[0];
     }
+  }
 }
 
 // out[g, r, j] += panel[r] . x[g, j]: [rows, columns], packed x -> [kGroups, rows, kWidth]
@@ -96,7 +99,8 @@ void dot(Rows<Real> panel, int64_t rows, int64_t columns, const Real* x, int64_t
   constexpr int kRows = SAMERGE_VECTOR_BYTES == 64 ? 8 : 4;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    dot_rows<kRows, kGroups>({panel[r], panel.stride, 0}, columns, x, x_group, out + r * kWidth, out_group);
+    dot_rows<kRows, kGroups>({panel[r], panel.stride, panel.ahead - r / 2 * panel.stride}, columns, x, x_group,
+                             out + r * kWidth, out_group);
   for (; r < rows; ++r)
     dot_rows<1, kGroups>({panel[r], panel.stride, 0}, columns, x, x_group, out + r * kWidth, out_group);
 }
@@ -108,10 +112,11 @@ SAMERGE_INLINE void accumulate_columns(Rows<Real> panel, int64_t rows, const Rea
   constexpr int kTogether = kGroups * kWidth;
   Vector sums[kTogether][kVectors] = {};  // of this panel alone: long sums are added in two levels
   for (int64_t r = 0; r < rows; ++r) {
+    if (r % 2)
+      for (int v = 0; v < kVectors; ++v) prefetch(panel[(rows + r) / 2] + v * kLanes<Vector> + panel.ahead);
     Vector w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       w[v] = load<Vector>(panel[r] + v * kLanes<Vector>);
-      __builtin_prefetch(panel[r] + v * kLanes<Vector> + panel.ahead, 0, 2);  // into the second-level cache
     }
     for (int j = 0; j < kTogether; ++j) {
       const Real c = coefficients[j / kWidth * coefficient_group + r * kWidth + j % kWidth];
@@ -205,32 +210,34 @@ void multiply_panel(const GramProduct& a, const Room<Real>& room, Rows<Real> pan
   for (int64_t k = 0; k < kGroups * y_group; ++k) room.plain_y[k] = 0;
   accumulate<kGroups>(panel, a.rows, columns, q, room.group, room.plain_y, room.panel_size);
   for (int64_t j = 0; j < kGroups * kWidth; ++j)
-    for (int64_t c = 0; c < columns; ++c)
-      room.y[j / kWidth * y_group + Packed<Real>::place(j % kWidth, c)] =
-          factor * room.plain_y[j * room.panel_size + c];
+    Packed<Real>::pack(room.plain_y + j * room.panel_size, columns, factor, room.y + j / kWidth * y_group, j % kWidth);
   dot<kGroups>(panel, a.rows, columns, room.y, y_group, z, room.group);
 }
 
 template <class Real>
 void multiply_chunk(const GramProduct& a, int64_t unit, const Room<Real>& room) {
-  const int64_t i = unit / a.chunks, side = a.side(), longer = a.tall() ? a.rows : a.columns;
+  const bool tall = a.tall();
+  const int64_t i = unit / a.chunks, side = a.side(), longer = tall ? a.rows : a.columns;
   const int64_t begin = unit % a.chunks * a.chunk, end = begin + a.chunk < longer ? begin + a.chunk : longer;
   const Real* q = static_cast<const Real*>(a.q) + i * a.width * side;
   const Source<Real> source(a, i);
   for (int64_t k = 0; k < a.width / kWidth * room.group; ++k) room.q[k] = room.z[k] = 0;
-  for (int64_t j = 0; j < a.width; ++j)
-    for (int64_t k = 0; k < side; ++k)
-      room.q[j / kWidth * room.group + (a.tall() ? Packed<Real>::place(j % kWidth, k) : k * kWidth + j % kWidth)] =
-          q[j * side + k];
+  for (int64_t j = 0; j < a.width; ++j) {
+    Real* const target = room.q + j / kWidth * room.group;
+    if (tall)
+      Packed<Real>::pack(q + j * side, side, Real(1), target, j % kWidth);
+    else
+      for (int64_t k = 0; k < side; ++k) target[k * kWidth + j % kWidth] = q[j * side + k];
+  }
 
   const Real scale = a.scale[i];  // in place it is put on y, twice, where that can neither overflow nor vanish
   const bool plain = !a.bases && bytes_of(a.matrix_dtype) == sizeof(Real) && scale > Real(1e-9) && scale < Real(1e9);
   for (int64_t first = begin; first < end; first += room.panel_size) {
     const int64_t count = end - first < room.panel_size ? end - first : room.panel_size;
-    const int64_t columns = a.tall() ? a.columns : count;
+    const int64_t columns = tall ? a.columns : count;
     const bool in_place = plain && columns % kRealLanes<Real> == 0;
-    const int64_t row = a.tall() ? first : 0, rows = a.tall() ? count : a.rows, column = a.tall() ? 0 : first;
-    const int64_t ahead = a.tall() ? count * a.matrix_stride : count;
+    const int64_t row = tall ? first : 0, rows = tall ? count : a.rows, column = tall ? 0 : first;
+    const int64_t ahead = tall ? count * a.matrix_stride : count;
     const auto panel =
         read_panel<Real>(source, in_place, scale, row, rows, column, columns, ahead, room.panel, room.other);
     const Real factor = in_place ? scale * scale : Real(1);
@@ -241,10 +248,11 @@ void multiply_chunk(const GramProduct& a, int64_t unit, const Room<Real>& room) 
       multiply_panel<1>(a, room, panel, count, factor, room.q + g * room.group, room.z + g * room.group);
   }
   Real* z = static_cast<Real*>(a.partials) + unit * a.width * side;
-  for (int64_t j = 0; j < a.width; ++j)
-    for (int64_t k = 0; k < side; ++k)
-      z[j * side + k] =
-          room.z[a.tall() ? j * room.stride + k : j / kWidth * room.group + k * kWidth + j % kWidth];
+  for (int64_t j = 0; j < a.width; ++j) {
+    const Real* const source = tall ? room.z + j * room.stride : room.z + j / kWidth * room.group + j % kWidth;
+    const int64_t apart = tall ? 1 : kWidth;
+    for (int64_t k = 0; k < side; ++k) z[j * side + k] = source[k * apart];
+  }
 }
 
 template <class Real>
