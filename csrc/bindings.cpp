@@ -25,6 +25,10 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
 at::Tensor gram_product_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
                             const at::Tensor& q, const at::Tensor& scale);
 
+at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
+                       const at::Tensor& scale, const at::Tensor& basis, const at::Tensor& projected, int64_t width,
+                       int64_t first, int64_t last);
+
 at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 
 #ifdef SAMERGE_CUDA
@@ -56,6 +60,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("coefficient_grad_cpu", samerge::coefficient_grad_cpu, without_gil());
   module.def("softmax_kl_cpu", samerge::softmax_kl_cpu, without_gil());
   module.def("gram_product_cpu", samerge::gram_product_cpu, without_gil());
+  module.def("lanczos_cpu", samerge::lanczos_cpu, without_gil());
   module.def("moments_cpu", samerge::moments_cpu, without_gil());
 #ifdef SAMERGE_CUDA
   module.def("weighted_sum_cuda", samerge::weighted_sum_cuda, without_gil());

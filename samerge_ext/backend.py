@@ -93,6 +93,12 @@ def kernel(op: str, tensor: torch.Tensor) -> Callable:
     return _kernels[key]
 
 
+def fused(op: str, tensor: torch.Tensor) -> Callable | None:
+    """As `kernel`, but None where the backend in force has no `op` of its own, and the caller composes it of others."""
+    names = _BEST_FIRST.get(tensor.device.type, ()) if _active == "auto" else (_active,)
+    return next((_lookup(op, name) for name in names if not _unavailable(name)), None)
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from samerge_ext import backend
 from samerge_ext.ops.gram_product import WIDTH, gram_product
 
 FLOOR = 1e-6  # of σ₁: a value known to lie below it counts as found
@@ -25,7 +26,9 @@ DIRECT_SIDE = 160  # up to here A itself is computed, by one product with the id
 _SPARE = 5  # vectors of a block beyond k
 _BASIS_BYTES = 16 * 2**20  # of all bases of a batch, as long as they have _BASIS_BLOCKS
 _BASIS_BLOCKS = 8
+_LANES = 16  # the side of a basis vector is padded to a multiple of it
 _FP32_RTOL = 1e-5  # below it fp32 cannot settle even σ₁
+_CHECKS = (4, 5, *range(6, MAX_STEPS, 2))  # the steps after which values are computed, which costs more than a late step
 
 
 class Found:
@@ -101,7 +104,7 @@ def _direct(matrices, bases, scale, k, rtol) -> Found:
 
 def _in_range(products: Tensor) -> Tensor:  # [B, …] -> [B]
     largest = products.abs().flatten(1).amax(1)
-    return (largest > 2.0**-60) & (largest < 2.0**60)  # not where NaN
+    return (largest > 2.0**-50) & (largest < 2.0**50)  # not where NaN; squares of vectors like them are in range as well
 
 
 def _judge(values: Tensor, error: Tensor, dtype: torch.dtype, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,39 +124,28 @@ def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
     rows = torch.arange(batch, device=device)  # the matrices still searched
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(width, side, generator=generator, dtype=torch.float64).to(device, dtype)
-    q = torch.linalg.qr(start.mT)[0].mT.expand(batch, -1, -1).contiguous()  # [B, width, side]
-    basis = q.new_empty(batch, _BASIS_BLOCKS * width, side)
-    projected = torch.zeros(batch, basis.shape[1], basis.shape[1], dtype=torch.float64, device=device)  # basis A basisᵀ
-
     steps = min(MAX_STEPS, side // width - 1)
-    for step in range(steps):
-        begin, end = step * width, (step + 1) * width
-        if end > basis.shape[1]:
-            basis = torch.cat([basis, torch.empty_like(basis)], 1)
-            projected = torch.nn.functional.pad(projected, (0, projected.shape[2], 0, projected.shape[1]))
-        basis[:, begin:end] = q
-        known = basis[:, :end]  # [B, end, side]
-        z = gram_product(matrices, bases, q, scale)
-        if step == 0:
-            found.in_range = _in_range(z)
+    checks = [step for step in _CHECKS if step < steps] + [steps]
+    blocks = min(_BASIS_BLOCKS, steps)
+    basis = torch.zeros(batch, (blocks + 1) * width, -(-side // _LANES) * _LANES, dtype=dtype, device=device)
+    basis[:, :width, :side] = torch.linalg.qr(start.mT)[0].mT
+    projected = torch.zeros(batch, blocks * width, blocks * width, dtype=torch.float64, device=device)  # basis A basisᵀ
+
+    for done, step in zip([0, *checks], checks):
+        end = step * width
+        if end > projected.shape[1]:
+            more = projected.shape[1]
+            basis = torch.nn.functional.pad(basis, (0, 0, 0, more))
+            projected = torch.nn.functional.pad(projected, (0, more, 0, more))
+        leaving = _lanczos(matrices, bases, scale, basis, projected, width, done, step)
+        if done == 0:
+            found.in_range = _in_range(torch.cat([projected[:, :end, :end].flatten(1), leaving.flatten(1)], 1))
             keep = found.in_range.nonzero()[:, 0]
             if len(keep) == 0:
                 break
             if len(keep) < batch:
-                rows, scale, z, basis, projected = (t[keep] for t in (rows, scale, z, basis, projected))
-                matrices, bases, known = _pick(matrices, keep), _pick(bases, keep), basis[:, :end]
-        inside = z @ known.mT  # [B, width, end]
-        # z = inside · known + leaving · q. Twice, and normalised between, so that the second time removes what rounding left
-        # even where next to nothing leaves the space; the vectors are then arbitrary ones that widen it.
-        leaving, q = _orthonormal_rows(torch.baddbmm(z, inside, known, alpha=-1))
-        again = q @ known.mT
-        inside = torch.baddbmm(inside, leaving, again)
-        last, q = _orthonormal_rows(torch.baddbmm(q, again, known, alpha=-1))
-        leaving = (leaving @ last).double()  # [B, width, width]
-        projected[:, begin:end, :end] = inside.double()
-        if not _checked(step) and step + 1 < steps:
-            continue
-
+                rows, scale, basis, projected, leaving = (t[keep] for t in (rows, scale, basis, projected, leaving))
+                matrices, bases = _pick(matrices, keep), _pick(bases, keep)
         values, vectors = torch.linalg.eigh(projected[:, :end, :end])  # of the lower triangle
         values, vectors = values.flip(1), vectors[:, -width:].flip(2)[:, :, :k]
         residual = (vectors.mT @ leaving).norm(dim=2)  # [B, k]
@@ -165,9 +157,34 @@ def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
-            rows, scale, q, basis, projected = (t[keep] for t in (rows, scale, q, basis, projected))
+            rows, scale, basis, projected = (t[keep] for t in (rows, scale, basis, projected))
             matrices, bases = _pick(matrices, keep), _pick(bases, keep)
     return found
+
+
+def _lanczos(matrices, bases, scale, basis, projected, width, first, last) -> Tensor:
+    """Steps `first` … `last` − 1. A step's q lies in basis [B, capacity, padded side] at step · width; its results are the
+    rows of `projected` there, the next q behind it and, of the last step, what is returned: leaving [B, width, width]."""
+    if fused := backend.fused("lanczos", basis):
+        return fused(matrices, bases, scale, basis, projected, width, first, last)
+    side = min(matrices[0].shape)
+    for step in range(first, last):
+        begin, end = step * width, (step + 1) * width
+        q, known = basis[:, begin:end, :side], basis[:, :end, :side]
+        z = gram_product(matrices, bases, q.contiguous(), scale)
+        inside = z @ known.mT  # [B, width, end]
+        # z = inside · known + leaving · q. Twice, and normalised between, so that the second time removes what rounding left
+        # even where little leaves the space. Where nothing does but rounding, arbitrary vectors widen it.
+        leaving, q = _orthonormal_rows(torch.baddbmm(z, inside, known, alpha=-1))
+        nothing = leaving.diagonal(dim1=1, dim2=2).abs() <= 8 * torch.finfo(z.dtype).eps * z.norm(dim=2)  # [B, width]
+        q = torch.where(nothing[..., None], basis[:, :width, :side].roll(step + 1, 2), q)
+        leaving = leaving.masked_fill(nothing[:, None], 0)
+        again = q @ known.mT
+        inside = torch.baddbmm(inside, leaving, again)
+        last_leaving, q = _orthonormal_rows(torch.baddbmm(q, again, known, alpha=-1))
+        basis[:, end : end + width, :side] = q
+        projected[:, begin:end, :end] = inside.double()
+    return (leaving @ last_leaving).double()
 
 
 def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +192,3 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(block.mT)
     return r.mT, q.mT
 
-
-def _checked(step: int) -> bool:
-    """Whether values are computed after a step: this costs more than the step itself once the space is large."""
-    return step in (3, 4, 5) or step > 5 and step % 2 == 1

@@ -2,6 +2,7 @@
 
 #include "../coefficient_grad.h"
 #include "../gram_product.h"
+#include "../lanczos.h"
 #include "../moments.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
@@ -19,6 +20,7 @@ struct Loops {
   void (*moments)(const MomentsCall&, int64_t first_segment, int64_t last_segment);
   // Returns the bytes of scratch, at a multiple of 64, that a range needs; an empty range may pass none.
   int64_t (*gram_product)(const GramProduct&, int64_t first_chunk, int64_t last_chunk, void* scratch);
+  int64_t (*orthogonalise)(const Lanczos&, int64_t first_matrix, int64_t last_matrix, void* scratch);  // likewise
 };
 
 constexpr int64_t kSoftmaxKlChunk = 1024;

@@ -3,6 +3,7 @@
 // must not be one that was compiled for instructions this machine lacks.
 #include "coefficient_grad_loops.h"
 #include "gram_product_loops.h"
+#include "lanczos_loops.h"
 #include "levels.h"
 #include "moments_loops.h"
 #include "softmax_kl_loops.h"
@@ -15,6 +16,6 @@ namespace samerge {
 
 const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,
                                                      SAMERGE_LEVEL::softmax_kl,   SAMERGE_LEVEL::moments,
-                                                     SAMERGE_LEVEL::gram_product};
+                                                     SAMERGE_LEVEL::gram_product, SAMERGE_LEVEL::orthogonalise};
 
 }  // namespace samerge

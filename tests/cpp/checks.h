@@ -157,5 +157,6 @@ void test_coefficient_grad();
 void test_softmax_kl();
 void test_moments();
 void test_gram_product();
+void test_orthogonalise();
 
 }  // namespace samerge

@@ -118,6 +118,7 @@ int main() {
   test_softmax_kl();
   test_moments();
   test_gram_product();
+  test_orthogonalise();
   for (const TestedLevel& level : tested_levels)
     std::printf("%s: %lld calls agree with plain sums\n", level.name, (long long)level.calls);
 }

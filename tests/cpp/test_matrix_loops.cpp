@@ -142,4 +142,62 @@ void test_gram_product() {
   });
 }
 
+// With z of one chunk or two, of which the second matrix has nothing that leaves the known vectors.
+void test_orthogonalise() {
+  for (const DType real : {DType::f32, DType::f64})
+    for (const int64_t side : {20, 32, 45})
+      for (const int64_t chunks : {1, 2}) {
+        at_work = std::string("orthogonalise, ") + name_of(real) + ", side " + std::to_string(side);
+        Lanczos a{};
+        a.wide = real == DType::f64;
+        a.side = side;
+        a.width = 2 * kWidth;
+        a.known = a.width;
+        a.capacity = 2 * a.width;
+        a.size = a.known;
+        a.chunks = chunks;
+        a.stride = (side + kBasisLanes - 1) / kBasisLanes * kBasisLanes;
+        const int64_t numbers = a.width * side;
+        Numbers basis(real, kBatch * a.capacity * a.stride), q(real, kBatch * numbers);
+        Numbers partials(real, kBatch * chunks * numbers);
+        Numbers projected(DType::f64, kBatch * a.size * a.size), leaving(DType::f64, kBatch * a.width * a.width);
+        fill(partials, 0, partials.size);
+        for (int64_t k = (chunks * numbers); k < partials.size; ++k) partials.set(k, k % side < a.width ? 0.5 : 0);
+        on_every_level([&] {
+          for (int64_t k = 0; k < basis.size; ++k)
+            basis.set(k, k / a.stride % a.capacity == k % a.stride && k % a.stride < a.known);  // unit vectors
+          q.poison();
+          projected.poison();
+          leaving.poison();
+          a.basis = basis.data();
+          a.q = q.data();
+          a.partials = partials.data();
+          a.projected = static_cast<double*>(projected.data());
+          a.leaving = static_cast<double*>(leaving.data());
+          Numbers scratch(real, loops().orthogonalise(a, 0, 0, nullptr) / bytes_of(real));
+          loops().orthogonalise(a, 0, 1, scratch.data());
+          CHECK(q.poisoned(numbers, numbers) && leaving.poisoned(a.width * a.width, a.width * a.width));
+          loops().orthogonalise(a, 1, kBatch, scratch.data());
+          const double room = real == DType::f64 ? 1e-13 : 1e-5;
+          for (int64_t i = 0; i < kBatch; ++i)
+            for (int64_t j = 0; j < a.width; ++j) {
+              const auto row = [&](int64_t r, int64_t k) { return basis[(i * a.capacity + r) * a.stride + k]; };
+              for (int64_t r = 0; r <= a.known + j; ++r) {
+                double product = 0;
+                for (int64_t k = 0; k < side; ++k) product += row(a.known + j, k) * row(r, k);
+                CHECK(std::fabs(product - (r == a.known + j)) < room);
+              }
+              for (int64_t k = 0; k < side; ++k) {
+                double z = 0, found = 0;
+                for (int64_t c = 0; c < chunks; ++c) z += partials[((i * chunks + c) * a.width + j) * side + k];
+                for (int64_t r = 0; r < a.known; ++r) found += projected[(i * a.size + j) * a.size + r] * row(r, k);
+                for (int64_t r = 0; r < a.width; ++r) found += leaving[(i * a.width + j) * a.width + r] * row(a.known + r, k);
+                CHECK(std::fabs(z - found) < 10 * room);
+                CHECK(q[(i * a.width + j) * side + k] == row(a.known + j, k));
+              }
+            }
+        });
+      }
+}
+
 }  // namespace samerge
