@@ -7,21 +7,19 @@ The yardstick is one pass of sums over all matrices, of which a candidate takes 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import pytest
 import torch
 from ceiling import Yardstick
+from experts import expert_folders, experts_folder
 from torch import Tensor
 
 import samerge_ext as sm
 
 K, RTOL = 3, 1e-3
 SKETCH_TOLERANCE = 0.3  # of svd_lowrank, which promises nothing; its error stands in the results
-DEMO_EXPERTS = Path(__file__).parent.parent / ".cache-demo" / "experts" / "full"
 SHAPES = {
     "tiny": [(30, 20), (200, 180)],
     "ViT-B/32": [(768, 768), (3072, 768), (768, 3072), (2304, 768), (768, 768), (512, 768), (3072, 768), (768, 3072)],
@@ -62,11 +60,11 @@ class Problem:
 
 
 def expert_task_vectors() -> list[Tensor]:
-    folder = Path(os.environ.get("SAMERGE_BENCH_EXPERTS", DEMO_EXPERTS))
-    bases, experts = sorted(folder.glob("base*")), {path.name: path for path in sorted(folder.glob("*seed0*"))}
-    if len(bases) != 1 or not experts:
+    found = expert_folders(experts_folder())
+    if not found:
+        folder = experts_folder()
         pytest.skip(f"{folder} does not hold one folder base* and some *seed0*: run make demo, or set SAMERGE_BENCH_EXPERTS")
-    packed = sm.PackedWeights.from_folders(bases[0], experts)
+    packed = sm.PackedWeights.from_folders(*found)
     return [view for row in packed.task_vectors for view in packed.layout.views(row).values() if view.dim() == 2]
 
 

@@ -1,6 +1,7 @@
 """The benchmarks' parts that measure nothing, and all of them once on tiny inputs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -134,3 +135,23 @@ def test_the_roofline_is_drawn_without_a_display(tiny_run, tmp_path, monkeypatch
     result = run("roofline.py", tiny_run[1], tmp_path / "roofline.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_whole_of_statsmerging_beside_the_published_way(tmp_path):
+    """On tiny experts; both candidates' first loss and gradient are compared before anything is printed."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 90}
+    config, folder = transformers.BertConfig(**shape), tmp_path / "experts"
+    for seed, name in enumerate(["base", *(f"task{t}-seed0" for t in range(8))]):
+        torch.manual_seed(seed)
+        config.save_pretrained(folder / name)
+        save_file(transformers.BertModel(config).state_dict(), folder / name / "model.safetensors")
+    environment = {**os.environ, "SAMERGE_BENCH_EXPERTS": str(folder)}
+    command = [sys.executable, "statsmerging.py", "--steps", "2", "--save-to", str(tmp_path)]
+    result = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    held = json.loads((tmp_path / "statsmerging-cpu.json").read_text())
+    assert [found["candidate"] for found in held["results"]] == ["samerge cpu", "published"]
+    assert 0 <= held["gradient_error"] < 1e-3 and "the demo's" in result.stdout
