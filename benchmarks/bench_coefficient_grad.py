@@ -1,4 +1,5 @@
-"""coefficient_grad, ⟨G_l, τ_{t,l}⟩ for all tasks and layers: must read gradient and task vectors, (T + 1) N numbers.
+"""coefficient_grad, ⟨G_l, τ_{t,l}⟩ for all tasks and layers: must read gradient and task vectors, (T + 1) N numbers, or
+fewer bytes where task vectors are quantised.
 
 A candidate takes the inputs (gradient [N], task_vectors [T, N], block_layer [N // 1024]), prepares what is not to be timed, and
 returns the call that is. The call returns ∂loss/∂λ [T, L].
@@ -10,10 +11,21 @@ from inputs import PackedInputs
 from published import merged_layers
 
 import samerge_ext as sm
+from samerge_ext.quantised import FORMATS
 
 
 def ours(x: PackedInputs):
     return lambda: sm.coefficient_grad(x.gradient, x.task_vectors, x.block_layer, x.num_layers)
+
+
+def quantised(form: str):
+    """Ours on quantised task vectors, which are fewer bytes."""
+
+    def candidate(x: PackedInputs):
+        task_vectors = x.quantised(form)
+        return lambda: sm.coefficient_grad(x.gradient, task_vectors, x.block_layer, x.num_layers)
+
+    return candidate
 
 
 def published(x: PackedInputs):
@@ -53,8 +65,14 @@ def compiled(x: PackedInputs):
 
 CASES = packed_cases
 CANDIDATES = {"published": published, "mv by layer": mv, "bmm by block": bmm, "torch.compile": compiled}
+CANDIDATES |= {f"samerge {form}": quantised(form) for form in FORMATS}
 
 
 def bench_coefficient_grad(x, candidate, measure):
-    moved = x.task_vectors.nbytes + x.gradient.nbytes
-    measure(candidate, work=moved, operations=2 * x.task_vectors.numel(), error_of=x.error_of_coefficient_grad)
+    stored = x.stored(candidate)
+    measure(
+        candidate,
+        work=stored.nbytes + x.gradient.nbytes,
+        operations=2 * x.task_vectors.numel(),
+        error_of=lambda gradient: x.error_of_coefficient_grad(gradient, stored),
+    )

@@ -1,4 +1,5 @@
-"""weighted_sum, θ₀ + Σ_t λ_t τ_t over all layers: must read base and task vectors and write the sum, (T + 2) N numbers.
+"""weighted_sum, θ₀ + Σ_t λ_t τ_t over all layers: must read base and task vectors and write the sum, (T + 2) N numbers, or
+fewer bytes where task vectors are quantised.
 
 A candidate takes the inputs (base [N], task_vectors [T, N], coefficients [T, L], block_layer [N // 1024], out [N]), prepares
 what is not to be timed, and returns the call that is. The call returns the merged weights, [N] or a list of layers.
@@ -10,10 +11,21 @@ from inputs import PackedInputs
 from published import merged_layers
 
 import samerge_ext as sm
+from samerge_ext.quantised import FORMATS
 
 
 def ours(x: PackedInputs):
     return lambda: sm.weighted_sum(x.base, x.task_vectors, x.coefficients, x.block_layer, out=x.out)
+
+
+def quantised(form: str):
+    """Ours on quantised task vectors, which are fewer bytes."""
+
+    def candidate(x: PackedInputs):
+        task_vectors = x.quantised(form)
+        return lambda: sm.weighted_sum(x.base, task_vectors, x.coefficients, x.block_layer, out=x.out)
+
+    return candidate
 
 
 def published(x: PackedInputs):
@@ -58,8 +70,14 @@ def compiled(x: PackedInputs):
 
 CASES = packed_cases
 CANDIDATES = {"published": published, "_foreach": foreach, "addmv by layer": addmv, "torch.compile": compiled}
+CANDIDATES |= {f"samerge {form}": quantised(form) for form in FORMATS}
 
 
 def bench_weighted_sum(x, candidate, measure):
-    tasks, numbers = x.task_vectors.shape
-    measure(candidate, work=(tasks + 2) * x.base.nbytes, operations=2 * tasks * numbers, error_of=x.error_of_merged)
+    stored = x.stored(candidate)
+    measure(
+        candidate,
+        work=stored.nbytes + 2 * x.base.nbytes,
+        operations=2 * x.task_vectors.numel(),
+        error_of=lambda merged: x.error_of_merged(merged, stored),
+    )

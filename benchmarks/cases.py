@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from inputs import Logits, Packed
 
+from samerge_ext.quantised import FORMATS
+
 DTYPES = (torch.float32, torch.bfloat16)
 MODELS_AT_T8 = ("MiniLM", "ViT-B/32", "Llama-7B layer", "ViT-L/14")  # there the layer map is the question, not T
+QUANTISED = ("tiny", "MiniLM", "88M", "1B")  # where the question is what fewer bytes bring
 SHAPES = ((4096, 2), (128, 100), (4096, 1000), (256, 128256), (4096, 32000))
 
 
@@ -35,6 +38,8 @@ def takes_part(candidate: str, case: object) -> bool:
     """torch.compile only where its code differs, since compiling takes half a minute a case; out= where there is a gradient."""
     if candidate == "samerge, out=":
         return case.gradient
+    if candidate.split()[-1] in FORMATS:
+        return case.model in QUANTISED
     if candidate != "torch.compile":
         return True
     if isinstance(case, Packed):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from samerge_ext import reference
 from samerge_ext.layout import BLOCK, Layout
+from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 
 # Relative L2 error of a result in fp32, from inputs of the given storage, beyond which a candidate is wrong. In bf16 the
 # baselines round after every operation, ours only at the end.
@@ -27,6 +28,7 @@ OUR_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
 SETTINGS = ("kl", 2.0, 2.0)  # the loss and both temperatures
 CHECKED_NUMBERS = 2**22  # of the packed weights, at their end, where offsets are largest
 CHECKED_ROWS = 16
+PERIOD = 2**22 - 3  # random numbers repeat after so many: no multiple of a block or a row
 
 
 def short(dtype: torch.dtype) -> str:
@@ -50,10 +52,9 @@ def give_back_memory() -> None:
 
 def random_normal(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
     """Normal numbers that repeat: drawing all of them would take longer than the benchmark."""
-    period = 2**22 - 3  # no multiple of a block or a row
     flat = torch.empty(shape, dtype=dtype, device=device).view(-1)
     generator = torch.Generator(device).manual_seed(seed)
-    drawn = torch.randn(min(period, flat.numel()), generator=generator, device=device).to(dtype)
+    drawn = torch.randn(min(PERIOD, flat.numel()), generator=generator, device=device).to(dtype)
     for part in flat.split(drawn.numel()):
         part.copy_(drawn[: part.numel()])
     return flat.view(shape)
@@ -96,8 +97,8 @@ class Packed:
         return (OUR_TOLERANCE if is_ours else TOLERANCE)[self.dtype]
 
     def needed_bytes(self, device: str) -> int:
-        """Of the inputs and the output, and three models in fp32 for what candidates allocate."""
-        return self.layout.numel * ((self.tasks + 2) * self.dtype.itemsize + 3 * 4)
+        """Of the inputs and the output, three models in fp32 for what candidates allocate, and quantised task vectors."""
+        return self.layout.numel * ((self.tasks + 2) * self.dtype.itemsize + 3 * 4 + 2 * self.tasks + 3)
 
     def build(self, device: str) -> PackedInputs:
         return PackedInputs(self, device)
@@ -117,6 +118,8 @@ class PackedInputs:
         self.coefficients = random_normal(*shape, dtype=torch.float32, device=device, seed=2)  # [T, L]
         self.block_layer = self.layout.block_layer.to(device)  # [N // 1024]
         self.out = torch.full_like(self.base, torch.nan)  # [N]
+        self._quantised: dict[str, QuantisedTaskVectors] = {}
+        self._truths: dict[int, tuple[Tensor, Tensor]] = {}
         blocks = self.layout.numel // BLOCK
         first = int(self.layout.block_layer[max(0, blocks - CHECKED_NUMBERS // BLOCK)])
         self.checked_layers = slice(first, None)  # whole layers
@@ -135,23 +138,45 @@ class PackedInputs:
         """The layers of a vector [N] in their own shapes."""
         return list(self.layout.views(flat).values())
 
-    @functools.cached_property
-    def _checked_truth(self) -> tuple[Tensor, Tensor]:
+    def quantised(self, form: str) -> QuantisedTaskVectors:
+        """Other task vectors, random ones in fewer bits: quantising all of these would take longer than the benchmark."""
+        if form not in self._quantised:
+            store = QuantisedTaskVectors.zeros(*self.task_vectors.shape, form, self.base.device)
+            drawn = torch.randint(256, (PERIOD,), dtype=torch.uint8, device=self.base.device)
+            for part in store.codes.view(torch.uint8).view(-1).split(PERIOD):
+                part.copy_(drawn[: len(part)])
+            store.scales.uniform_(0.01, 0.02)
+            self._quantised[form] = store
+        return self._quantised[form]
+
+    def stored(self, candidate: str) -> Tensor | QuantisedTaskVectors:
+        """The task vectors that a candidate reads: its name ends with their form where they are quantised."""
+        form = candidate.split()[-1]
+        return self.quantised(form) if form in FORMATS else self.task_vectors
+
+    def _checked_truth(self, stored: Tensor | QuantisedTaskVectors) -> tuple[Tensor, Tensor]:
         """The merged weights and ∂loss/∂λ of the layers that are checked."""
+        if id(stored) not in self._truths:
+            self._truths[id(stored)] = self._truth_of(stored)
+        return self._truths[id(stored)]
+
+    def _truth_of(self, stored: Tensor | QuantisedTaskVectors) -> tuple[Tensor, Tensor]:
+        some = slice(self.checked.start, None)
+        part = stored[:, some] if isinstance(stored, Tensor) else stored.narrow(some.start, len(self.base) - some.start)
         blocks = self.block_layer[self.checked.start // BLOCK :]
         base = self.base[self.checked].double()
         merged = torch.empty_like(base)
         gradient = torch.zeros(self.coefficients.shape, dtype=torch.float64, device=base.device)
-        for t, task_vector in enumerate(self.task_vectors):
-            row = task_vector[None, self.checked].double()
+        for t, task_vector in enumerate(part):
+            row = task_vector[None].double()
             one = self.coefficients[t : t + 1].double()
             reference.weighted_sum(merged, base if t == 0 else merged.clone(), row, one, blocks)
             gradient[t] = reference.coefficient_grad(base, row, blocks, gradient.shape[1])[0]
         return merged, gradient[:, self.checked_layers]
 
-    def error_of_merged(self, merged: Tensor | list[Tensor]) -> float:
+    def error_of_merged(self, merged: Tensor | list[Tensor], stored: Tensor | QuantisedTaskVectors) -> float:
         """Of a vector [N], or of its layers one by one."""
-        expected = self._layers_checked(self._checked_truth[0])
+        expected = self._layers_checked(self._checked_truth(stored)[0])
         if isinstance(merged, Tensor):
             if merged.isnan().any():
                 return float("nan")
@@ -160,10 +185,10 @@ class PackedInputs:
             actual = merged[self.checked_layers]
         return error_of(_flat(actual), _flat(expected))
 
-    def error_of_coefficient_grad(self, gradient: Tensor) -> float:  # [T, L]
+    def error_of_coefficient_grad(self, gradient: Tensor, stored: Tensor | QuantisedTaskVectors) -> float:  # [T, L]
         if gradient.isnan().any():
             return float("nan")
-        return error_of(gradient[:, self.checked_layers], self._checked_truth[1])
+        return error_of(gradient[:, self.checked_layers], self._checked_truth(stored)[1])
 
     def _layers_checked(self, part: Tensor) -> list[Tensor]:
         """The layers that are checked, in the part of the numbers that holds them."""

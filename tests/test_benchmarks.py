@@ -51,7 +51,11 @@ def test_every_operator_is_measured_beside_its_baselines(tiny_run):
 
 
 def test_bytes_are_those_that_must_move(tiny_run):
-    moved = {(row["operator"], row["case"]): row["bytes"] for row in rows_of(tiny_run[1])}
+    rows = rows_of(tiny_run[1])
+    moved = {(row["operator"], row["case"]): row["bytes"] for row in rows if row["candidate"] == "samerge cpu"}
+    fewer = {row["candidate"]: row["bytes"] for row in rows if (row["operator"], row["case"]) == ("weighted_sum", "tiny T3 bf16")}
+    assert fewer["samerge int8"] == 2 * TINY_NUMBERS * 2 + 3 * TINY_NUMBERS * (1 + 2 / 128)
+    assert fewer["samerge int4-residual"] == 2 * TINY_NUMBERS * 2 + 5 * TINY_NUMBERS * (0.5 + 2 / 128)
     assert moved["weighted_sum", "tiny T3 fp32"] == (3 + 2) * TINY_NUMBERS * 4
     assert moved["weighted_sum", "tiny T3 bf16"] == (3 + 2) * TINY_NUMBERS * 2
     assert moved["coefficient_grad", "tiny T3 bf16"] == (3 + 1) * TINY_NUMBERS * 2
