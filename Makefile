@@ -11,7 +11,7 @@ SITE := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-pa
 SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 VADER := vaderSentiment-3.3.2.tar.gz
 
-GPU_TESTS := $(addprefix tests/test_,weighted_sum.py coefficient_grad.py quantised.py softmax_kl.py gram_product.py svd_topk.py layer_stats.py gpu.py)
+GPU_TESTS := $(patsubst %,tests/test_%.py,weighted_sum coefficient_grad quantised softmax_kl gram_product lanczos svd_topk layer_stats gpu)
 
 .PHONY: help setup data demo test bench bench-quick sanitize gpu-build test-gpu bench-gpu clean
 

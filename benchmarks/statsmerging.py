@@ -90,7 +90,7 @@ def published(x: Problem) -> float:
         loss = torch.zeros(())
         for task, (batch,) in x.batches.items():
             label = x.head(encode(experts[task], batch), task).argmax(-1)
-            features = encode(lambda **inputs: functional_call(module, merged, (), inputs), batch)
+            features = encode(lambda merged=merged, **inputs: functional_call(module, merged, (), inputs), batch)
             loss = loss + nn.functional.cross_entropy(x.head(features, task), label)
         optimizer.zero_grad()
         loss.backward()

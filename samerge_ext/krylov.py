@@ -10,6 +10,9 @@ The Symmetric Eigenvalue Problem, §11.7). The factors 2 and 4 stand for what no
 that the space has not met: they are margins, tested on random spectra of many kinds, not theorems. Rounding adds 8 ε σ₁² for
 the ε of the arithmetic: in fp32 this settles values down to about σ₁ / 30 to a relative 1e-3; what it does not settle is
 computed again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
+
+The steps are composed of torch's operators here, and once more in C++ (csrc/cpu/lanczos_*), where a thread can take a matrix
+through several of them while it lies in the cache. Values and bounds are found from their results, here, for every backend.
 """
 
 from __future__ import annotations
@@ -191,4 +194,3 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     """block [B, width, side] = factor [B, width, width] · rows [B, width, side]."""
     q, r = torch.linalg.qr(block.mT)
     return r.mT, q.mT
-
