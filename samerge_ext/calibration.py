@@ -60,7 +60,7 @@ def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits,
     for task, batches in calibration.batches.items():
         with model.teacher(task) as module:
             cached[task] = [
-                call_logits(logits, module, to_device(batch, model.merged.device), task, precision).detach() for batch in batches
+                call_logits(logits, module, to_device(batch, model.device), task, precision).detach() for batch in batches
             ]
         for index, values in enumerate(cached[task]):
             if torch.isnan(values).any():

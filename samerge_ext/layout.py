@@ -66,6 +66,10 @@ class Layout:
         """Numbers in the packed layers, padding not counted."""
         return sum(s.numel() for s, o in zip(self.shapes, self.offsets, strict=True) if o is not None)
 
+    def extent(self, layer: int) -> tuple[int, int]:
+        """First number and length, padding included, of a packed layer."""
+        return self.offsets[layer], -(-self.shapes[layer].numel() // BLOCK) * BLOCK
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The packed layers of ``flat`` [N] as views of their own shapes, by name."""
         return {

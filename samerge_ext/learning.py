@@ -50,6 +50,7 @@ class LearningConfig:
     progress: show a progress bar with loss, gradient norm and time left.
     log_every: on a GPU, how many steps' losses are read back at once; NaN and Inf are noticed up to twice as many steps
         late there, before anything is saved. The history has every step.
+    streamed: merge the weights unit by unit while the model runs (MergedModel): less memory, one more forward per pass.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
         never waits for the device.
     """
@@ -74,6 +75,7 @@ class LearningConfig:
     checkpoint_every: int = 50
     progress: bool = True
     log_every: int = 10
+    streamed: bool = False
     cuda_graph: bool = False
 
     # What may differ between a run and its continuation from a checkpoint.
@@ -118,12 +120,19 @@ class FreeCoefficients(nn.Module):
         return self.values
 
 
+def make_model(module: nn.Module, packed: PackedWeights, config: LearningConfig) -> MergedModel:
+    """The model that coefficients are learned on, held as the configuration says."""
+    return MergedModel(module, packed, config.initial_coefficient, streamed=config.streamed)
+
+
 def calibration_set(
     batches: Mapping[str, Iterable[Any]], packed: PackedWeights, config: LearningConfig
 ) -> Calibration:
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
     calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed)
     config.weights(packed.tasks)
+    if config.cuda_graph and config.streamed:
+        raise ValueError("cuda_graph=True needs weights that stay where they are; use streamed=False")
     if config.cuda_graph:
         check_fixed_shapes(calibration, packed.base.device)
     return calibration
@@ -149,7 +158,7 @@ def learn(
     Returns the history: per step the loss, each task's loss and the gradient norm.
     Raises FloatingPointError, naming task and step, when a loss or the gradient is NaN or Inf.
     """
-    device = model.merged.device
+    device = model.device
     learner = learner or FreeCoefficients(model.coefficients, config.granularity)
     optimizer = make_optimizer(learner, config)
     total = config.steps or config.epochs * calibration.steps_per_epoch

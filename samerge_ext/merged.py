@@ -1,4 +1,4 @@
-"""The merged model: the user's module, its parameters views into one buffer of merged weights."""
+"""The merged model: the user's module at θ₀ + Σ_t λ_t τ_t, its weights held whole or merged unit by unit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.ops.coefficient_grad import coefficient_grad
 from samerge_ext.packing import PackedWeights
+from samerge_ext.resident import Places, ResidentWeights, set_parameter
+from samerge_ext.stores import Store
+from samerge_ext.streamed import StreamedWeights
 
 
 class MergedModel(nn.Module):
@@ -26,11 +28,17 @@ class MergedModel(nn.Module):
     The module is taken over: its parameters become views of `merged`, its buffers the average of the experts'.
     It stays the user's own object (`.module`), with its hooks, and runs under autocast and torch.compile.
 
-    module: of the experts' architecture; its weights are replaced, so they may be random.
+    Streamed, a unit's weights exist only while it runs: they are merged just before, freed after, and merged again in its
+    backward, where activations are computed again; a layer's gradient is contracted and freed as it appears. All else is
+    the same, but that there is no `merged`, no torch.compile, and module.state_dict() holds no weights: save a Result.
+
+    module: of the experts' architecture; its weights are replaced, so they may be random, or on `meta` if streamed.
     packed: the base and the task vectors.
     coefficients: a number, [T] or [T, L]; kept as the parameter `.coefficients` [T, L].
-    dtype: of the merged weights and their gradient, [N] each; the packed base's by default.
+    dtype: of the merged weights and their gradient; the packed base's by default.
     train: leave the module's training mode as it is; otherwise it is put into eval mode.
+    streamed: merge unit by unit. store: where base and task vectors are streamed from, the packed tensors by default.
+    units: shell-style patterns of modules to be units, in place of those that are found (`units.find_units`).
     """
 
     def __init__(
@@ -41,25 +49,40 @@ class MergedModel(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         train: bool = False,
+        streamed: bool = False,
+        store: Store | None = None,
+        units: Sequence[str] = (),
     ):
         super().__init__()
         module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper renames every parameter
         self.packed = packed
-        self.coefficients = nn.Parameter(packed.coefficients(coefficients))
-        self._owners = _owners(module, packed)
-        self.merged = torch.empty_like(packed.base, dtype=dtype)
-        self.gradient = torch.zeros_like(self.merged)
+        places = _places(module, packed)
         self.module = module if train else module.eval()
-        self._parameters_of_layers = self._bind_layers()
-        self._move_buffers()
-        self._gradient_views = packed.layout.views(self.gradient)
+        if streamed:
+            store = store or Store(packed.base, packed.task_vectors)
+            self.weights = StreamedWeights(module, packed, places, dtype, store, units)
+        else:
+            self.weights = ResidentWeights(packed, places, dtype)
+        self.device, dtype = self.weights.device, self.weights.dtype
+        self.coefficients = nn.Parameter(packed.coefficients(coefficients).to(self.device))
+        for name, tensor in packed.unchanged.items():
+            unchanged = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
+            for owner, leaf in places[name]:
+                set_parameter(owner, leaf, unchanged)
+        self._freeze_others(places)
         self._buffers_of = {None: packed.merged_buffers(), **{t: packed.expert_buffers.get(t, {}) for t in packed.tasks}}
+        self._move_buffers()
         self._heads = {
-            task: {n: x.to(self.merged) if x.is_floating_point() else x.to(self.merged.device) for n, x in head.items()}
+            task: {n: x.to(self.device, dtype) if x.is_floating_point() else x.to(self.device) for n, x in head.items()}
             for task, head in packed.heads.items()
         }
         self._set_buffers(None)
         self.merge()
+
+    @property
+    def merged(self) -> Tensor | None:
+        """The merged weights [N]; None where the model is streamed."""
+        return getattr(self.weights, "merged", None)
 
     def forward(self, *args, **kwargs):
         """The module's own forward, at the weights of the last `merge()`."""
@@ -67,28 +90,17 @@ class MergedModel(nn.Module):
 
     @torch.no_grad()
     def merge(self, coefficients: Tensor | None = None) -> None:
-        """Writes the weights at ``coefficients`` [T, L], the parameter's value by default."""
-        self.packed.merge(self.coefficients.detach() if coefficients is None else coefficients, out=self.merged)
-        # Autocast keeps casts of the weights it has seen; they would outlive this merge.
-        torch.clear_autocast_cache()
+        """Merges the weights at ``coefficients`` [T, L], the parameter's value by default."""
+        self.weights.merge(self.coefficients.detach() if coefficients is None else coefficients)
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
-        """Zeroes the gradient buffer and binds every parameter's ``.grad`` to its place in it."""
-        self.gradient.zero_()
-        for name, parameter in self._parameters_of_layers.items():
-            parameter.grad = self._gradient_views[name]
+        """Forgets the gradients of earlier backward passes; call it before those that `contract` is to add up."""
+        self.weights.zero_gradients()
 
     def coefficient_gradient(self) -> Tensor:
-        """∂loss/∂λ [T, L] from what backward passes have added to the gradient buffer since `zero_gradients()`."""
-        for name, parameter in self._parameters_of_layers.items():
-            if parameter.grad is None or parameter.grad.data_ptr() != self._gradient_views[name].data_ptr():
-                raise RuntimeError(
-                    f"'{name}'.grad was replaced between zero_gradients() and contract(): do not call zero_grad() on "
-                    "the module or on an optimiser of its parameters there"
-                )
-        layout = self.packed.layout
-        return coefficient_grad(self.gradient, self.packed.task_vectors, layout.block_layer, layout.num_layers)
+        """∂loss/∂λ [T, L] from the backward passes since `zero_gradients()`."""
+        return self.weights.coefficient_gradient()
 
     def contract(self) -> None:
         """Adds ∂loss/∂λ to ``coefficients.grad``."""
@@ -96,9 +108,8 @@ class MergedModel(nn.Module):
         self.coefficients.grad = gradient if self.coefficients.grad is None else self.coefficients.grad + gradient
 
     def unbind_gradients(self) -> None:
-        """Takes the parameters' ``.grad`` away, so that the gradient buffer is freed with this object."""
-        for parameter in self._parameters_of_layers.values():
-            parameter.grad = None
+        """Takes the parameters' ``.grad`` away, so that a gradient buffer is freed with this object."""
+        self.weights.unbind_gradients()
 
     @contextmanager
     def teacher(self, task: str) -> Iterator[nn.Module]:
@@ -126,29 +137,27 @@ class MergedModel(nn.Module):
             elif owner is not None and leaf in owner._buffers:
                 owner._buffers[leaf] = tensor
 
-    def _bind_layers(self) -> dict[str, nn.Parameter]:
-        """Registers a view of `merged` as every layer's parameter (not through .data: autograd must see a re-merge)."""
-        views = self.packed.layout.views(self.merged)
-        bound = {}
-        for name, places in self._owners.items():
-            if name in views:
-                bound[name] = parameter = nn.Parameter(views[name])
-            else:
-                unchanged = self.packed.unchanged[name].to(self.merged.dtype)
-                parameter = nn.Parameter(unchanged, requires_grad=False)
-            for owner, leaf in places:
-                owner._parameters[leaf] = parameter
-        for parameter in self.module.parameters():
-            if not any(parameter is p for p in bound.values()):
-                parameter.requires_grad_(False)
-        return bound
+    def _freeze_others(self, places: Places) -> None:
+        """Heads, and whatever else is no layer, need no gradient."""
+        held = {(id(owner), leaf) for layer in places.values() for owner, leaf in layer}
+        for owner in self.module.modules():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None and (id(owner), leaf) not in held:
+                    parameter.requires_grad_(False)
 
     def _move_buffers(self) -> None:
-        """Brings the module's own buffers to where its weights now are."""
-        for owner in self.module.modules():
+        """Brings the module's own buffers to the device; those on `meta` are there to be filled with the packed ones."""
+        for prefix, owner in self.module.named_modules(remove_duplicate=False):
             for leaf, buffer in owner._buffers.items():
-                if buffer is not None:
-                    owner._buffers[leaf] = buffer.to(self.merged.device)
+                if buffer is None:
+                    continue
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if buffer.is_meta and name not in self._buffers_of[None]:
+                    raise ValueError(
+                        f"the module's buffer '{name}' is on meta and not among the packed ones; make the module under "
+                        "samerge_ext.models.parameters_on_meta(), which leaves buffers where they are"
+                    )
+                owner._buffers[leaf] = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device)
 
     def _set_buffers(self, task: str | None) -> None:
         for name, value in self._buffers_of[task].items():
@@ -166,27 +175,27 @@ def _find(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
         return None, leaf
 
 
-def _owners(module: nn.Module, packed: PackedWeights) -> dict[str, list[tuple[nn.Module, str]]]:
+def _places(module: nn.Module, packed: PackedWeights) -> Places:
     """Where every layer stands in the module: one place, or several when its tensor is tied."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     stored_as = {id(p): name for name, p in parameters.items() if name in packed.layout.names}
-    owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in packed.layout.names}
+    places: Places = {name: [] for name in packed.layout.names}
     heads = {name for head in packed.heads.values() for name in head}
     for name, parameter in parameters.items():
         layer = packed.aliases.get(name, stored_as.get(id(parameter)))
         if layer is not None:
-            owners[layer].append(_find(module, name))
+            places[layer].append(_find(module, name))
         elif name not in heads:
             raise ValueError(
                 f"the module's parameter '{name}' {list(parameter.shape)} is not among the packed layers; pass a module of "
                 "the experts' architecture (if it is a task's head, pack it with heads=)"
             )
     for name, shape in zip(packed.layout.names, packed.layout.shapes, strict=True):
-        if not owners[name]:
+        if not places[name]:
             raise ValueError(f"packed layer '{name}' {list(shape)} has no parameter of that name in the module")
         if parameters[name].shape != shape:
             raise ValueError(
                 f"the module's parameter '{name}' is {list(parameters[name].shape)}, the packed layer is {list(shape)}; "
                 "pass a module of the experts' architecture"
             )
-    return owners
+    return places

@@ -15,6 +15,7 @@ from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource, matches
+from samerge_ext.stores import Store
 from samerge_ext.validation import check_sources
 
 Buffers = dict[str, Tensor]
@@ -194,6 +195,20 @@ class PackedWeights:
             tensors[name] = (views[name] if name in views else self.unchanged[name]).to(dtype or base_dtype)
         tensors.update({alias: tensors[name] for alias, name in self.aliases.items()})
         return {**tensors, **self.merged_buffers()}
+
+    def tensors(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As `state_dict` of the weights merged at ``coefficients`` [T, L], one layer at a time and tied ones once."""
+        store = Store(self.base, self.task_vectors)
+        for layer, (name, base_dtype) in enumerate(zip(self.layout.names, self.layout.dtypes, strict=True)):
+            if self.layout.offsets[layer] is None:
+                tensor = self.unchanged[name]
+            else:
+                start, length = self.layout.extent(layer)
+                blocks = self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
+                merged = weighted_sum(*store.fetch(start, length), coefficients, blocks)
+                tensor = merged[: self.layout.shapes[layer].numel()].view(self.layout.shapes[layer])
+            yield name, tensor.to(dtype or base_dtype).cpu()
+        yield from self.merged_buffers().items()
 
 
 def _pairs(experts) -> list[tuple]:

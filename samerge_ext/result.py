@@ -19,12 +19,15 @@ from samerge_ext.learner import LEARNER_FILE, StatsMergeLearner
 from samerge_ext.merged import MergedModel
 from samerge_ext.packing import PackedWeights
 
+STREAMED_SHARD = "256MB"  # a shard is held in memory until it is written
+
 
 @dataclass
 class Result:
     """A merged model.
 
-    packed: what was merged. coefficients: [T, L]. merged: [N], the packed layers.
+    packed: what was merged. coefficients: [T, L].
+    merged: [N], the packed layers; None where the model was streamed, whose layers are merged one by one as they are saved.
     method, config, seconds: how it was made. module: the merged module, where one was given.
     history: per step of a learned method the loss, each task's loss and the gradient norm.
     learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
@@ -32,7 +35,7 @@ class Result:
 
     packed: PackedWeights
     coefficients: Tensor
-    merged: Tensor
+    merged: Tensor | None
     method: str
     config: Any = None
     history: list[dict] = field(default_factory=list)
@@ -50,7 +53,8 @@ class Result:
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``packed.heads``."""
-        return self.packed.state_dict(self.merged, dtype)
+        merged = self.packed.merge(self.coefficients) if self.merged is None else self.merged
+        return self.packed.state_dict(merged, dtype)
 
     def save_pretrained(
         self,
@@ -84,8 +88,11 @@ class Result:
         if configuration:
             files["config.json"] = json.dumps(configuration, indent=2)
         files["README.md"] = card or self._card()
+        options = {"companions_from": companions, "extra_files": files, "overwrite": overwrite}
+        if self.merged is None:
+            return save_checkpoint(path, self.packed.tensors(self.coefficients, dtype), shard_size=STREAMED_SHARD, **options)
         tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
-        return save_checkpoint(path, tensors, companions_from=companions, extra_files=files, overwrite=overwrite)
+        return save_checkpoint(path, tensors, **options)
 
     def summary(self) -> dict:
         """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""

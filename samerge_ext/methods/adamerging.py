@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samerge_ext.learning import LearningConfig, calibration_set, learn
-from samerge_ext.merged import MergedModel
+from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model
 from samerge_ext.ops.softmax_kl import entropy_with_grad
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits
@@ -41,7 +40,7 @@ def adamerging(
     config = config or AdaMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = MergedModel(module, packed, config.initial_coefficient)
+    model = make_model(module, packed, config)
 
     def uncertainty(student: Tensor, target: None) -> tuple[Tensor, Tensor]:
         return entropy_with_grad(student)

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from samerge_ext.calibration import teacher_logits
-from samerge_ext.learning import LearningConfig, calibration_set, learn
-from samerge_ext.merged import MergedModel
+from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits
@@ -60,7 +59,7 @@ def samerging(
     config = config or SAMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = MergedModel(module, packed, config.initial_coefficient)
+    model = make_model(module, packed, config)
     teachers = teacher_logits(model, held, logits, config.precision)
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature

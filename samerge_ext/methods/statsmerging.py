@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from samerge_ext.calibration import teacher_logits
 from samerge_ext.features import FEATURES_FILE, Features
 from samerge_ext.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
-from samerge_ext.learning import LearningConfig, calibration_set, learn
-from samerge_ext.merged import MergedModel
+from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, softmax_kl_with_grad
 from samerge_ext.packing import PackedWeights
@@ -111,7 +110,7 @@ def statsmerging(
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
     features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values, path=_features_path(config))
-    model = MergedModel(module, packed, config.initial_coefficient)
+    model = make_model(module, packed, config)
     teachers = teacher_logits(model, held, logits, config.precision)
 
     def imitation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,305 @@
+"""Streamed MergedModel: the same numbers as the resident one, from weights that exist only while a unit runs."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import samerge_ext as sm
+from samerge_ext.models import parameters_on_meta
+from samerge_ext.units import find_units
+
+TASKS = ("red", "green")
+
+
+class Block(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, dropout=dropout, batch_first=True)  # out_proj's forward never runs
+        self.norm = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, *, scale):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + scale * self.dropout(self.narrow(F.gelu(self.wide(self.norm(x)))))
+
+
+class Model(nn.Module):
+    """What streaming must get right: blocks, one called twice; tied weights, read outside of their module; a parameter of the
+    root; a frozen part; running statistics; dropout."""
+
+    def __init__(self, width=16, blocks=3, dropout=0.0, vocabulary=37):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(1, 5, width))
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(blocks))
+        self.norm = nn.BatchNorm1d(5)
+        self.frozen = nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.position
+        for block in (*self.blocks, self.blocks[0]):
+            x = block(x, scale=torch.tensor(0.5, dtype=x.dtype))
+        x = torch.tanh(self.frozen(self.norm(x)))
+        return (self.head(x) + F.linear(x, self.embedding.weight)).mean(1)
+
+
+def make(seed=0, dtype=torch.float64, **settings):
+    torch.manual_seed(seed)
+    return Model(**settings).to(dtype).eval()
+
+
+def make_packed(base, scale=0.2, tasks=TASKS, **settings):
+    experts = {}
+    for task in tasks:
+        experts[task] = expert = copy.deepcopy(base)
+        with torch.no_grad():
+            for name, tensor in expert.named_parameters():
+                tensor += 0 if name.startswith("frozen") else scale * torch.randn_like(tensor)
+            expert.norm.running_mean += torch.randn(5)
+    return sm.PackedWeights.from_modules(base, experts, dtype=next(base.parameters()).dtype, **settings)
+
+
+def make_batches(count=3, tasks=TASKS):
+    torch.manual_seed(5)
+    return {task: [torch.randint(37, (4, 5)) for _ in range(count)] for task in tasks}
+
+
+def logits(module, batch, task):
+    return module(batch)
+
+
+def learn_both(packed, module, batches=None, forward=logits, **settings):
+    """The same learned merge, resident and streamed."""
+    configs = (sm.SAMergingConfig(progress=False, streamed=streamed, **settings) for streamed in (False, True))
+    return [sm.samerging(copy.deepcopy(module), packed, batches or make_batches(), forward, config=c) for c in configs]
+
+
+def both(**settings):
+    packed = make_packed(make(**settings))
+    return [sm.MergedModel(make(1, **settings), packed, 0.4, train=True, streamed=streamed) for streamed in (False, True)]
+
+
+def gradient(model, tokens, seed=9, **autocast):
+    model.zero_gradients()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, **(autocast or {"enabled": False})):
+        outputs = model(tokens)
+    outputs.float().square().sum().backward() if autocast else outputs.square().sum().backward()
+    return outputs.detach(), model.coefficient_gradient()
+
+
+def test_forward_and_gradient_are_those_of_the_resident_model():
+    resident, streamed = both()
+    tokens = make_batches()["red"][0]
+    for x, y in zip(gradient(resident, tokens), gradient(streamed, tokens), strict=True):
+        assert y.abs().sum() > 0
+        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_repeats_its_random_state():
+    resident, streamed = both(dropout=0.5)
+    resident.module.train(), streamed.module.train()
+    tokens = make_batches()["red"][0]
+    before = gradient(streamed, tokens, seed=1)[1]
+    assert not torch.allclose(before, gradient(streamed, tokens, seed=2)[1]), "dropout is at work"
+    for x, y in zip(gradient(resident, tokens), gradient(streamed, tokens), strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-12)
+
+
+def test_running_statistics_are_updated_once_a_pass():
+    resident, streamed = both()
+    tokens = make_batches()["red"][0]
+    for model in (resident, streamed):
+        model.module.train()
+        gradient(model, tokens)
+    torch.testing.assert_close(streamed.module.norm.running_mean, resident.module.norm.running_mean)
+    torch.testing.assert_close(streamed.module.norm.running_var, resident.module.norm.running_var)
+    assert streamed.module.norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("settings", [{}, {"sam": "off", "granularity": "task"}])
+def test_a_learned_merge_takes_the_same_path(dtype, settings):
+    packed = make_packed(make(dtype=dtype))
+    results = learn_both(packed, make(1, dtype), steps=5, learning_rate=0.02, **settings)
+    resident, streamed = (result.coefficients for result in results)
+    assert (resident - 0.3).abs().max() > 0.01
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert (streamed - resident).norm() <= tolerance * resident.norm()
+    for x, y in zip(*(result.history for result in results), strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=tolerance)
+
+
+def test_a_shared_encoder_streams_too():
+    packed = make_packed(make())
+    shared = sm.models.SharedEncoder(lambda module, batch: module(batch), lambda features, task: features[:, : 3 + len(task)])
+    resident, streamed = learn_both(packed, make(1), forward=shared, steps=3)
+    torch.testing.assert_close(streamed.coefficients, resident.coefficients, rtol=1e-10, atol=0)
+
+
+def test_teachers_are_the_experts():
+    base = make()
+    packed = make_packed(base)
+    tokens = make_batches()["red"][0]
+    resident, streamed = (sm.MergedModel(make(1), packed, streamed=s) for s in (False, True))
+    for task in TASKS:
+        with resident.teacher(task) as one, streamed.teacher(task) as other:
+            torch.testing.assert_close(other(tokens), one(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_a_module_on_meta_runs():
+    packed = make_packed(make())
+    with torch.device("meta"):
+        module = Model().double()
+    tokens = make_batches()["red"][0]
+    resident, streamed = sm.MergedModel(make(1), packed), sm.MergedModel(module, packed, streamed=True)
+    for x, y in zip(gradient(resident, tokens), gradient(streamed, tokens), strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-12)
+
+
+def test_a_buffer_on_meta_that_nothing_fills_is_an_error():
+    class Rotary(Model):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("frequencies", torch.arange(4.0), persistent=False)
+
+    with torch.device("meta"):
+        module = Rotary().double()
+    with pytest.raises(ValueError, match="'frequencies' is on meta .*parameters_on_meta"):
+        sm.MergedModel(module, make_packed(make()), streamed=True)
+    with parameters_on_meta():
+        module = Rotary().double()
+    assert all(p.is_meta for p in module.parameters()) and module.head.weight is module.embedding.weight
+    sm.MergedModel(module, make_packed(make()), streamed=True)
+    assert torch.equal(module.frequencies, torch.arange(4.0, dtype=torch.float64))
+
+
+def test_autocast_reaches_the_units():
+    resident, streamed = both(dtype=torch.float32)
+    tokens = make_batches()["red"][0]
+    for scale in (0.2, 0.6):  # autocast's cache must not keep the weights of the first merge
+        for model in (resident, streamed):
+            model.merge(model.packed.coefficients(scale))
+        (x, g), (y, h) = (gradient(model, tokens, enabled=True) for model in (resident, streamed))
+        assert x.dtype == y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, x)
+        assert F.cosine_similarity(g.flatten(), h.flatten(), dim=0) > 0.999
+
+
+def test_weights_exist_only_while_their_unit_runs(monkeypatch):
+    packed = make_packed(make())
+    model = sm.MergedModel(make(1), packed, streamed=True)
+    alive, most = weakref.WeakSet(), 0
+    merged = model.weights._merged
+
+    def watched(unit):
+        nonlocal most
+        layers = merged(unit)
+        alive.add(next(iter(layers.values())).untyped_storage())
+        most = max(most, sum(storage.nbytes() for storage in alive))
+        return layers
+
+    monkeypatch.setattr(model.weights, "_merged", watched)
+    gradient(model, make_batches()["red"][0])
+    gc.collect()
+    assert not alive
+    bytes_of = {unit.name: 8 * unit.numel for unit in model.weights.units}
+    read_alone = bytes_of["embedding"] + 8 * 1024  # the embedding read by functional.linear, the root's own parameter
+    assert most <= max(bytes_of.values()) + read_alone < sum(bytes_of.values()) / 2
+    assert all(p.untyped_storage().nbytes() <= 8 for n, p in model.module.named_parameters() if not n.startswith("frozen"))
+
+
+def test_gradients_are_contracted_as_they_appear(monkeypatch):
+    model = sm.MergedModel(make(1), make_packed(make()), streamed=True)
+    alive, most = weakref.WeakSet(), 0
+    contract = model.weights.contract
+
+    def watched(gradient, unit, layer):
+        nonlocal most
+        alive.add(gradient.untyped_storage())
+        most = max(most, len(alive))
+        contract(gradient, unit, layer)
+
+    monkeypatch.setattr(model.weights, "contract", watched)
+    gradient(model, make_batches()["red"][0])
+    assert most <= 3, "a block has ten layers"
+
+
+def test_a_merge_between_forward_and_backward_is_an_error():
+    model = sm.MergedModel(make(1), make_packed(make()), streamed=True)
+    loss = model(make_batches()["red"][0]).sum()
+    model.merge()
+    with pytest.raises(RuntimeError, match="merged again between its forward and its backward"):
+        loss.backward()
+
+
+def test_recurrent_layers_keep_their_list_of_weights():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = nn.LSTM(6, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(x)[0][:, -1]
+
+    torch.manual_seed(0)
+    base, expert, module = (Recurrent().double().eval() for _ in range(3))
+    packed = sm.PackedWeights.from_modules(base, {"one": expert}, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    for streamed in (False, True):
+        model = sm.MergedModel(copy.deepcopy(module), packed, 1.0, streamed=streamed)
+        torch.testing.assert_close(model(x), expert(x))
+
+
+@pytest.mark.parametrize(
+    "patterns, expected",
+    [
+        ((), ["embedding", "blocks.0", "blocks.1", "norm", "frozen", "head"]),
+        (("blocks.0.wide", "blocks.1"), ["embedding", "blocks.0.attention", "blocks.0.norm", "blocks.0.wide", "blocks.0.narrow",
+                                         "blocks.1", "norm", "frozen", "head"]),
+    ],
+)  # fmt: skip
+def test_units(patterns, expected):
+    assert list(find_units(make(blocks=2), patterns)) == expected
+    with pytest.raises(ValueError, match="units pattern 'layers.*' fits no module"):
+        find_units(make(), ("layers.*",))
+
+
+def test_units_named_by_pattern_give_the_same_numbers():
+    packed = make_packed(make())
+    tokens = make_batches()["red"][0]
+    resident = gradient(sm.MergedModel(make(1), packed), tokens)
+    streamed = gradient(sm.MergedModel(make(1), packed, streamed=True, units=("blocks.*.wide", "blocks.1")), tokens)
+    torch.testing.assert_close(streamed, resident, rtol=1e-10, atol=1e-12)
+
+
+def test_a_result_of_a_streamed_merge_is_saved_layer_by_layer(tmp_path):
+    packed = make_packed(make())
+    resident, streamed = learn_both(packed, make(1), steps=2)
+    assert streamed.merged is None
+    torch.testing.assert_close(streamed.state_dict(), resident.state_dict(), rtol=1e-10, atol=1e-12)
+    streamed.save_pretrained(tmp_path / "out")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in streamed.state_dict().items() if name in saved)
+    assert saved.keys() == resident.state_dict().keys() - packed.aliases.keys()
+    tokens = make_batches()["red"][0]
+    torch.testing.assert_close(streamed.module(tokens), resident.module(tokens), rtol=1e-10, atol=1e-12)
+
+
+def test_the_small_models_of_the_other_tests_stream():
+    base, _, packed, heads, batches = tiny.make_problem()
+    for forward in (tiny.plain(heads), tiny.shared_encoder(heads)):
+        resident, streamed = learn_both(packed, tiny.make(1), batches, forward, steps=4, learning_rate=0.02)
+        torch.testing.assert_close(streamed.coefficients, resident.coefficients, rtol=1e-10, atol=0)
