@@ -59,9 +59,10 @@ class MergedModel(nn.Module):
         places = _places(module, packed)
         self.module = module if train else module.eval()
         if streamed:
-            store = store or Store(packed.base, packed.task_vectors)
+            store = store or packed.store()
             self.weights = StreamedWeights(module, packed, places, dtype, store, units)
         else:
+            self.packed = packed = packed.in_memory()
             self.weights = ResidentWeights(packed, places, dtype)
         self.device, dtype = self.weights.device, self.weights.dtype
         self.coefficients = nn.Parameter(packed.coefficients(coefficients).to(self.device))

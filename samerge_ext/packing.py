@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints import open_checkpoint
+from samerge_ext.file_packing import identity_of, open_packed, pack_into_file
 from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource, matches
-from samerge_ext.stores import Store
+from samerge_ext.stores import StagedStore, Store, on_host, parts, pin
 from samerge_ext.validation import check_sources
 
 Buffers = dict[str, Tensor]
+PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
 
 
 @dataclass
@@ -36,6 +38,9 @@ class PackedWeights:
     heads: each task's own head tensors, which are never merged.
     folder: the base's folder, where the weights came from one.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
+
+    Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`): they are then `packed_file.FileNumbers`,
+    read some numbers at a time by what streams them.
     """
 
     layout: Layout
@@ -100,22 +105,65 @@ class PackedWeights:
         task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
+        file: str | Path | None = None,
     ) -> PackedWeights:
         """As `from_state_dicts`, from model folders (safetensors or .bin, sharded or not) read tensor by tensor.
 
         Peak memory is the packed store plus one tensor of each model.
+        file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
+            written, unless it is already there and was made from the same folders with the same settings: then it is opened
+            and checked.
         """
+        if file is not None:
+            settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads}
+            identity = identity_of(
+                [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
+            )
+            if Path(file).exists():
+                packed = cls.open(file, device=device, made_from=identity)
+                if packed is not None:
+                    return packed
         with ExitStack() as stack:
             base_source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
             sources = [
                 (task, CheckpointSource(stack.enter_context(open_checkpoint(path)), f"expert '{task}'"))
                 for task, path in _pairs(experts)
             ]
+            if file is not None:
+                about = {"folder": str(base), "identity": identity}
+                pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
+                return cls.open(file, device=device, verify=False)
             packed = _pack(base_source, sources, dtype, task_vector_dtype, device, heads)
         packed.folder = Path(base)
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed
+
+    @classmethod
+    def open(
+        cls, file: str | Path, *, device: torch.device | str = "cpu", verify: bool = True, made_from: dict | None = None
+    ) -> PackedWeights | None:
+        """Packed weights that stay in a packed file, made by `from_folders(file=)`.
+
+        device: where they are computed with. verify: read the file once and compare its checksums.
+        made_from: return None, without reading on, where the file was made from something else.
+        Raises CheckpointError for a file that is missing, cut off, damaged, or no packed file.
+        """
+        return open_packed(cls, Path(file), torch.device(device), verify, made_from)
+
+    def store(self, *, device: torch.device | str | None = None, piece: int | None = None) -> Store:
+        """What hands base and task vectors to a streamed model on ``device``, where they are by default.
+
+        piece: numbers that are staged at a time, a multiple of 1,024; 64 MiB of them by default. Not for what is there already.
+        """
+        device = torch.device(device or self.base.device)
+        if on_host(self.base) and self.base.device == device:
+            return Store(self.base, self.task_vectors)
+        if on_host(self.base) and device.type == "cuda":
+            for part in (self.base, *parts(self.task_vectors).values()):
+                pin(part)
+        default = PIECE_BYTES // ((self.num_tasks + 1) * self.base.dtype.itemsize)
+        return StagedStore(self.base, self.task_vectors, device, piece or max(BLOCK, default // BLOCK * BLOCK))
 
     @property
     def num_tasks(self) -> int:
@@ -148,7 +196,20 @@ class PackedWeights:
 
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
-        return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
+        if on_host(self.base):
+            return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
+        out = self.base.empty(self.layout.numel, self.base.device) if out is None else out
+        store = self.store()
+        for start in range(0, self.layout.numel, store.piece):
+            length = min(store.piece, self.layout.numel - start)
+            weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length), out=out[start : start + length])
+        return out
+
+    def in_memory(self) -> PackedWeights:
+        """The same with base and task vectors as tensors on the device, for what needs them whole."""
+        return (
+            self if on_host(self.base) else replace(self, base=self.base.in_memory(), task_vectors=self.task_vectors.in_memory())
+        )
 
     def expert(self, task: str, out: Tensor | None = None, start: int = 0) -> Tensor:
         """The packed weights of expert ``task``, [N], or [n] from number ``start`` on where ``out`` [n] is given.
@@ -198,17 +259,20 @@ class PackedWeights:
 
     def tensors(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """As `state_dict` of the weights merged at ``coefficients`` [T, L], one layer at a time and tied ones once."""
-        store = Store(self.base, self.task_vectors)
+        packed = [layer for layer, offset in enumerate(self.layout.offsets) if offset is not None]
+        store = self.store(piece=max((self.layout.extent(layer)[1] for layer in packed), default=BLOCK))
         for layer, (name, base_dtype) in enumerate(zip(self.layout.names, self.layout.dtypes, strict=True)):
             if self.layout.offsets[layer] is None:
                 tensor = self.unchanged[name]
             else:
                 start, length = self.layout.extent(layer)
-                blocks = self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
-                merged = weighted_sum(*store.fetch(start, length), coefficients, blocks)
+                merged = weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length))
                 tensor = merged[: self.layout.shapes[layer].numel()].view(self.layout.shapes[layer])
             yield name, tensor.to(dtype or base_dtype).cpu()
         yield from self.merged_buffers().items()
+
+    def _blocks(self, start: int, length: int) -> Tensor:
+        return self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
 
 
 def _pairs(experts) -> list[tuple]:

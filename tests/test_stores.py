@@ -1,0 +1,109 @@
+"""Stores: what a streamed model fetches, from memory and from a packed file, and the same learned merge with each."""
+
+import threading
+
+import pytest
+import test_streamed as streaming
+import torch
+from safetensors.torch import save_file
+
+import samerge_ext as sm
+from samerge_ext.checkpoints import CheckpointError
+from samerge_ext.stores import StagedStore
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """In memory, and in a file."""
+    base = streaming.make()
+    in_memory = streaming.make_packed(base)
+    experts = {}
+    for task in in_memory.tasks:
+        tensors = in_memory.state_dict(in_memory.merge(in_memory.one_hot(task)))
+        tensors.update(in_memory.expert_buffers[task])
+        experts[task] = tmp_path / f"{task}.safetensors"
+        save_file({n: t.clone() for n, t in tensors.items() if n not in in_memory.aliases}, experts[task])
+    tensors = {n: t.clone() for n, t in base.state_dict().items() if n not in in_memory.aliases}
+    save_file(tensors, tmp_path / "base.safetensors")
+    in_file = sm.PackedWeights.from_folders(tmp_path / "base.safetensors", experts, dtype=torch.float64, file=tmp_path / "packed")
+    return in_file.in_memory(), in_file
+
+
+@pytest.mark.parametrize("piece", [1024, 3072, 1 << 20])
+def test_pieces_arrive_whatever_the_order(packed, piece):
+    in_memory, in_file = packed
+    store = in_file.store(piece=piece)
+    generator = torch.Generator().manual_seed(0)
+    blocks, most = in_memory.layout.numel // 1024, min(piece, in_memory.layout.numel) // 1024
+    for _ in range(3):  # the second pass is foreseen in part, the third not at all
+        for _ in range(40):
+            length = int(torch.randint(1, most + 1, (), generator=generator))
+            start = int(torch.randint(0, blocks - length + 1, (), generator=generator))
+            base, task_vectors = store.fetch(start * 1024, length * 1024)
+            expected = slice(start * 1024, (start + length) * 1024)
+            assert torch.equal(base, in_memory.base[expected])
+            assert torch.equal(task_vectors, in_memory.task_vectors[:, expected])
+        generator.manual_seed(0 if generator.initial_seed() else 1)
+        store.begin_pass()
+
+
+def test_a_pass_like_the_last_one_is_read_ahead(packed, monkeypatch):
+    in_file = packed[1]
+    store = in_file.store(piece=2048)
+    pieces = [(start, 2048) for start in range(0, 16384, 2048)]
+    pieces += pieces[::-1]
+    asked = []
+    load = StagedStore._load
+    monkeypatch.setattr(StagedStore, "_load", lambda self, slot, wanted: (asked.append(wanted), load(self, slot, wanted)))
+    ahead = []
+    for _ in range(3):
+        asked.clear()
+        missing = 0
+        for piece in pieces:
+            missing += all(slot.holds != piece for slot in store._slots)
+            store.fetch(*piece)
+        ahead.append(missing)
+        store.begin_pass()
+    assert ahead[0] > 10 and ahead[1:] == [0, 0]
+
+
+def test_reading_runs_beside_the_computation(packed):
+    in_file = packed[1]
+    threads = []
+    read = type(in_file.base).read_into
+    store = in_file.store(piece=1024)
+    try:
+        type(in_file.base).read_into = lambda self, *args: (threads.append(threading.current_thread().name), read(self, *args))[1]
+        store.fetch(0, 1024)
+    finally:
+        type(in_file.base).read_into = read
+    assert threads and all(name.startswith("samerge-reader") for name in threads)
+
+
+@pytest.mark.parametrize("piece", [1024, None])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_learned_merge_from_a_file_takes_the_same_path(packed, piece, dropout):
+    in_memory, in_file = packed
+    results = []
+    for weights, store in ((in_memory, None), (in_memory, in_memory.store()), (in_file, in_file.store(piece=piece))):
+        module = streaming.make(1, dropout=dropout).train(dropout > 0)
+        model = sm.MergedModel(module, weights, 0.4, train=True, streamed=store is not None, store=store)
+        path = []
+        for step in range(4):
+            model.merge()
+            path.append(streaming.gradient(model, streaming.make_batches()["red"][step % 3], seed=step)[1])
+            model.coefficients.data -= 1e-5 * path[-1]
+        results.append(torch.stack(path))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_file_that_is_cut_off_meanwhile_stops_the_merge(packed):
+    in_file = packed[1]
+    model = sm.MergedModel(streaming.make(1), in_file, streamed=True)
+    tokens = streaming.make_batches()["red"][0]
+    streaming.gradient(model, tokens)
+    with open(in_file.base.file.path, "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(CheckpointError, match="was cut off while"):
+        streaming.gradient(model, tokens)
