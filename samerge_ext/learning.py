@@ -17,6 +17,7 @@ from samerge_ext.graphed import GraphedPasses, Passes, check_fixed_shapes
 from samerge_ext.merged import MergedModel
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import PRECISIONS, Logits, Objective, losses_and_gradient
+from samerge_ext.plan import parse_bytes, planned_way
 from samerge_ext.prefetch import Inputs, inputs_of_steps
 from samerge_ext.run_state import RunState
 from samerge_ext.sam import sam_gradient
@@ -51,6 +52,9 @@ class LearningConfig:
     log_every: on a GPU, how many steps' losses are read back at once; NaN and Inf are noticed up to twice as many steps
         late there, before anything is saved. The history has every step.
     streamed: merge the weights unit by unit while the model runs (MergedModel): less memory, one more forward per pass.
+    memory_budget: the most memory to take, in bytes or as "16GB": of the GPU, or of the whole process where the model runs on
+        the CPU. The fastest way that fits is planned before anything starts (`samerge_ext.plan`), in place of ``streamed``.
+    device: where the model runs; where the packed weights are by default.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
         never waits for the device.
     """
@@ -76,6 +80,8 @@ class LearningConfig:
     progress: bool = True
     log_every: int = 10
     streamed: bool = False
+    memory_budget: int | str | None = None
+    device: str | None = None
     cuda_graph: bool = False
 
     # What may differ between a run and its continuation from a checkpoint.
@@ -95,6 +101,9 @@ class LearningConfig:
             value = getattr(self, key)
             if value is not None and (int(value) != value or value < 1):
                 raise ValueError(f"{key}={value!r}; expected a whole number ≥ 1")
+
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
 
     def weights(self, tasks: tuple[str, ...]) -> dict[str, float]:
         """α_t of every task."""
@@ -120,9 +129,22 @@ class FreeCoefficients(nn.Module):
         return self.values
 
 
-def make_model(module: nn.Module, packed: PackedWeights, config: LearningConfig) -> MergedModel:
-    """The model that coefficients are learned on, held as the configuration says."""
-    return MergedModel(module, packed, config.initial_coefficient, streamed=config.streamed)
+def make_model(
+    module: nn.Module, packed: PackedWeights, config: LearningConfig, calibration: Calibration, logits: Logits, *, teachers: bool
+) -> MergedModel:
+    """The model that coefficients are learned on, held as the configuration says or as a plan for its memory budget does.
+
+    teachers: the experts' logits will be kept too. Raises MemoryBudgetError where nothing fits the budget.
+    """
+    device = torch.device(config.device or packed.base.device)
+    if config.memory_budget is not None:
+        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, device=device)
+        return way.make(module, packed, config.initial_coefficient, device)
+    if config.streamed:
+        store = packed.store(device=device)
+        return MergedModel(module, packed, config.initial_coefficient, streamed=True, store=store)
+    packed = packed if packed.base.device == device else packed.to(device)
+    return MergedModel(module, packed, config.initial_coefficient)
 
 
 def calibration_set(
@@ -131,8 +153,8 @@ def calibration_set(
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
     calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed)
     config.weights(packed.tasks)
-    if config.cuda_graph and config.streamed:
-        raise ValueError("cuda_graph=True needs weights that stay where they are; use streamed=False")
+    if config.cuda_graph and (config.streamed or config.memory_budget is not None):
+        raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if config.cuda_graph:
         check_fixed_shapes(calibration, packed.base.device)
     return calibration

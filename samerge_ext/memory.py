@@ -46,6 +46,11 @@ def _reset_peak() -> None:
         pass
 
 
+def resident_bytes() -> int:
+    """The process's resident memory now."""
+    return _status("VmRSS")
+
+
 def _status(key: str) -> int:
     """A memory figure of this process in bytes."""
     try:

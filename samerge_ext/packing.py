@@ -236,6 +236,18 @@ class PackedWeights:
                     out[offset - start : offset - start + shape.numel()].copy_(tensor.reshape(-1))
         return out
 
+    def to(self, device: torch.device | str) -> PackedWeights:
+        """The same with everything that is computed with on another device."""
+        if not on_host(self.base):
+            raise ValueError("weights in a packed file are on no device; give PackedWeights.open(device=) the one to compute on")
+        return replace(
+            self,
+            layout=replace(self.layout, block_layer=self.layout.block_layer.to(device)),
+            base=self.base.to(device),
+            task_vectors=self.task_vectors.to(device),
+            unchanged={name: tensor.to(device) for name, tensor in self.unchanged.items()},
+        )
+
     def merged_buffers(self) -> Buffers:
         """The merged model's buffers: float ones are the average of the experts', the others are the base's."""
         average = {

@@ -37,7 +37,7 @@ class ResidentWeights:
     def coefficient_gradient(self) -> Tensor:
         """∂loss/∂λ [T, L]."""
         for name, parameter in self._parameters.items():
-            if parameter.grad is None or parameter.grad.data_ptr() != self._gradient_views[name].data_ptr():
+            if parameter.grad is not self._gradient_views[name]:
                 raise RuntimeError(
                     f"'{name}'.grad was replaced between zero_gradients() and contract(): do not call zero_grad() on "
                     "the module or on an optimiser of its parameters there"

@@ -40,7 +40,7 @@ def adamerging(
     config = config or AdaMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = make_model(module, packed, config)
+    model = make_model(module, packed, config, held, logits, teachers=False)
 
     def uncertainty(student: Tensor, target: None) -> tuple[Tensor, Tensor]:
         return entropy_with_grad(student)

@@ -59,7 +59,7 @@ def samerging(
     config = config or SAMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = make_model(module, packed, config)
+    model = make_model(module, packed, config, held, logits, teachers=True)
     teachers = teacher_logits(model, held, logits, config.precision)
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature

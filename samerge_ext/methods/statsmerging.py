@@ -110,7 +110,7 @@ def statsmerging(
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
     features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values, path=_features_path(config))
-    model = make_model(module, packed, config)
+    model = make_model(module, packed, config, held, logits, teachers=True)
     teachers = teacher_logits(model, held, logits, config.precision)
 
     def imitation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

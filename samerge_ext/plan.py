@@ -1,0 +1,210 @@
+"""Which way to hold a merged model fits a memory budget: predicted from a dry run, before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from samerge_ext.checkpoints import atomic_write
+from samerge_ext.dry_run import DryRun, dry_run
+from samerge_ext.layout import BLOCK
+from samerge_ext.memory import resident_bytes
+from samerge_ext.merged import MergedModel
+from samerge_ext.nested import map_tensors
+from samerge_ext.packing import PackedWeights
+from samerge_ext.passes import Logits
+from samerge_ext.stores import on_host
+
+if TYPE_CHECKING:
+    from samerge_ext.learning import LearningConfig
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+PLAN_FILE = "plan.json"  # in a run's checkpoint_dir
+SMALLEST_PIECE = 1 << 18  # numbers; below, reading a piece costs more than its bytes
+# What the process takes beyond tensors once the model has run: libraries' workspaces, memory that the allocator keeps.
+OVERHEAD = 96 << 20
+
+PLACES = {"device": "memory", "host": "host memory", "file": "a packed file"}
+
+
+class MemoryBudgetError(ValueError):
+    """No way to hold the merged model fits the budget. The message says what would."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to hold base, task vectors and merged model, and what it takes.
+
+    store: where base and task vectors are: "device", "host" (pinned memory beside a GPU) or "file".
+    streamed: merged unit by unit. piece: numbers that are staged at a time.
+    device_bytes, host_bytes: predicted peaks; on the CPU one and the same, the whole process's resident memory.
+    moved: bytes that come to the device from host memory or the file, per step.
+    """
+
+    store: str
+    streamed: bool
+    piece: int | None
+    device_bytes: int
+    host_bytes: int
+    moved: int
+
+    @property
+    def name(self) -> str:
+        if not self.streamed:
+            return "resident"
+        staged = f", {self.piece / 2**20:.3g} Mi numbers at a time" if self.piece else ""
+        return f"streamed from {PLACES[self.store]}{staged}"
+
+    def make(self, module: nn.Module, packed: PackedWeights, coefficients: float, device: torch.device) -> MergedModel:
+        """The model, held this way."""
+        if self.store != "file":
+            packed = packed.in_memory()
+        if self.store == "device" and packed.base.device != device:
+            packed = packed.to(device)
+        store = packed.store(device=device, piece=self.piece) if self.streamed else None
+        return MergedModel(module, packed, coefficients, streamed=self.streamed, store=store)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ways, the fastest first. available: those that need nothing but what is packed as it is."""
+
+    ways: tuple[Way, ...]
+    device: torch.device
+    available: frozenset[str]
+
+    def choose(self, budget: int | str) -> Way:
+        """The fastest way whose peak on the device fits; raises MemoryBudgetError where none does."""
+        limit = parse_bytes(budget)
+        fitting = [way for way in self.ways if way.device_bytes <= limit]
+        chosen = next((way for way in fitting if way.store in self.available), None)
+        if chosen is not None:
+            return chosen
+        least = min(self.ways, key=lambda way: way.device_bytes)
+        lines = [
+            f"  {way.name}: {show(way.device_bytes)}, {show(way.device_bytes - limit)} too much"
+            for way in self.ways
+            if way.device_bytes > limit
+        ]
+        if fitting:
+            advice = f"{fitting[0].name} would: keep the weights in a packed file, PackedWeights.from_folders(..., file=PATH)"
+        else:
+            advice = (
+                f"the least is {show(least.device_bytes)}; smaller batches, fewer tasks_per_batch, or task vectors in fewer bits "
+                "(task_vector_dtype=) take less"
+            )
+        raise MemoryBudgetError("\n".join([f"memory_budget={show(limit)} is not enough for this merge:", *lines, advice]))
+
+
+def plan(
+    module: nn.Module,
+    packed: PackedWeights,
+    batches: Mapping[str, Sequence[Any]],
+    logits: Logits,
+    config: LearningConfig,
+    *,
+    teachers: bool = True,
+    device: torch.device | None = None,
+) -> Plan:
+    """Predicts what every way to learn coefficients takes.
+
+    Activations are those of a dry run on tensors without memory, with each task's largest batch. On the CPU a peak is that of
+    the process, what it holds already included.
+
+    packed: on any device, or in a file. batches: task -> its calibration batches. teachers: their logits are kept.
+    """
+    device = torch.device(device or packed.base.device)
+    largest = {task: max(held, key=_numel) for task, held in batches.items()}
+    options = {"device": device, "tasks_per_batch": config.tasks_per_batch, "precision": config.precision}
+    resident, streamed = (dry_run(module, packed, largest, logits, streamed=s, **options) for s in (False, True))
+    kept = 0
+    for task, held in batches.items() if teachers else ():
+        kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
+    passes = 2 if config.sam == "paper" else 1
+    available = {"device", "host", *(() if on_host(packed.base) else ("file",))}
+    return Plan(tuple(_ways(module, packed, device, resident, streamed, kept, passes)), device, frozenset(available))
+
+
+def planned_way(
+    module: nn.Module,
+    packed: PackedWeights,
+    batches: Mapping[str, Sequence[Any]],
+    logits: Logits,
+    config: LearningConfig,
+    *,
+    teachers: bool,
+    device: torch.device,
+) -> Way:
+    """The way for ``config.memory_budget``. A run that continues from its checkpoint_dir goes on the way it began: another one
+    would sum in another order, and end at other last digits."""
+    path = Path(config.checkpoint_dir) / PLAN_FILE if config.checkpoint_dir else None
+    if path is not None and path.exists():
+        begun = json.loads(path.read_text())
+        if begun["memory_budget"] == config.memory_budget:
+            return Way(**begun["way"])
+    way = plan(module, packed, batches, logits, config, teachers=teachers, device=device).choose(config.memory_budget)
+    if path is not None:
+        with atomic_write(path, "w") as file:
+            json.dump({"memory_budget": config.memory_budget, "way": asdict(way)}, file)
+    return way
+
+
+def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryRun, kept: int, passes: int):
+    stored = packed.base.nbytes + packed.task_vectors.nbytes
+    in_memory = on_host(packed.base) and not packed.base.is_meta
+    on_cpu = device.type == "cpu"
+    # On the CPU the process's memory counts: what it holds, without the module's weights, which make room.
+    freed = sum(p.nbytes for p in {id(p): p for p in module.parameters()}.values() if p.device.type == "cpu")
+    held = resident_bytes() - freed + OVERHEAD - (stored if in_memory and packed.base.device.type == "cpu" else 0)
+
+    def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
+        staged = 2 * (piece or 0) * bytes_per_number
+        on_device = peak + kept + staged + (stored if store == "device" else 0) + (held if on_cpu else 0)
+        between = staged if store == "file" and not on_cpu else 0
+        on_host_too = on_device if on_cpu else held + between + (stored if store == "host" else 0)
+        return Way(store, is_streamed, piece, on_device, on_host_too, moved)
+
+    bytes_per_number = packed.base.dtype.itemsize + packed.task_vectors.nbytes // max(1, packed.layout.numel)
+    yield way("device", False, resident.peak)
+    yield way("device", True, streamed.peak)
+    for store in ("file",) if on_cpu else ("host", "file"):
+        for piece in _pieces(max((length for length, _ in streamed.fetched), default=BLOCK)):
+            numbers = sum(length * (1 + (again and length > piece)) for length, again in streamed.fetched)
+            yield way(store, True, streamed.peak, piece, passes * numbers * bytes_per_number)
+
+
+def _pieces(largest: int):
+    """Whole units, then halves as long as that pays."""
+    while True:
+        yield largest
+        if largest // 2 < SMALLEST_PIECE:
+            return
+        largest = -(-largest // 2 // BLOCK) * BLOCK
+
+
+def _numel(batch: Any) -> int:
+    sizes = []
+    map_tensors(lambda tensor: sizes.append(tensor.numel()), batch)
+    return sum(sizes)
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or a text such as "16GB" (powers of 1000) or "512MiB" (of 1024)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"memory_budget={size!r}; give a number of bytes, or a text such as '16GB' or '512MiB'")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def show(num_bytes: int) -> str:
+    for unit in ("GB", "MB", "KB"):
+        if num_bytes >= UNITS[unit]:
+            return f"{num_bytes / UNITS[unit]:.3g} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,140 @@
+"""Plans for a memory budget: what is predicted, what is chosen, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_streamed as streaming
+import torch
+from test_stores import packed  # noqa: F401, a fixture
+
+import samerge_ext as sm
+from samerge_ext.dry_run import dry_run
+from samerge_ext.plan import MemoryBudgetError, Plan, Way, parse_bytes, plan
+
+CONFIG = sm.SAMergingConfig(progress=False, steps=3)
+CPU = torch.device("cpu")
+
+
+def ways(module, weights, config=CONFIG):
+    return plan(module, weights, streaming.make_batches(), streaming.logits, config)
+
+
+def test_sizes_as_people_write_them():
+    assert [parse_bytes(size) for size in (7, "16GB", "0.5 GiB", "300mb")] == [7, 16 * 10**9, 2**29, 300 * 10**6]
+    for wrong in ("16 apples", 0, "-3GB"):
+        with pytest.raises(ValueError, match="memory_budget"):
+            sm.SAMergingConfig(memory_budget=wrong)
+
+
+def test_a_dry_run_leaves_the_module_and_counts_what_is_held_twice():
+    module = streaming.make(1, width=64)
+    weights = streaming.make_packed(streaming.make(width=64))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    batches = {task: held[0] for task, held in streaming.make_batches().items()}
+    peaks = [
+        dry_run(module, weights, batches, streaming.logits, device=CPU, streamed=streamed).peak for streamed in (False, True)
+    ]
+    assert 2 * weights.base.nbytes < peaks[0] < 3 * weights.base.nbytes, "merged weights, gradient, activations"
+    assert peaks[1] < peaks[0] - 1.5 * weights.base.nbytes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_activations_count():
+    module, weights = streaming.make(1), streaming.make_packed(streaming.make())
+    peaks = []
+    for rows in (4, 4096):
+        batches = {task: torch.zeros(rows, 5, dtype=torch.long) for task in streaming.TASKS}
+        peaks.append(dry_run(module, weights, batches, streaming.logits, device=CPU, streamed=True).peak)
+    inputs = 4096 * 5 * 16 * 8  # of one unit
+    assert peaks[1] > peaks[0] + 5 * inputs
+
+
+def test_rows_chosen_by_a_mask_count_as_all_of_them():
+    def masked(module, batch, task):
+        return module(batch)[batch[:, 0] > 3]
+
+    batches = {task: held[0] for task, held in streaming.make_batches().items()}
+    found = dry_run(streaming.make(1), streaming.make_packed(streaming.make()), batches, masked, device=CPU, streamed=True)
+    assert found.logits == dict.fromkeys(streaming.TASKS, 4 * 37 * 8)
+
+
+def test_a_forward_that_asks_for_values_is_said_to_be_unplannable():
+    def asking(module, batch, task):
+        return module(batch) * (2.0 if batch.sum() > 3 else 1.0)
+
+    batches = {task: held[0] for task, held in streaming.make_batches().items()}
+    with pytest.raises(ValueError, match="cannot be planned, since its forward asks for values"):
+        dry_run(streaming.make(1), streaming.make_packed(streaming.make()), batches, asking, device=CPU, streamed=True)
+
+
+def test_ways_from_the_fastest_to_the_smallest(packed):  # noqa: F811
+    in_memory, in_file = packed
+    found = ways(streaming.make(1), in_file).ways
+    assert [way.name.split(",")[0] for way in found[:3]] == ["resident", "streamed from memory", "streamed from a packed file"]
+    stored = in_memory.base.nbytes + in_memory.task_vectors.nbytes
+    assert found[0].device_bytes > found[1].device_bytes
+    assert found[1].device_bytes - found[2].device_bytes == stored - 2 * found[2].piece * 8 * 3
+    assert [way.moved for way in found[:2]] == [0, 0] and found[2].moved >= 2 * 2 * stored
+
+
+def test_the_fastest_way_that_fits_is_chosen_or_it_is_said_what_would():
+    resident, memory, file = (
+        Way("device", False, None, 900, 900, 0),
+        Way("device", True, None, 700, 700, 0),
+        Way("file", True, 1024, 90, 90, 1),
+    )
+    found = Plan((resident, memory, file), CPU, frozenset({"device", "file"}))
+    assert [found.choose(budget) for budget in (900, 899, 700, 699, 90)] == [resident, memory, memory, file, file]
+    with pytest.raises(MemoryBudgetError) as error:
+        found.choose("0.05KB")
+    lines = str(error.value).splitlines()
+    assert lines[1] == "  resident: 900 B, 850 B too much" and "the least is 90 B" in lines[-1]
+    with pytest.raises(MemoryBudgetError, match="numbers at a time would: keep the weights in a packed file"):
+        Plan((resident, memory, file), CPU, frozenset({"device"})).choose(100)
+
+
+def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(packed, tmp_path, monkeypatch):  # noqa: F811
+    in_file = packed[1]
+    made = []
+    monkeypatch.setattr(
+        "samerge_ext.plan.MergedModel",
+        lambda *args, **settings: made.append(settings["streamed"]) or sm.MergedModel(*args, **settings),
+    )
+
+    def run(budget, folder=None):
+        config = sm.SAMergingConfig(progress=False, steps=3, memory_budget=budget, checkpoint_dir=folder)
+        return sm.samerging(streaming.make(1), in_file, streaming.make_batches(), streaming.logits, config=config).coefficients
+
+    plenty = run("1TB")
+    sizes = [way.device_bytes for way in ways(streaming.make(1), in_file).ways]
+    streamed = run(sizes[0] * 2, tmp_path)
+    assert made == [False, False]
+    torch.testing.assert_close(streamed, plenty, rtol=0, atol=0)
+    begun = json.loads((tmp_path / "plan.json").read_text())
+    begun["way"].update(streamed=True, store="file", piece=2048)
+    (tmp_path / "plan.json").write_text(json.dumps(begun))
+    (tmp_path / "state.pt").unlink()
+    torch.testing.assert_close(run(sizes[0] * 2, tmp_path), plenty, rtol=1e-10, atol=0)
+    assert made[-1] is True
+    with pytest.raises(MemoryBudgetError, match="not enough for this merge"):
+        run("1MB")
+    assert len(made) == 3, "refused before any work"
+
+
+def test_a_process_stays_within_its_plan(tmp_path):
+    """A model of 9 M parameters with six experts in a process of its own, by each way: measured beside predicted."""
+    script = Path(__file__).parents[1] / "benchmarks" / "large_models.py"
+    options = ["--shape", "test", "--ways", "resident,memory,smallest", "--work", tmp_path, "--out", tmp_path / "out.json"]
+    subprocess.run([sys.executable, script, *options], check=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["ways"]
+    assert [row["plan"]["streamed"] for row in rows] == [False, True, True] and rows[2]["plan"]["store"] == "file"
+    for row in rows:
+        assert row["measured_bytes"] <= 1.15 * row["planned_bytes"], row
+        assert row["measured_bytes"] >= 0.8 * row["planned_bytes"], row
+    for row in rows[1:]:
+        assert row["measured_bytes"] <= row["memory_budget"]
+        difference = torch.tensor(row["coefficients"]) - torch.tensor(rows[0]["coefficients"])
+        assert difference.norm() <= 1e-5 * torch.tensor(rows[0]["coefficients"]).norm()
