@@ -24,7 +24,7 @@ from samerge_ext.merged import MergedModel
 from samerge_ext.nested import map_tensors
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits, losses_and_gradient
-from samerge_ext.stores import Store
+from samerge_ext.stores import Store, map_parts, on_host
 
 
 @dataclass
@@ -167,6 +167,6 @@ def _packed_without_memory(packed: PackedWeights, fake) -> PackedWeights:
     return replace(
         packed,
         base=fake(packed.base),
-        task_vectors=fake(packed.task_vectors),
+        task_vectors=map_parts(fake, packed.task_vectors) if on_host(packed.task_vectors) else fake(packed.task_vectors),
         **{name: all_of(getattr(packed, name)) for name in fields},
     )

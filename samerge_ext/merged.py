@@ -119,10 +119,12 @@ class MergedModel(nn.Module):
         self.module.eval()
         self._set_buffers(task)
         self.select_head(task)
-        self.packed.expert(task, out=self.merged)
-        torch.clear_autocast_cache()
         try:
-            with torch.no_grad():
+            with self.packed.expert_source(task) as source, torch.no_grad():
+                if source is None:
+                    self.merge(self.packed.one_hot(task))
+                else:
+                    self.weights.read(source)
                 yield self.module
         finally:
             self.module.train(training)

@@ -211,30 +211,18 @@ class PackedWeights:
             self if on_host(self.base) else replace(self, base=self.base.in_memory(), task_vectors=self.task_vectors.in_memory())
         )
 
-    def expert(self, task: str, out: Tensor | None = None, start: int = 0) -> Tensor:
-        """The packed weights of expert ``task``, [N], or [n] from number ``start`` on where ``out`` [n] is given.
+    @contextmanager
+    def expert_source(self, task: str) -> Iterator[Source | None]:
+        """Where expert ``task``'s own tensors are read from where its task vector is quantised, which does not give them.
 
-        Of quantised task vectors they are not base + task vector: they are read from where the expert came from, one tensor
-        at a time, where that is known (`experts`); its folder must still be there. A range begins and ends with a layer.
+        None where base + task vector is the expert, and where it is not known what was packed. A folder must still be there.
         """
-        out = torch.empty_like(self.base) if out is None else out
-        stop = start + len(out)
-        if task not in self.experts:
-            blocks = slice(start // BLOCK, stop // BLOCK)
-            stored = self.task_vectors
-            part = stored[:, start:stop] if isinstance(stored, Tensor) else stored.narrow(start, len(out))
-            return weighted_sum(self.base[start:stop], part, self.one_hot(task), self.layout.block_layer[blocks], out=out)
-        out.zero_()
-        with _opened(self.experts[task], task) as source:
-            for name, shape, offset in zip(self.layout.names, self.layout.shapes, self.layout.offsets, strict=True):
-                if offset is not None and start <= offset < stop:
-                    tensor = source.read(name)
-                    if tensor.shape != shape:
-                        raise ValueError(
-                            f"{source.label}: '{name}' was {list(shape)} when packed and is {list(tensor.shape)} now"
-                        )
-                    out[offset - start : offset - start + shape.numel()].copy_(tensor.reshape(-1))
-        return out
+        expert = self.experts.get(task)
+        if isinstance(expert, Path):
+            with open_checkpoint(expert) as checkpoint:
+                yield CheckpointSource(checkpoint, f"expert '{task}'")
+        else:
+            yield expert
 
     def to(self, device: torch.device | str) -> PackedWeights:
         """The same with everything that is computed with on another device."""
@@ -289,15 +277,6 @@ class PackedWeights:
 
 def _pairs(experts) -> list[tuple]:
     return list(experts.items() if isinstance(experts, Mapping) else experts)
-
-
-@contextmanager
-def _opened(expert: Source | Path, task: str) -> Iterator[Source]:
-    if isinstance(expert, Source):
-        yield expert
-    else:
-        with open_checkpoint(expert) as checkpoint:
-            yield CheckpointSource(checkpoint, f"expert '{task}'")
 
 
 def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeights:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from samerge_ext.ops.coefficient_grad import coefficient_grad
 from samerge_ext.packing import PackedWeights
+from samerge_ext.sources import Source
 
 # layer -> where it stands in the module: (owner, its own name for the tensor); several where the tensor is tied.
 Places = dict[str, list[tuple[nn.Module, str]]]
@@ -26,6 +27,12 @@ class ResidentWeights:
     def merge(self, coefficients: Tensor) -> None:
         self.packed.merge(coefficients, out=self.merged)
         # Autocast keeps casts of the weights it has seen; they would outlive this merge.
+        torch.clear_autocast_cache()
+
+    def read(self, source: Source) -> None:
+        """In place of merged weights, those of one model."""
+        for name, view in self.packed.layout.views(self.merged).items():
+            view.copy_(source.read_shaped(name, view.shape))
         torch.clear_autocast_cache()
 
     def zero_gradients(self) -> None:

@@ -36,6 +36,12 @@ class Source:
     def read(self, name: str) -> Tensor:
         return self._read(self.aliases.get(name, name))
 
+    def read_shaped(self, name: str, shape: torch.Size) -> Tensor:
+        """As `read`; raises ValueError where the tensor has another shape than it had when it was packed."""
+        if (found := self.shape(name)) != shape:
+            raise ValueError(f"{self.label}: '{name}' was {list(shape)} when packed and is {list(found)} now")
+        return self.read(name)
+
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor is a buffer. Without its module: counters, masks and positions, or running statistics."""
         return self.dtype(name) in (torch.int64, torch.bool) or matches(name, FLOAT_BUFFERS)

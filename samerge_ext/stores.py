@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 Numbers = "Tensor | FileNumbers"
 
@@ -131,6 +128,13 @@ def parts(numbers: Numbers) -> dict[str, Tensor]:
     return {"numbers": numbers} if isinstance(numbers, Tensor) else numbers.tensors()
 
 
+def map_parts(function: Callable[[Tensor], Tensor], numbers: Numbers) -> Numbers:
+    """Numbers in memory, with what ``function`` makes of each tensor that holds them."""
+    if isinstance(numbers, Tensor):
+        return function(numbers)
+    return type(numbers)(**{name: function(part) for name, part in numbers.tensors().items()}, shared=numbers.shared)
+
+
 def narrow(numbers: Numbers, start: int, length: int) -> Numbers:
     """Numbers ``start`` … of [N] or [T, N], as views; multiples of 1,024. Quantised ones have a `narrow` of their own."""
     return numbers[..., start : start + length] if isinstance(numbers, Tensor) else numbers.narrow(start, length)
@@ -145,9 +149,9 @@ def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_me
     """Room for ``length`` of the numbers."""
     if not on_host(numbers):
         return numbers.empty(length, device, pin_memory)
-    some = parts(narrow(numbers, 0, length))
-    tensors = {name: torch.empty_like(part, device=device, memory_format=torch.contiguous_format) for name, part in some.items()}
-    return tensors["numbers"] if isinstance(numbers, Tensor) else type(numbers)(**tensors, shared=numbers.shared)
+    return map_parts(
+        lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pin_memory), narrow(numbers, 0, length)
+    )
 
 
 def copy_rows(source: Numbers, target: Numbers) -> None:

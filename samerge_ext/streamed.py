@@ -20,6 +20,7 @@ from samerge_ext.ops.coefficient_grad import coefficient_grad
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing import PackedWeights
 from samerge_ext.resident import Places, set_parameter
+from samerge_ext.sources import Source
 from samerge_ext.stores import Store, narrow
 from samerge_ext.units import Unit, find_units
 
@@ -49,6 +50,7 @@ class StreamedWeights:
         self.device, self.dtype = store.device, dtype or packed.base.dtype
         self._block_layer = packed.layout.block_layer.to(self.device)
         self._merges = 0
+        self._source: Source | None = None
         self._at = packed.coefficients(0.0).to(self.device).requires_grad_()  # [T, L]
         self._gradient = torch.zeros_like(self._at, requires_grad=False)  # [T, L]
         index = {name: layer for layer, name in enumerate(packed.layout.names)}
@@ -71,9 +73,15 @@ class StreamedWeights:
 
     def merge(self, coefficients: Tensor) -> None:
         """From now on units merge at ``coefficients`` [T, L]."""
+        self._source = None
         self._at = coefficients.detach().to(self.device, copy=True).requires_grad_()
         self._merges += 1
         self.store.begin_pass()
+
+    def read(self, source: Source) -> None:
+        """Until the next `merge`, units take their weights from one model."""
+        self._source = source
+        self._merges += 1
 
     def zero_gradients(self) -> None:
         self._gradient.zero_()
@@ -116,14 +124,20 @@ class StreamedWeights:
     def _merged(self, unit: Unit) -> dict[int, Tensor]:
         """The unit's layers at the λ of the last `merge`, as leaves of autograd whose gradient is contracted."""
         merged = torch.empty(unit.numel, dtype=self.dtype, device=self.device)
+        views = {}
+        for layer in unit.layers:
+            shape, place = self.packed.layout.shapes[layer], unit.places[layer]
+            views[layer] = merged[place : place + shape.numel()].view(shape)
         with torch.no_grad():
+            if self._source is not None:
+                for layer, view in views.items():
+                    view.copy_(self._source.read_shaped(self.packed.layout.names[layer], view.shape))
+                return views
             for start, length, place in unit.pieces:
                 base, task_vectors = self.store.fetch(start, length)
                 weighted_sum(base, task_vectors, self._at, self._blocks(start, length), out=merged[place : place + length])
         layers = {}
-        for layer in unit.layers:
-            shape, place = self.packed.layout.shapes[layer], unit.places[layer]
-            view = merged[place : place + shape.numel()].view(shape)
+        for layer, view in views.items():
             layers[layer] = _Contracted.apply(self._at, view, self, unit, layer)
             if layers[layer].grad_fn is not None:
                 # Otherwise autograd would keep the gradients of all of the unit's layers until the last one is there.

@@ -313,26 +313,23 @@ def test_teachers_are_the_experts_themselves(base, experts, form, tmp_path):
         sm.PackedWeights.from_state_dicts(base.state_dict(), states, task_vector_dtype=form),
         sm.PackedWeights.from_folders(tmp_path / "base", folders, task_vector_dtype=form),
     ):
-        model = sm.MergedModel(tiny.make(1, torch.float32), weights)
-        held = Calibration(batches, weights.tasks)
-        before = model.merged.clone()
-        found = teacher_logits(model, held, tiny.plain(heads), "fp32")
-        for task, expert in experts.items():
-            with torch.no_grad():
-                for batch, logits in zip(batches[task], found[task], strict=True):
-                    assert_close(logits, (expert(batch) @ heads[task]).double())
-        assert torch.equal(model.merged, before), "merged again"
-        offsets = [o for o in weights.layout.offsets if o is not None]
-        part = torch.empty(offsets[3] - offsets[1])
-        assert torch.equal(weights.expert("green", part, offsets[1]), weights.expert("green")[offsets[1] : offsets[3]])
+        for streamed in (False, True):
+            model = sm.MergedModel(tiny.make(1, torch.float32), weights, streamed=streamed)
+            before = model(batches["red"][0])
+            found = teacher_logits(model, Calibration(batches, weights.tasks), tiny.plain(heads), "fp32")
+            for task, expert in experts.items():
+                with torch.no_grad():
+                    for batch, logits in zip(batches[task], found[task], strict=True):
+                        assert_close(logits, (expert(batch) @ heads[task]).double())
+            assert torch.equal(model(batches["red"][0]), before), "merged again"
 
 
 def test_without_its_expert_a_teacher_is_what_is_stored(base, experts):
     packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype="int4")
     packed.experts = {}
-    assert_close(packed.expert("blue"), packed.merge(packed.one_hot("blue")).double())
-    some = packed.expert("blue", torch.empty(1024), 1024)
-    assert torch.equal(some, packed.expert("blue")[1024:2048])
+    model = sm.MergedModel(tiny.make(1, torch.float32), packed)
+    with model.teacher("blue"):
+        assert torch.equal(model.merged, packed.merge(packed.one_hot("blue")))
 
 
 def test_an_expert_that_is_no_longer_there_is_named(base, experts, tmp_path):
@@ -342,13 +339,14 @@ def test_an_expert_that_is_no_longer_there_is_named(base, experts, tmp_path):
         save_file(tensors, tmp_path / task / "model.safetensors")
     folders = {task: tmp_path / task for task in experts}
     packed = sm.PackedWeights.from_folders(tmp_path / "base", folders, task_vector_dtype="int8")
+    model = sm.MergedModel(tiny.make(1, torch.float32), packed)
     shape = {n: torch.zeros(2) for n in base.state_dict()}
     save_file(shape, tmp_path / "red/model.safetensors")
-    with pytest.raises(ValueError, match=r"expert 'red'.*'first.bias' was \[8\] when packed and is \[2\] now"):
-        packed.expert("red")
+    with pytest.raises(ValueError, match=r"expert 'red'.*'first.bias' was \[8\] when packed and is \[2\] now"), model.teacher("red"):
+        pass
     (tmp_path / "red/model.safetensors").unlink()
-    with pytest.raises(ValueError, match="red"):
-        packed.expert("red")
+    with pytest.raises(ValueError, match="red"), model.teacher("red"):
+        pass
 
 
 @pytest.mark.parametrize("method", ("samerging", "adamerging", "statsmerging"))
