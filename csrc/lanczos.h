@@ -4,8 +4,8 @@
 
 namespace samerge {
 
-// What follows the product in a step of block Lanczos: z = q A is split into what lies in the known vectors, the last of
-// which are q, and orthonormal vectors that leave them: z = inside known + leaving q'. These are known from then on.
+// What follows the product in a step of block Lanczos: z = q A is split into what lies in the known vectors, the last
+// of which are q, and orthonormal vectors that leave them: z = inside known + leaving q'. These are known from then on.
 struct Lanczos {
   void* basis;           // [B, capacity, stride] Real, zeros behind `side`; `known` vectors of each are there
   void* q;               // [B, width, side] Real: q' once more

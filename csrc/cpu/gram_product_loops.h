@@ -1,7 +1,7 @@
 // A chunk is taken panel by panel, and both products while the panel is in the cache. Of a tall matrix a panel is some
-// whole rows W_p: y = q W_p^T, then z += y W_p; of a wide one some columns: y = q W_p, then z += y W_p^T. Either way one
-// product sums along the rows of the panel (dot) and the other down its columns (accumulate), for eight vectors of q at
-// a time where there are as many, else for four. Numbers that need no widening are multiplied where they lie.
+// whole rows W_p: y = q W_p^T, then z += y W_p; of a wide one some columns: y = q W_p, then z += y W_p^T. Either way
+// one product sums along the rows of the panel (dot) and the other down its columns (accumulate), for eight vectors of
+// q at a time where there are as many, else for four. Numbers that need no widening are multiplied where they lie.
 #pragma once
 
 #include "../gram_product.h"
@@ -19,9 +19,9 @@ SAMERGE_INLINE int64_t padded(int64_t n) {
   return (n + kRealLanes<Real> - 1) / kRealLanes<Real> * kRealLanes<Real>;
 }
 
-// A vector of partial sums of four products, kColumns lanes to each: q is packed so that kColumns numbers of each of four
-// vectors are one vector, [kWidth, kColumns], which is multiplied with as many numbers of a row, repeated. So a product
-// along a row ends in few sums of lanes.
+// A vector of partial sums of four products, kColumns lanes to each: q is packed so that kColumns numbers of each of
+// four vectors are one vector, [kWidth, kColumns], which is multiplied with as many numbers of a row, repeated. So a
+// product along a row ends in few sums of lanes.
 template <class Real>
 struct Packed {
   static constexpr int kColumns = kRealLanes<Real> > kWidth ? kRealLanes<Real> / kWidth : 1;
@@ -33,7 +33,8 @@ struct Packed {
     packed += j * kColumns;
     for (int64_t c = 0; c < n / kColumns; ++c)
       for (int i = 0; i < kColumns; ++i) packed[c * kNumbers + i] = factor * vector[c * kColumns + i];
-    for (int64_t c = n / kColumns * kColumns; c < n; ++c) packed[c / kColumns * kNumbers + c % kColumns] = factor * vector[c];
+    for (int64_t c = n / kColumns * kColumns; c < n; ++c)
+      packed[c / kColumns * kNumbers + c % kColumns] = factor * vector[c];
   }
 };
 
@@ -56,8 +57,8 @@ SAMERGE_INLINE Packed<double>::Vector repeat(const double* x) {
 }
 
 // Part of a matrix, whole vectors a row, in a panel or where it lies; `ahead` numbers further lies the part that comes
-// next, which is fetched from memory meanwhile: its first half by dot and its second by accumulate, so that the memory is
-// always at work.
+// next, which is fetched from memory meanwhile: its first half by dot and its second by accumulate, so that the memory
+// is always at work.
 template <class Real>
 struct Rows {
   const Real* numbers;
@@ -87,7 +88,9 @@ SAMERGE_INLINE void dot_rows(Rows<Real> panel, int64_t columns, const Real* x, i
     Real* const target = out + g * out_group;
     for (int i = 0; i < kRows * kWidth; ++i) {
       const Real* some = lanes + i * kColumns;
-      target[i] += kColumns == 4 ? (some[0] + some[1]) + (some[2] + some[3]) : kColumns == 2 ? some[0] + some[1] : some[0];
+      target[i] += kColumns == 4   ? (some[0] + some[1]) + (some[2] + some[3])
+                   : kColumns == 2 ? some[0] + some[1]
+                                   : some[0];
     }
   }
 }

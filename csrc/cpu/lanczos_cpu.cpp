@@ -22,13 +22,13 @@ class Scratch {
 
 }  // namespace
 
-// Steps first ... last - 1 of `width` vectors; those of step s lie at s * width in the basis, and its results behind them.
-// Where there are matrices enough for all threads, a thread takes one after the other through all steps, in which a small
-// matrix stays in its cache; else the threads share every product. The numbers are the same.
+// Steps first ... last - 1 of `width` vectors; those of step s lie at s * width in the basis, and its results behind
+// them. Where there are matrices enough for all threads, a thread takes one after the other through all steps, in which
+// a small matrix stays in its cache; else the threads share every product. The numbers are the same.
 at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
                        const at::Tensor& scale,
-                       const at::Tensor& basis,      // [B, capacity, stride], float32 or float64
-                       const at::Tensor& projected,  // [B, size, size] float64
+                       const at::Tensor& basis,                       // [B, capacity, stride], float32 or float64
+                       const at::Tensor& projected,                   // [B, size, size] float64
                        int64_t width, int64_t first, int64_t last) {  // -> leaving [B, width, width] float64
   const int64_t batch = matrices.size(), side = std::min(matrices[0].size(0), matrices[0].size(1));
   TORCH_CHECK_VALUE(basis.dim() == 3 && basis.size(0) == batch && basis.size(1) >= (last + 1) * width &&

@@ -17,7 +17,8 @@ SAMERGE_INLINE Real inner(const Real* x, const Real* y, int64_t n) {
 // x [width, n] -= inside known, where inside = x known^T, [width / kWidth, count, kWidth], is returned negated; and the
 // sizes that x had.
 template <class Real>
-void leave(Rows<Real> known, int64_t count, int64_t n, Real* x, int64_t width, Real* packed, Real* inside, Real* sizes) {
+void leave(Rows<Real> known, int64_t count, int64_t n, Real* x, int64_t width, Real* packed, Real* inside,
+           Real* sizes) {
   for (int64_t j = 0; j < width; ++j) sizes[j] = __builtin_sqrt(inner(x + j * n, x + j * n, n));
   for (int64_t g = 0; g < width / kWidth; ++g) {
     Real *const some = x + g * kWidth * n, *const negated = inside + g * kWidth * count;
@@ -28,8 +29,8 @@ void leave(Rows<Real> known, int64_t count, int64_t n, Real* x, int64_t width, R
   }
 }
 
-// x [width, n] = factor [width, width] q, lower triangular; the orthonormal q takes its place. A vector of which no more
-// is left than rounding leaves of its size is taken to be nothing, and an arbitrary one becomes its q.
+// x [width, n] = factor [width, width] q, lower triangular; the orthonormal q takes its place. A vector of which no
+// more is left than rounding leaves of its size is taken to be nothing, and an arbitrary one becomes its q.
 template <class Real>
 void orthonormalise(Real* x, int64_t width, int64_t n, int64_t side, const Real* sizes, uint32_t seed, Real* factor) {
   constexpr Real kRounding = sizeof(Real) == 8 ? 0x1p-49 : 0x1p-20;
@@ -91,7 +92,8 @@ void orthogonalise_one(const Lanczos& a, int64_t i, const Leaving<Real>& room) {
     for (int64_t k = side; k < stride; ++k) room.z[j * stride + k] = 0;
   }
 
-  // Twice, and normalised between, so that the second time removes what rounding left even where next to nothing leaves.
+  // Twice, and normalised between, so that the second time removes what rounding left even where next to nothing
+  // leaves.
   Real* const basis = static_cast<Real*>(a.basis) + i * a.capacity * stride;
   leave<Real>({basis, stride, 0}, known, stride, room.z, width, room.packed, room.inside, room.sizes);
   orthonormalise(room.z, width, stride, side, room.sizes, uint32_t(known), room.factor);
@@ -128,7 +130,8 @@ int64_t orthogonalise_range(const Lanczos& a, int64_t first, int64_t last, void*
 
 // Matrices first ... last - 1; returns the bytes of scratch that any range needs.
 int64_t orthogonalise(const Lanczos& a, int64_t first, int64_t last, void* scratch) {
-  return a.wide ? orthogonalise_range<double>(a, first, last, scratch) : orthogonalise_range<float>(a, first, last, scratch);
+  return a.wide ? orthogonalise_range<double>(a, first, last, scratch)
+                : orthogonalise_range<float>(a, first, last, scratch);
 }
 
 }  // namespace samerge::SAMERGE_LEVEL
