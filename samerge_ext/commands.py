@@ -49,6 +49,9 @@ def merge(
     batch_size: Annotated[int | None, typer.Option(help="calibration texts per task and step")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a calibration text")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of what is written too")] = None,
+    task_vector_dtype: Annotated[
+        str | None, typer.Option(help="storage of the task vectors: float32 …, int8, int4 or int4-residual")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
@@ -69,6 +72,7 @@ def merge(
         "parameters": _pairs("--parameter", parameters, yaml.safe_load),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
+        "task_vector_dtype": task_vector_dtype,
     }
     try:
         recipe = load_recipe(config, {key: value for key, value in given.items() if value})
@@ -82,7 +86,7 @@ def merge(
 def demo(
     full: Annotated[bool, typer.Option("--full", help="all eight tasks and six layers")] = False,
     study: Annotated[
-        str, typer.Option(help="main, claims, tuning, ablation, features, unseen, robustness or heterogeneous")
+        str, typer.Option(help="main, claims, tuning, ablation, features, quantised, unseen, robustness or heterogeneous")
     ] = "main",
     seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,
     out: Annotated[Path, typer.Option(help="folder for the table, the plots and the merged model")] = Path("samerge-demo"),

@@ -25,6 +25,7 @@ LEARNED = {
     "adamerging": (adamerging, AdaMergingConfig),
     "statsmerging": (statsmerging, StatsMergingConfig),
 }
+TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual"]
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,6 +58,8 @@ class Recipe(_Strict):
     base_model, models, dtype: as in mergekit. dtype is that of the packed and of the written weights; by default the merge
         runs in float32 and the base's dtypes are written.
     parameters: for task_arithmetic `lambda`, for linear `normalize`, for learned methods their configuration's fields.
+    task_vector_dtype: how task vectors are stored while merging: the packed weights' dtype by default; int8, int4 and
+        int4-residual quantise them.
     tasks: names of the models, in their order; the folders' names by default.
     heads: patterns of tensors that belong to a task and are kept per task.
     calibration: for learned methods.
@@ -67,6 +70,7 @@ class Recipe(_Strict):
     models: list[ModelEntry]
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    task_vector_dtype: TASK_VECTOR_DTYPES | None = None
     tasks: list[str] | None = None
     heads: list[str] = Field(default_factory=list)
     calibration: CalibrationEntry | None = None
@@ -128,7 +132,13 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     require_target(out, overwrite=overwrite)
     dtype = DTYPES[recipe.dtype]
     experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.models, strict=True)]
-    packed = PackedWeights.from_folders(recipe.base_model, experts, dtype=dtype or torch.float32, heads=recipe.heads)
+    packed = PackedWeights.from_folders(
+        recipe.base_model,
+        experts,
+        dtype=dtype or torch.float32,
+        task_vector_dtype=DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype),
+        heads=recipe.heads,
+    )
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     state = out.with_name(f"{out.name}.state")

@@ -104,6 +104,16 @@ def test_dtype_is_what_is_written_and_loaded(write, tmp_path):
     assert {t.dtype for t in weights(tmp_path / "same").values() if t.is_floating_point()} == {torch.float32}
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "int4"])
+def test_task_vectors_are_stored_as_the_recipe_says(models, write, tmp_path, form):
+    result = run_recipe(load_recipe(write(**learned(models, task_vector_dtype=form)), {}), tmp_path / "out")
+    stored = result.packed.task_vectors
+    assert stored.bits == 4 if form == "int4" else stored.dtype == torch.bfloat16
+    assert result.packed.base.dtype == torch.float32 and len(result.history) == 4
+    options = CliRunner().invoke(app, ["merge", str(write()), str(tmp_path / "other"), "--task-vector-dtype", "int3"])
+    assert options.exit_code == 1 and "task_vector_dtype: Input should be 'float32'" in options.output
+
+
 @pytest.mark.parametrize("method", ["samerging", "adamerging", "statsmerging"])
 def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method):
     result = run_recipe(load_recipe(write(**learned(models, merge_method=method)), {}), tmp_path / "out")
