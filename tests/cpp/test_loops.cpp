@@ -78,6 +78,71 @@ void coefficient_grad_case(int64_t num_tasks, int64_t gap, DType grad_dtype, DTy
   });
 }
 
+// Codes of T task vectors, rows apart, in memory that ends where they end, and the numbers that they stand for.
+struct Codes {
+  const int64_t bytes_of_row, stride, scale_stride;
+  std::unique_ptr<uint8_t[]> bytes;
+  Numbers scales;
+  std::vector<double> numbers;  // [T, N]
+
+  Codes(DType dtype, int64_t num_tasks, int64_t n, int64_t gap)
+      : bytes_of_row(dtype == DType::i8 ? n : n / 2),
+        stride(bytes_of_row + gap),
+        scale_stride(n / kGroup + gap),
+        bytes(new uint8_t[(num_tasks - 1) * stride + bytes_of_row]),
+        scales(DType::bf16, (num_tasks - 1) * scale_stride + n / kGroup),
+        numbers(num_tasks * n) {
+    fill(scales, 0, scales.size);
+    uint32_t random = 1;
+    for (int64_t t = 0; t < num_tasks; ++t) {
+      uint8_t* row = bytes.get() + t * stride;
+      for (int64_t i = 0; i < bytes_of_row; ++i) row[i] = (random = random * 1664525u + 1013904223u) >> 24;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t group = i / kGroup, place = i % kGroup;
+        const int pair = row[group * (kGroup / 2) + place % (kGroup / 2)];
+        const int code = dtype == DType::i8 ? int8_t(row[i]) : (place < kGroup / 2 ? pair & 15 : pair >> 4) - 8;
+        numbers[t * n + i] = code * scales[t * scale_stride + group];
+      }
+    }
+  }
+};
+
+void codes_case(int64_t num_tasks, int64_t gap, DType dtype, DType task_dtype) {
+  const std::vector<int64_t> segment_begin = {0, 1, 3, 5};
+  const int64_t segments = segment_begin.size() - 1, blocks = segment_begin.back(), n = blocks * kBlock;
+  const std::vector<int32_t> layer = block_layers(blocks);
+  Codes codes(task_dtype, num_tasks, n, gap);
+  const auto* scales = static_cast<const uint16_t*>(codes.scales.data());
+  Numbers base(dtype, n), out(dtype, n), coefficients(computed_in(dtype), num_tasks * kLayers);
+  Numbers partials(DType::f64, segments * num_tasks);
+  fill(base, 0, n);
+  fill(coefficients, 0, coefficients.size);
+  std::vector<double> merged(n), contracted(partials.size);
+  for (int64_t i = 0; i < n; ++i) merged[i] = base[i];
+  for (int64_t t = 0; t < num_tasks; ++t)
+    for (int64_t i = 0; i < n; ++i) merged[i] += coefficients[t * kLayers + layer[i / kBlock]] * codes.numbers[t * n + i];
+  for (int64_t s = 0; s < segments; ++s)
+    for (int64_t t = 0; t < num_tasks; ++t)
+      for (int64_t i = segment_begin[s] * kBlock; i < segment_begin[s + 1] * kBlock; ++i)
+        contracted[s * num_tasks + t] += base[i] * codes.numbers[t * n + i];
+  const WeightedSum merge = {out.data(), base.data(), codes.bytes.get(), coefficients.data(), layer.data(),
+                             num_tasks,  kLayers,     codes.stride,      dtype,               dtype,
+                             task_dtype, scales,      codes.scale_stride};
+  const CoefficientGrad contract = {static_cast<double*>(partials.data()), base.data(), codes.bytes.get(),
+                                    segment_begin.data(), num_tasks, codes.stride, dtype, task_dtype,
+                                    scales, codes.scale_stride};
+  at_work = std::string("codes of ") + (task_dtype == DType::i8 ? "8" : "4") + " bits, base " + name_of(dtype) +
+            ", T = " + std::to_string(num_tasks);
+  on_every_level([&] {
+    out.poison();
+    partials.poison();
+    loops().weighted_sum(merge, 0, blocks, false);
+    CHECK(close(merged, dtype, [&](int64_t i) { return out[i]; }));
+    loops().coefficient_grad(contract, 0, segments);
+    CHECK(close(contracted, computed_in(dtype), [&](int64_t i) { return partials[i]; }));
+  });
+}
+
 constexpr DType kNarrow[] = {DType::f32, DType::bf16, DType::f16};
 
 }  // namespace
@@ -103,6 +168,12 @@ void test_coefficient_grad() {
   }
 }
 
+void test_codes() {
+  for (const int64_t num_tasks : {1, 2, 3, 8, 11})
+    for (const DType task : {DType::i8, DType::i4})
+      for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) codes_case(num_tasks, 5, dtype, task);
+}
+
 }  // namespace samerge
 
 int main() {
@@ -115,6 +186,7 @@ int main() {
     }
   test_weighted_sum();
   test_coefficient_grad();
+  test_codes();
   test_softmax_kl();
   test_moments();
   test_gram_product();
