@@ -122,7 +122,7 @@ def read_config(path: str | Path) -> dict:
     config = folder_of(path) / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{config} is missing; copy it from the model that the weights belong to")
-    return _read_json(config)
+    return read_json(config)
 
 
 def _find_weights(path: Path) -> Path:
@@ -145,8 +145,8 @@ def _find_weights(path: Path) -> Path:
 
 def _adapter(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is a PEFT adapter (adapter_config.json), not supported yet; load it with peft, "
-        "call merge_and_unload() and save the model that it returns"
+        f"{path} is a PEFT adapter (adapter_config.json), not a model: pass its folder as an expert of its base, or load it "
+        "with peft, call merge_and_unload() and save the model that it returns"
     )
 
 
@@ -158,7 +158,7 @@ def _reader(path: Path) -> type[SafetensorsFile] | type[TorchFile]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: tensor name -> shard, each of which exists in the index's folder."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map from tensors to files; download it or save the model again")
     for name, shard in weight_map.items():
@@ -168,7 +168,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises CheckpointError where there is none."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:

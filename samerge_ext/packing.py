@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.adapters import open_expert
 from samerge_ext.checkpoints import open_checkpoint
 from samerge_ext.file_packing import identity_of, open_packed, pack_into_file
 from samerge_ext.layout import BLOCK, Layout
@@ -107,7 +108,8 @@ class PackedWeights:
         heads: str | Sequence[str] = (),
         file: str | Path | None = None,
     ) -> PackedWeights:
-        """As `from_state_dicts`, from model folders (safetensors or .bin, sharded or not) read tensor by tensor.
+        """As `from_state_dicts`, from model folders (safetensors or .bin, sharded or not) read tensor by tensor. An expert may
+        be a LoRA adapter of the base, as PEFT saves it; its factors are multiplied one tensor at a time.
 
         Peak memory is the packed store plus one tensor of each model.
         file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
@@ -126,8 +128,7 @@ class PackedWeights:
         with ExitStack() as stack:
             base_source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
             sources = [
-                (task, CheckpointSource(stack.enter_context(open_checkpoint(path)), f"expert '{task}'"))
-                for task, path in _pairs(experts)
+                (task, stack.enter_context(open_expert(path, base_source, f"expert '{task}'"))) for task, path in _pairs(experts)
             ]
             if file is not None:
                 about = {"folder": str(base), "identity": identity}
@@ -219,8 +220,9 @@ class PackedWeights:
         """
         expert = self.experts.get(task)
         if isinstance(expert, Path):
-            with open_checkpoint(expert) as checkpoint:
-                yield CheckpointSource(checkpoint, f"expert '{task}'")
+            with open_checkpoint(self.folder) as base:
+                with open_expert(expert, CheckpointSource(base, "base"), f"expert '{task}'") as source:
+                    yield source
         else:
             yield expert
 

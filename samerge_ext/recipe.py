@@ -9,6 +9,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from samerge_ext.adapters import is_adapter
 from samerge_ext.checkpoints import require_space, require_target
 from samerge_ext.features import FEATURES_FILE
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
@@ -169,7 +170,7 @@ def _data_free(recipe: Recipe, packed: PackedWeights) -> Result:
 
 def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
     method, config_type = LEARNED[recipe.merge_method]
-    first = recipe.models[0].model
+    first = next((entry.model for entry in recipe.models if not is_adapter(entry.model)), recipe.base_model)
     module, logits = empty_model(first)
     options = recipe.calibration
     calibration = {
