@@ -100,6 +100,14 @@ def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, monkeypatch):
     assert "election, whose experts were not merged" in (out / "unseen-small.md").read_text()
 
 
+def test_quantised_rows_say_what_their_task_vectors_take(run):
+    found, _, _ = run(study="quantised")
+    sizes = {cell.method.split(", ")[1]: float(cell.method.split(", ")[2].removesuffix(" MiB")) for cell in found}
+    assert list(sizes) == ["fp32", "int8", "int4", "int4-residual"]
+    assert sizes["int4"] < sizes["int8"] < sizes["fp32"] / 3.9 and sizes["int4"] < sizes["int4-residual"]
+    assert {cell.method: cell for cell in run()[0]}["SAMerging"].accuracies == found[0].accuracies
+
+
 def test_models_are_merged_again_for_texts_with_errors(run, monkeypatch):
     monkeypatch.setattr(robustness, "LEVELS", (0.0, 0.3))
     main = {cell.method: cell for cell in run()[0]}

@@ -43,7 +43,8 @@ class Row:
     """One way of merging.
 
     label: as the table shows it. kind: a key of `KINDS`.
-    settings: of the method's configuration, and `texts` (per task) and `batch` of its calibration set.
+    settings: of the method's configuration, `texts` (per task) and `batch` of its calibration set, and the
+        `task_vector_dtype` that a learned row packs with.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Workbench:
 
     def __init__(self, protocol: Protocol, seed: int, cache: Path, progress: bool = True):
         self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
+        self._quantised: dict[str, sm.PackedWeights] = {}
 
     @property
     def full(self) -> bool:
@@ -87,6 +89,15 @@ class Workbench:
     @cached_property
     def packed(self) -> sm.PackedWeights:
         return sm.PackedWeights.from_folders(self.base, self.experts)
+
+    def packed_for(self, settings: dict) -> sm.PackedWeights:
+        """With the `task_vector_dtype` that a row's settings name; of those that quantise, the last is kept."""
+        form = settings.get("task_vector_dtype")
+        if form is None:
+            return self.packed
+        if form not in self._quantised:
+            self._quantised = {form: sm.PackedWeights.from_folders(self.base, self.experts, task_vector_dtype=form)}
+        return self._quantised[form]
 
     @cached_property
     def test(self) -> Evaluator:
@@ -140,7 +151,9 @@ def statsmerging(bench: Workbench, settings: dict) -> sm.Result:
 def _learned(method: Callable, config: type, bench: Workbench, settings: dict) -> sm.Result:
     settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
     calibration = bench.calibration(settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name]))
-    return method(bench.module(), bench.packed, calibration, bench.logits, config=config(**settings))
+    packed = bench.packed_for(settings)
+    settings.pop("task_vector_dtype", None)
+    return method(bench.module(), packed, calibration, bench.logits, config=config(**settings))
 
 
 # How each kind of row makes its merged model; a new method is one more entry.
@@ -169,7 +182,7 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
     elif row.kind == "experts":
         accuracies = {task: evaluator.accuracy(load_folder(folder), task) for task, folder in bench.experts.items()}
     else:
-        assert bench.packed.num_tasks  # made here, outside of what is measured
+        bench.packed_for(row.settings)  # made here, outside of what is measured
         with PeakMemory() as peak:
             started = perf_counter()
             result = KINDS[row.kind](bench, row.settings)

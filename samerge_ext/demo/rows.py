@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from samerge_ext.demo.cells import Row
+from samerge_ext.quantised import FORMATS
 
 # Chosen by `samerge demo --study tuning` on labelled training texts of the small variant, seed 0.
 TUNED = {
@@ -104,3 +105,9 @@ def features_rows(full: bool) -> list[Row]:
         "constant learning rate": {"learning_rate_decay": 1.0},
     }
     return [learned(label, "statsmerging", **settings) for label, settings in variations.items()]
+
+
+def quantised_rows(full: bool) -> list[Row]:
+    """How far fewer bits of the task vectors take the result from that of fp32."""
+    quantised = [learned(f"{OURS}, {form}", "samerging", task_vector_dtype=form) for form in FORMATS]
+    return [learned(f"{OURS}, fp32", "samerging"), *quantised]

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from samerge_ext.checkpoints import atomic_write
-from samerge_ext.demo.cells import Row, Workbench, as_cell, run_cell
+from samerge_ext.demo.cells import STEPS, Row, Workbench, as_cell, run_cell
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.heterogeneous import heterogeneous_study
 from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, write_card
 from samerge_ext.demo.robustness import robustness_study
-from samerge_ext.demo.rows import OURS, ablation_rows, claims_rows, features_rows, main_rows, tuning_rows
+from samerge_ext.demo.rows import (
+    OURS,
+    ablation_rows,
+    claims_rows,
+    features_rows,
+    main_rows,
+    quantised_rows,
+    tuning_rows,
+)
 from samerge_ext.demo.unseen import unseen_study
 from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.plots import plot_coefficients, plot_singular_values
@@ -48,12 +56,21 @@ def main_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
         yield "accuracy on test texts, %", as_cell(bench, row, run_cell(bench, row, save_to=save_to))
 
 
+def quantised_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
+    """SAMerging with task vectors in fewer bits; a row's name says what they take, and its seconds are those of all steps."""
+    for row in quantised_rows(bench.full):
+        cell = as_cell(bench, row, run_cell(bench, row))
+        label = f"{row.label}, {bench.packed_for(row.settings).task_vectors.nbytes / 2**20:.1f} MiB"
+        yield f"accuracy on test texts, %, and seconds of {STEPS} steps", replace(cell, method=label)
+
+
 STUDIES: dict[str, Study] = {
     "main": main_study,
     "claims": of_rows(claims_rows),
     "tuning": of_rows(tuning_rows, "tuning"),
     "ablation": of_rows(ablation_rows),
     "features": of_rows(features_rows),
+    "quantised": quantised_study,
     "unseen": unseen_study,
     "robustness": robustness_study,
     "heterogeneous": heterogeneous_study,
