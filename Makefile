@@ -13,11 +13,12 @@ VADER := vaderSentiment-3.3.2.tar.gz
 
 GPU_TESTS := $(patsubst %,tests/test_%.py,weighted_sum coefficient_grad quantised softmax_kl gram_product lanczos svd_topk layer_stats gpu)
 
-.PHONY: help setup data demo test bench bench-quick sanitize gpu-build test-gpu bench-gpu clean
+.PHONY: help setup data demo test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make test    run the tests"
+	@echo "make soak    random memory budgets and kills, for hours"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
@@ -49,6 +50,10 @@ demo: $(DATA)/$(VADER)
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
 	$(BIN)/python -m pytest
+
+# Two hundred random plans and a hundred kills of learned merges.
+soak: $(VENV)/test-ready
+	$(BIN)/python tests/soak.py
 
 SANITIZED := build/sanitized
 SANITIZED_OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/level*.cpp tests/cpp/*.cpp))

@@ -1,4 +1,4 @@
-"""The subcommands of `samerge`: merge, demo, stats, info."""
+"""The subcommands of `samerge`: merge, plan, demo, stats, info."""
 
 from __future__ import annotations
 
@@ -80,6 +80,30 @@ def merge(
     except MISTAKES as error:
         _fail(error)
     console.print(f"{result.method}: {result.packed.num_tasks} experts merged in {result.seconds:.1f} s, written to {out}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of a learned merge", exists=True, dir_okay=False)],
+    memory_budget: Annotated[str | None, typer.Option(help="the most memory to take, such as 16GB")] = None,
+) -> None:
+    """What a learned merge would take, by each way to hold the merged model, from the headers of its folders alone."""
+    from samerge_ext.plan import show
+    from samerge_ext.recipe import load_recipe, plan_recipe
+
+    try:
+        recipe = load_recipe(config, {})
+        found = plan_recipe(recipe)
+        budget = memory_budget or recipe.method_settings().memory_budget
+        chosen = found.choose(budget) if budget else None
+    except MISTAKES as error:
+        _fail(error)
+    for way in found.ways:
+        moved = f", {show(way.moved)} read per step" if way.moved else ""
+        beside = "" if found.device.type == "cpu" else f" of the GPU, {show(way.host_bytes)} of the host"
+        typer.echo(f"{'*' if way == chosen else ' '} {way.name}: {show(way.device_bytes)}{beside}{moved}")
+    if chosen:
+        typer.echo(f"* the fastest within {budget}")
 
 
 @app.command()

@@ -94,6 +94,27 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
         raise
 
 
+def described(kind: type[PackedWeights], base, experts, dtype, task_vector_dtype, heads, device) -> PackedWeights:
+    """What packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
+
+    Every layer counts as changed. Values are read of heads and buffers alone.
+    """
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    layers = [name for name in base.names if not (base.is_buffer(name) or matches(name, heads))]
+    layout = Layout.build(layers, [base.shape(n) for n in layers], [base.dtype(n) for n in layers], [True] * len(layers), device)
+    buffers = {n: base.read(n) for n in base.names if base.is_buffer(n) and not matches(n, heads)}
+    return kind(
+        layout=layout,
+        tasks=tuple(task for task, _ in experts),
+        base=torch.empty(layout.numel, dtype=dtype, device="meta"),
+        task_vectors=torch.empty(len(experts), layout.numel, dtype=task_vector_dtype or dtype, device="meta"),
+        aliases={alias: name for alias, name in base.aliases.items() if name in set(layers)},
+        buffers=buffers,
+        expert_buffers={task: {n: b for n, b in buffers.items() if b.is_floating_point()} for task, _ in experts},
+        heads={task: {n: expert.read(n) for n in expert.names if matches(n, heads)} for task, expert in experts},
+    )
+
+
 def identity_of(folders: Sequence[Path], **settings) -> dict:
     """What a packed file was made from: every weight file's size and time of change."""
     found = {}

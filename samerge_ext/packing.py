@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samerge_ext.adapters import open_expert
 from samerge_ext.checkpoints import open_checkpoint
-from samerge_ext.file_packing import identity_of, open_packed, pack_into_file
+from samerge_ext.file_packing import described, identity_of, open_packed, pack_into_file
 from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
@@ -139,6 +139,26 @@ class PackedWeights:
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed
+
+    @classmethod
+    def describe(
+        cls,
+        base: str | Path,
+        experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        task_vector_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        heads: str | Sequence[str] = (),
+    ) -> PackedWeights:
+        """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
+        with ExitStack() as stack:
+            base_source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
+            sources = [
+                (task, CheckpointSource(stack.enter_context(open_checkpoint(path)), f"expert '{task}'"))
+                for task, path in _pairs(experts)
+            ]
+            return described(cls, base_source, sources, dtype, task_vector_dtype, heads, device)
 
     @classmethod
     def open(

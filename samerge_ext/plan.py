@@ -120,7 +120,7 @@ def plan(
 
     packed: on any device, or in a file. batches: task -> its calibration batches. teachers: their logits are kept.
     """
-    device = torch.device(device or packed.base.device)
+    device = torch.device(device or packed.layout.block_layer.device)
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
     options = {"device": device, "tasks_per_batch": config.tasks_per_batch, "precision": config.precision}
     resident, streamed = (dry_run(module, packed, largest, logits, streamed=s, **options) for s in (False, True))
@@ -128,7 +128,8 @@ def plan(
     for task, held in batches.items() if teachers else ():
         kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
     passes = 2 if config.sam == "paper" else 1
-    available = {"device", "host", *(() if on_host(packed.base) else ("file",))}
+    # What is only described can be packed either way.
+    available = {"device", "host", *(("file",) if not on_host(packed.base) or packed.base.is_meta else ())}
     return Plan(tuple(_ways(module, packed, device, resident, streamed, kept, passes)), device, frozenset(available))
 
 

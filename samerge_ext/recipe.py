@@ -17,7 +17,9 @@ from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
 from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
 from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
+from samerge_ext.models.on_meta import parameters_on_meta
 from samerge_ext.packing import PackedWeights
+from samerge_ext.plan import PLAN_FILE, Plan, plan
 from samerge_ext.result import Result
 from samerge_ext.run_state import STATE_FILE
 
@@ -27,6 +29,7 @@ LEARNED = {
     "statsmerging": (statsmerging, StatsMergingConfig),
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual"]
+PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks for it
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -124,6 +127,18 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         raise ValueError("\n".join([f"{path} is no recipe that can be merged:", *faults])) from error
 
 
+def plan_recipe(recipe: Recipe) -> Plan:
+    """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
+    if recipe.merge_method not in LEARNED:
+        raise ValueError(f"{recipe.merge_method} learns nothing; plans are for {', '.join(LEARNED)}")
+    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.models, strict=True)]
+    packed = PackedWeights.describe(recipe.base_model, experts, dtype=DTYPES[recipe.dtype] or torch.float32, heads=recipe.heads)
+    module, logits, calibration = _model_and_calibration(recipe)
+    settings = recipe.method_settings()
+    teachers = recipe.merge_method != "adamerging"
+    return plan(module, packed, calibration, logits, settings, teachers=teachers, device=settings.device)
+
+
 def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
 
@@ -133,19 +148,22 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     require_target(out, overwrite=overwrite)
     dtype = DTYPES[recipe.dtype]
     experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.models, strict=True)]
+    state = out.with_name(f"{out.name}.state")
+    budget = recipe.method_settings().memory_budget if recipe.merge_method in LEARNED else None
+    in_file = (state / PACKED_FILE).exists() or (budget is not None and plan_recipe(recipe).choose(budget).store == "file")
     packed = PackedWeights.from_folders(
         recipe.base_model,
         experts,
         dtype=dtype or torch.float32,
         task_vector_dtype=DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype),
         heads=recipe.heads,
+        file=state / PACKED_FILE if in_file else None,
     )
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    state = out.with_name(f"{out.name}.state")
     result = _learned(recipe, packed, state) if recipe.merge_method in LEARNED else _data_free(recipe, packed)
     result.save_pretrained(out, dtype=dtype, overwrite=overwrite)
-    for name in (STATE_FILE, FEATURES_FILE):  # features of StatsMerging; the written folder has them too
+    for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         (state / name).unlink(missing_ok=True)
     if state.exists() and not any(state.iterdir()):
         state.rmdir()
@@ -170,11 +188,18 @@ def _data_free(recipe: Recipe, packed: PackedWeights) -> Result:
 
 def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
     method, config_type = LEARNED[recipe.merge_method]
+    module, logits, calibration = _model_and_calibration(recipe)
+    return method(module, packed, calibration, logits, config=config_type(**{"checkpoint_dir": state, **recipe.parameters}))
+
+
+def _model_and_calibration(recipe: Recipe) -> tuple:
+    """The model without memory for its weights, its logits function, and the batches of every task."""
     first = next((entry.model for entry in recipe.models if not is_adapter(entry.model)), recipe.base_model)
-    module, logits = empty_model(first)
+    with parameters_on_meta():
+        module, logits = empty_model(first)
     options = recipe.calibration
     calibration = {
         task: text_batches(read_texts(path, options.texts), first, options.batch_size, options.max_length)
         for task, path in options.files.items()
     }
-    return method(module, packed, calibration, logits, config=config_type(**{"checkpoint_dir": state, **recipe.parameters}))
+    return module, logits, calibration

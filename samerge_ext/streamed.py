@@ -34,7 +34,8 @@ class StreamedWeights:
     units: patterns of modules to be units; others are found (`units.find_units`).
 
     A layer that is read where no unit has it merged (a tied embedding in functional.linear, a parameter of a module that has
-    blocks of its own) is merged at that moment, and lives until its backward.
+    blocks of its own) is merged at that moment, and lives until its backward. A unit must give the same result when it runs
+    again: a model that keeps state between calls (a cache of keys and values) is called without it.
     """
 
     def __init__(

@@ -9,10 +9,13 @@ import pytest
 import test_streamed as streaming
 import torch
 from test_stores import packed  # noqa: F401, a fixture
+from typer.testing import CliRunner
 
 import samerge_ext as sm
+from samerge_ext.commands import app
 from samerge_ext.dry_run import dry_run
 from samerge_ext.plan import MemoryBudgetError, Plan, Way, parse_bytes, plan
+from samerge_ext.recipe import load_recipe, run_recipe
 
 CONFIG = sm.SAMergingConfig(progress=False, steps=3)
 CPU = torch.device("cpu")
@@ -138,3 +141,70 @@ def test_a_process_stays_within_its_plan(tmp_path):
         assert row["measured_bytes"] <= row["memory_budget"]
         difference = torch.tensor(row["coefficients"]) - torch.tensor(rows[0]["coefficients"])
         assert difference.norm() <= 1e-5 * torch.tensor(rows[0]["coefficients"]).norm()
+
+
+@pytest.fixture(scope="module")
+def llama_folders(tmp_path_factory):
+    """A tiny causal language model, two experts and calibration texts, as `samerge plan` and `samerge merge` take them."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("llama")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "one", "two", "three", "four"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 6}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    for name in ("base", "red", "green"):
+        if name != "base":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.02 * torch.randn_like(parameter)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "texts.txt").write_text("one two three\nfour two\ntwo three three four\n")
+    recipe = {
+        "merge_method": "samerging",
+        "base_model": str(root / "base"),
+        "models": [{"model": str(root / "red")}, {"model": str(root / "green")}],
+        "calibration": {"files": {task: str(root / "texts.txt") for task in ("red", "green")}, "batch_size": 2},
+        "parameters": {"steps": 2, "progress": False},
+    }
+    (root / "merge.yaml").write_text(json.dumps(recipe))
+    return root
+
+
+def test_the_command_plans_from_headers_and_merges_within_the_budget(llama_folders, tmp_path):
+    run = CliRunner().invoke(app, ["plan", str(llama_folders / "merge.yaml")])
+    assert run.exit_code == 0, run.output
+    lines = run.output.splitlines()
+    assert lines[0].startswith("  resident: ") and "streamed from a packed file" in lines[2] and "read per step" in lines[2]
+    refused = CliRunner().invoke(app, ["plan", str(llama_folders / "merge.yaml"), "--memory-budget", "1MB"])
+    assert refused.exit_code == 1 and "memory_budget=1 MB is not enough" in refused.output
+    options = ["--parameter", "memory_budget=100GB"]
+    merged = CliRunner().invoke(app, ["merge", str(llama_folders / "merge.yaml"), str(tmp_path / "out"), *options])
+    assert merged.exit_code == 0, merged.output
+    assert not (tmp_path / "out.state").exists()
+    refused = CliRunner().invoke(
+        app, ["merge", str(llama_folders / "merge.yaml"), str(tmp_path / "no"), "--parameter", "memory_budget=1MB"]
+    )
+    assert refused.exit_code == 1 and not (tmp_path / "no.state").exists(), "refused before any work"
+
+
+def test_a_merge_from_a_packed_file_writes_the_same_model(llama_folders, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    written = []
+    for budget, keep in (("1TB", None), ("1TB", "file")):
+        if keep:  # a model this small fits every budget that it can be planned for
+            monkeypatch.setattr(Plan, "choose", lambda self, _: next(way for way in self.ways if way.store == "file"))
+        out = tmp_path / str(keep)
+        recipe = load_recipe(llama_folders / "merge.yaml", {"parameters": {"memory_budget": budget}})
+        result = run_recipe(recipe, out)
+        assert (result.merged is None) == bool(keep)
+        written.append(load_file(out / "model.safetensors"))
+    assert written[0].keys() == written[1].keys()
+    for name, tensor in written[0].items():
+        torch.testing.assert_close(written[1][name], tensor, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,8 @@ def sequence_classification(module: nn.Module, batch: Batch, task: str) -> Tenso
 
 def causal_lm(module: nn.Module, batch: Batch, task: str) -> Tensor:
     """Next-token logits [tokens, vocabulary] of a …ForCausalLM model, at the positions that are not padding."""
-    return module(**batch).logits[batch["attention_mask"].bool()]
+    # A cache of keys and values is of no use here, and what is streamed runs again in the backward: it would be filled twice.
+    return module(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
 
 
 ADAPTERS = {"ForSequenceClassification": sequence_classification, "ForCausalLM": causal_lm}
