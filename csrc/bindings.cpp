@@ -29,6 +29,9 @@ at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vecto
                        const at::Tensor& scale, const at::Tensor& basis, const at::Tensor& projected, int64_t width,
                        int64_t first, int64_t last);
 
+at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights, double scale,
+                           bool normalize);
+
 at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 
 #ifdef SAMERGE_CUDA
@@ -62,6 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("gram_product_cpu", samerge::gram_product_cpu, without_gil());
   module.def("lanczos_cpu", samerge::lanczos_cpu, without_gil());
   module.def("moments_cpu", samerge::moments_cpu, without_gil());
+  module.def("elected_sum_cpu", samerge::elected_sum_cpu, without_gil());
 #ifdef SAMERGE_CUDA
   module.def("weighted_sum_cuda", samerge::weighted_sum_cuda, without_gil());
   module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../coefficient_grad.h"
+#include "../elected_sum.h"
 #include "../gram_product.h"
 #include "../lanczos.h"
 #include "../moments.h"
@@ -21,6 +22,7 @@ struct Loops {
   // Returns the bytes of scratch, at a multiple of 64, that a range needs; an empty range may pass none.
   int64_t (*gram_product)(const GramProduct&, int64_t first_chunk, int64_t last_chunk, void* scratch);
   int64_t (*orthogonalise)(const Lanczos&, int64_t first_matrix, int64_t last_matrix, void* scratch);  // likewise
+  void (*elected_sum)(const ElectedSum&, int64_t first_block, int64_t last_block);
 };
 
 constexpr int64_t kSoftmaxKlChunk = 1024;
