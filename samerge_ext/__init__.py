@@ -40,6 +40,10 @@ _LAZY = {  # public name -> module that defines it
     "apply_learner": "methods.statsmerging",
     "task_arithmetic": "methods.arithmetic",
     "average": "methods.arithmetic",
+    "ties": "methods.ties",
+    "trimmed": "methods.ties",
+    "dare": "methods.dare",
+    "align_norms": "methods.distac",
 }
 _LAZY_MODULES = ("models",)
 

@@ -26,7 +26,7 @@ STREAMED_SHARD = "256MB"  # a shard is held in memory until it is written
 class Result:
     """A merged model.
 
-    packed: what was merged. coefficients: [T, L].
+    packed: what was merged. coefficients: [T, L], None for methods that have none.
     merged: [N], the packed layers; None where the model was streamed, whose layers are merged one by one as they are saved.
     method, config, seconds: how it was made. module: the merged module, where one was given.
     history: per step of a learned method the loss, each task's loss and the gradient norm.
@@ -34,7 +34,8 @@ class Result:
     """
 
     packed: PackedWeights
-    coefficients: Tensor
+    packed: PackedWeights
+    coefficients: Tensor | None
     merged: Tensor | None
     method: str
     config: Any = None
@@ -50,6 +51,17 @@ class Result:
         model.unbind_gradients()
         coefficients = model.coefficients.detach().clone()
         return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module)
+
+    @classmethod
+    def of_weights(cls, packed: PackedWeights, merged: Tensor, method: str, module: nn.Module | None, seconds: float) -> Result:
+        """Merged weights [N] that no coefficients make; ``module``, where given, takes them on."""
+        if module is not None:
+            model = MergedModel(module, packed, 0.0)
+            model.merged.copy_(merged)
+            torch.clear_autocast_cache()
+            model.unbind_gradients()
+            merged, module = model.merged, model.module
+        return cls(packed, None, merged, method, seconds=seconds, module=module)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``packed.heads``."""
@@ -106,10 +118,7 @@ class Result:
             "steps": len(self.history),
             "seconds": round(self.seconds, 3),
             "versions": {"samerge_ext": __version__, "torch": torch.__version__},
-            "coefficients": {
-                task: dict(zip(names, row.tolist(), strict=True))
-                for task, row in zip(self.packed.tasks, self.coefficients, strict=True)
-            },
+            "coefficients": {task: dict(zip(names, row.tolist(), strict=True)) for task, row in self._rows()},
         }
 
     def _configuration(self, companions: str | Path | None) -> dict | None:
@@ -119,11 +128,13 @@ class Result:
         config = getattr(self.module, "config", None)
         return json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
 
+    def _rows(self) -> list[tuple[str, Tensor]]:
+        """Every task's coefficients [L]; none where the method has none."""
+        return [] if self.coefficients is None else list(zip(self.packed.tasks, self.coefficients, strict=True))
+
     def _card(self) -> str:
-        rows = [
-            f"| {task} | {row.mean():.3f} | {row.min():.3f} | {row.max():.3f} |"
-            for task, row in zip(self.packed.tasks, self.coefficients, strict=True)
-        ]
+        rows = [f"| {task} | {row.mean():.3f} | {row.min():.3f} | {row.max():.3f} |" for task, row in self._rows()]
+        table = ["| task | mean λ | min λ | max λ |", "|---|---|---|---|", *rows, ""] if rows else []
         lines = [
             "---",
             "tags: [merge, samerge_ext]",
@@ -133,10 +144,7 @@ class Result:
             "",
             f"{self.packed.num_tasks} experts merged by `{self.method}` ({len(self.history)} steps).",
             "",
-            "| task | mean λ | min λ | max λ |",
-            "|---|---|---|---|",
-            *rows,
-            "",
+            *table,
             "`coefficients.json` holds every coefficient and the settings.",
             "",
         ]
