@@ -96,14 +96,24 @@ class SafetensorsFile:
         """The tensor in new CPU memory, in its stored type and shape."""
         entry = self._entries[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")  # [nbytes]
-        view = memoryview(buffer.numpy())
+        self._fill(memoryview(buffer.numpy()), name, entry.begin)
+        return buffer.view(entry.dtype).reshape(entry.shape)
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
+        entry = self._entries[name]
+        self._fill(memoryview(out.view(torch.uint8).numpy()), name, entry.begin + start * entry.dtype.itemsize)
+
+    def _fill(self, view: memoryview, name: str, begin: int) -> None:
         done = 0
-        while done < entry.nbytes:  # the kernel reads at most 2 GiB at once
-            count = os.preadv(self._file.fileno(), [view[done:]], entry.begin + done)
+        while done < len(view):  # the kernel reads at most 2 GiB at once
+            try:
+                count = os.preadv(self._file.fileno(), [view[done:]], begin + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: '{name}' cannot be read ({error}); restore the file") from error
             if count == 0:
                 raise CheckpointError(f"{self.path} was cut off while '{name}' was being read; restore the file")
             done += count
-        return buffer.view(entry.dtype).reshape(entry.shape)
 
     def close(self) -> None:
         self._file.close()
@@ -212,13 +222,22 @@ class TorchFile:
     def read(self, name: str) -> Tensor:
         """The tensor in new, contiguous CPU memory, in its stored type and shape."""
         tensor = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
-        self._touched += tensor.nbytes
+        self._forget(tensor.nbytes)
+        return tensor
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type."""
+        out.copy_(self._tensors[name].detach().reshape(-1)[start : start + out.numel()])
+        self._forget(out.nbytes)
+
+    def _forget(self, nbytes: int) -> None:
+        """Maps the file again once enough of it was touched."""
+        self._touched += nbytes
         if self._mappable and self._touched > MAX_MAPPED_BYTES:
             if _identity(self.path) != self._identity:
                 raise CheckpointError(f"{self.path} changed while it was being read; read it again")
             self._tensors = self._load()
             self._touched = 0
-        return tensor
 
     def close(self) -> None:
         self._tensors = {}

@@ -113,21 +113,21 @@ def save_checkpoint(
             writer.add(name, tensor)
         writer.finish()
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        _replace(temporary, target)
+            sync(path)
+        replace_folder(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _out_of_space(error):
-            raise _no_space(target, writer.total_bytes + extra_bytes) from error
+        if out_of_space(error):
+            raise no_space(target, writer.total_bytes + extra_bytes) from error
         raise
-    _sync(target.parent)
+    sync(target.parent)
     return Path(out_folder)
 
 
 def require_space(path: str | Path, num_bytes: int) -> None:
     """Raises CheckpointError unless `num_bytes` are free where `path` is or will be. For use before long work."""
     if _free_bytes(Path(path)) < num_bytes:
-        raise _no_space(Path(path), num_bytes)
+        raise no_space(Path(path), num_bytes)
 
 
 def require_target(path: str | Path, *, overwrite: bool = False) -> None:
@@ -161,10 +161,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if _out_of_space(error):
-            raise _no_space(path) from error
+        if out_of_space(error):
+            raise no_space(path) from error
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 class _ShardWriter:
@@ -232,7 +232,7 @@ def _check_storable(target: Path, name: str, tensor: Tensor) -> None:
         )
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def replace_folder(temporary: Path, target: Path) -> None:
     """Renames a folder to one that may exist; a full one steps aside first, as rename replaces only empty folders."""
     if not target.exists() or not any(target.iterdir()):
         os.rename(temporary, target)
@@ -251,7 +251,7 @@ def _sibling(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file or folder is on the disk, so that after a power cut a new name never stands for old bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -268,7 +268,7 @@ def _parse_size(size: int | str) -> int:
     return num_bytes
 
 
-def _out_of_space(error: BaseException | None) -> bool:
+def out_of_space(error: BaseException | None) -> bool:
     """Whether a full disk caused it: safetensors says so in its message, torch.save in an earlier exception."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -280,7 +280,8 @@ def _out_of_space(error: BaseException | None) -> bool:
     return False
 
 
-def _no_space(path: Path, num_bytes: int | None = None) -> CheckpointError:
+def no_space(path: Path, num_bytes: int | None = None) -> CheckpointError:
+    """The error of a disk that is or would be full."""
     needed = "" if num_bytes is None else f"{num_bytes} bytes are needed, "
     free = f"{_free_bytes(path)} bytes are free"
     return CheckpointError(f"no space to write {path}: {needed}{free}; make room or choose another place")

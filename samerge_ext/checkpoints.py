@@ -69,6 +69,15 @@ class Checkpoint:
         """The tensor in new, contiguous CPU memory, in its stored type and shape."""
         return self._find(name).read(name)
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its stored type, contiguous and on the CPU."""
+        self._find(name).read_into(name, start, out)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, each once."""
+        return tuple(file.path for file in self._files)
+
     def close(self) -> None:
         for file in self._files:
             file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def merge(
     config: Annotated[Path, typer.Argument(help="YAML file with mergekit's keys", exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Argument(help="folder to write")],
     merge_method: Annotated[
-        str | None, typer.Option(help="linear, task_arithmetic, samerging, adamerging or statsmerging")
+        str | None, typer.Option(help="linear, task_arithmetic, ties, dare_linear, dare_ties, samerging, adamerging or statsmerging")
     ] = None,
     base_model: Annotated[Path | None, typer.Option(help="folder of the pretrained model")] = None,
     models: Annotated[list[Path] | None, typer.Option("--model", help="folder of an expert; once for each")] = None,
@@ -52,6 +53,7 @@ def merge(
     task_vector_dtype: Annotated[
         str | None, typer.Option(help="storage of the task vectors: float32 …, int8, int4 or int4-residual")
     ] = None,
+    out_dtype: Annotated[str | None, typer.Option(help="of what is written, where that differs")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
@@ -73,13 +75,16 @@ def merge(
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
         "task_vector_dtype": task_vector_dtype,
+        "out_dtype": out_dtype,
     }
     try:
+        started = time.perf_counter()
         recipe = load_recipe(config, {key: value for key, value in given.items() if value})
-        result = run_recipe(recipe, out, overwrite=overwrite)
+        run_recipe(recipe, out, overwrite=overwrite)
     except MISTAKES as error:
         _fail(error)
-    console.print(f"{result.method}: {result.packed.num_tasks} experts merged in {result.seconds:.1f} s, written to {out}")
+    seconds = time.perf_counter() - started
+    console.print(f"{recipe.merge_method}: {len(recipe.tasks)} experts merged in {seconds:.1f} s, written to {out}")
 
 
 @app.command()

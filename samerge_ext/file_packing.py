@@ -12,6 +12,7 @@ import torch
 from samerge_ext.checkpoint_files import SAFETENSORS_DTYPES
 from samerge_ext.layout import Layout
 from samerge_ext.packed_file import CODES, PackedFile, PackedFileWriter, file_numbers
+from samerge_ext.quantised import empty_task_vectors
 from samerge_ext.sources import matches
 from samerge_ext.validation import check_sources
 
@@ -107,7 +108,7 @@ def described(kind: type[PackedWeights], base, experts, dtype, task_vector_dtype
         layout=layout,
         tasks=tuple(task for task, _ in experts),
         base=torch.empty(layout.numel, dtype=dtype, device="meta"),
-        task_vectors=torch.empty(len(experts), layout.numel, dtype=task_vector_dtype or dtype, device="meta"),
+        task_vectors=empty_task_vectors(len(experts), layout.numel, task_vector_dtype or dtype, "meta"),
         aliases={alias: name for alias, name in base.aliases.items() if name in set(layers)},
         buffers=buffers,
         expert_buffers={task: {n: b for n, b in buffers.items() if b.is_floating_point()} for task, _ in experts},

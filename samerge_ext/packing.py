@@ -15,7 +15,7 @@ from samerge_ext.checkpoints import open_checkpoint
 from samerge_ext.file_packing import described, identity_of, open_packed, pack_into_file
 from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.ops.weighted_sum import weighted_sum
-from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.quantised import check_form, empty_task_vectors
 from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource, matches
 from samerge_ext.stores import StagedStore, Store, on_host, parts, pin
 from samerge_ext.validation import check_sources
@@ -117,6 +117,8 @@ class PackedWeights:
             and checked.
         """
         if file is not None:
+            if isinstance(task_vector_dtype, str):
+                raise ValueError(f"task_vector_dtype={task_vector_dtype!r}: a packed file holds torch.dtypes only; leave out file=")
             settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads}
             identity = identity_of(
                 [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
@@ -125,11 +127,7 @@ class PackedWeights:
                 packed = cls.open(file, device=device, made_from=identity)
                 if packed is not None:
                     return packed
-        with ExitStack() as stack:
-            base_source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
-            sources = [
-                (task, stack.enter_context(open_expert(path, base_source, f"expert '{task}'"))) for task, path in _pairs(experts)
-            ]
+        with _sources(base, experts) as (base_source, sources):
             if file is not None:
                 about = {"folder": str(base), "identity": identity}
                 pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
@@ -147,17 +145,12 @@ class PackedWeights:
         experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
         *,
         dtype: torch.dtype = torch.float32,
-        task_vector_dtype: torch.dtype | None = None,
+        task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
-        with ExitStack() as stack:
-            base_source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
-            sources = [
-                (task, CheckpointSource(stack.enter_context(open_checkpoint(path)), f"expert '{task}'"))
-                for task, path in _pairs(experts)
-            ]
+        with _sources(base, experts) as (base_source, sources):
             return described(cls, base_source, sources, dtype, task_vector_dtype, heads, device)
 
     @classmethod
@@ -301,12 +294,19 @@ def _pairs(experts) -> list[tuple]:
     return list(experts.items() if isinstance(experts, Mapping) else experts)
 
 
+@contextmanager
+def _sources(base: str | Path, experts) -> Iterator[tuple[Source, list[tuple[str, Source]]]]:
+    """Model folders, or LoRA adapters of the base, opened for reading."""
+    with ExitStack() as stack:
+        source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
+        yield source, [(task, stack.enter_context(open_expert(path, source, f"expert '{task}'"))) for task, path in _pairs(experts)]
+
+
 def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeights:
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     task_vector_dtype = task_vector_dtype or dtype
     quantised = isinstance(task_vector_dtype, str)
-    if quantised and task_vector_dtype not in FORMATS:
-        raise ValueError(f"task_vector_dtype={task_vector_dtype!r}; choose a torch.dtype or one of {', '.join(FORMATS)}")
+    check_form(task_vector_dtype)
     changed = check_sources(base, experts, heads, dtype, dtype if quantised else task_vector_dtype)
 
     layers = [name for name in base.names if not (base.is_buffer(name) or matches(name, heads))]
@@ -317,15 +317,11 @@ def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeigh
         [n in changed for n in layers],
         device,
     )
-    if quantised:
-        task_vectors = QuantisedTaskVectors.zeros(len(experts), layout.numel, task_vector_dtype, device)
-    else:
-        task_vectors = torch.zeros(len(experts), layout.numel, dtype=task_vector_dtype, device=device)
     packed = PackedWeights(
         layout=layout,
         tasks=tuple(task for task, _ in experts),
         base=torch.zeros(layout.numel, dtype=dtype, device=device),
-        task_vectors=task_vectors,
+        task_vectors=empty_task_vectors(len(experts), layout.numel, task_vector_dtype, device),
         unchanged={n: base.read(n).to(device=device, dtype=dtype, copy=True) for n in layers if n not in changed},
         aliases={alias: name for alias, name in base.aliases.items() if name in set(layers)},
         buffers={n: base.read(n).clone() for n in base.names if base.is_buffer(n) and not matches(n, heads)},

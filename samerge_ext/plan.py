@@ -20,6 +20,7 @@ from samerge_ext.merged import MergedModel
 from samerge_ext.nested import map_tensors
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits
+from samerge_ext.quantised import QuantisedTaskVectors
 from samerge_ext.stores import on_host
 
 if TYPE_CHECKING:
@@ -172,10 +173,13 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
         on_host_too = on_device if on_cpu else held + between + (stored if store == "host" else 0)
         return Way(store, is_streamed, piece, on_device, on_host_too, moved)
 
-    bytes_per_number = packed.base.dtype.itemsize + packed.task_vectors.nbytes // max(1, packed.layout.numel)
+    bytes_per_number = packed.base.dtype.itemsize + -(-packed.task_vectors.nbytes // max(1, packed.layout.numel))
+    stores = ("file",) if on_cpu else ("host", "file")
+    if isinstance(packed.task_vectors, QuantisedTaskVectors):
+        stores = stores[:-1]  # a packed file holds no codes
     yield way("device", False, resident.peak)
     yield way("device", True, streamed.peak)
-    for store in ("file",) if on_cpu else ("host", "file"):
+    for store in stores:
         for piece in _pieces(max((length for length, _ in streamed.fetched), default=BLOCK)):
             numbers = sum(length * (1 + (again and length > piece)) for length, again in streamed.fetched)
             yield way(store, True, streamed.peak, piece, passes * numbers * bytes_per_number)

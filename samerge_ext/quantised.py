@@ -151,6 +151,21 @@ class QuantisedTaskVectors:
         self.scales[row, start // GROUP : start // GROUP + len(scales)] = scales
 
 
+def empty_task_vectors(
+    num_tasks: int, numel: int, dtype: torch.dtype | str, device: torch.device | str
+) -> Tensor | QuantisedTaskVectors:
+    """T task vectors of N numbers, all 0, in a torch.dtype or one of `FORMATS`."""
+    if isinstance(dtype, torch.dtype):
+        return torch.zeros(num_tasks, numel, dtype=dtype, device=device)
+    return QuantisedTaskVectors.zeros(num_tasks, numel, dtype, device)
+
+
+def check_form(dtype: torch.dtype | str) -> None:
+    """Raises ValueError unless task vectors can be stored in it."""
+    if not isinstance(dtype, torch.dtype) and dtype not in FORMATS:
+        raise ValueError(f"task_vector_dtype={dtype!r}; choose a torch.dtype or one of {', '.join(FORMATS)}")
+
+
 def _quantised(numbers: Tensor, largest: int) -> Iterator[tuple[int, Tensor, Tensor]]:  # [n]
     """Chunk by chunk: its first number, codes [G, 128] in the numbers' dtype, scales [G]; the last group is filled with 0."""
     numbers = numbers.detach().flatten()

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from samerge_ext.adapters import is_adapter
 from samerge_ext.checkpoints import require_space, require_target
+from samerge_ext.data_free import METHODS, check_parameters, file_merge
 from samerge_ext.features import FEATURES_FILE
+from samerge_ext.file_merge import merge_files
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
-from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
 from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
 from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
@@ -40,10 +41,10 @@ class _Strict(BaseModel):
 
 
 class ModelEntry(_Strict):
-    """An expert: its folder, and `weight` under `parameters` as in mergekit."""
+    """A model: its folder, and under `parameters` its weight and density as in mergekit."""
 
     model: Path
-    parameters: dict[Literal["weight"], float] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class CalibrationEntry(_Strict):
@@ -58,53 +59,69 @@ class CalibrationEntry(_Strict):
 class Recipe(_Strict):
     """A merge, as a file describes it.
 
-    merge_method: linear (weighted mean), task_arithmetic, samerging, adamerging or statsmerging.
-    base_model, models, dtype: as in mergekit. dtype is that of the packed and of the written weights; by default the merge
-        runs in float32 and the base's dtypes are written.
-    parameters: for task_arithmetic `lambda`, for linear `normalize`, for learned methods their configuration's fields.
-    task_vector_dtype: how task vectors are stored while merging: the packed weights' dtype by default; int8, int4 and
-        int4-residual quantise them.
-    tasks: names of the models, in their order; the folders' names by default.
+    merge_method: linear (weighted mean), task_arithmetic, ties, dare_linear, dare_ties, samerging, adamerging or statsmerging.
+    base_model, models, dtype, out_dtype: as in mergekit. Data-free methods merge in dtype, by default what a tensor's types
+        promote to, and write it unless out_dtype is given. Learned ones pack and write dtype; by default they merge in float32
+        and write the base's dtypes. linear does without base_model.
+    parameters: of data-free methods mergekit's (weight, normalize, lambda, density, rescale, int8_mask), each one value, a
+        gradient over the layers or values by name; and seed (dare), trim: tensor or vector (ties), align_norms. Of learned
+        methods their configuration's fields.
+    task_vector_dtype: of learned methods, how task vectors are stored while merging: the packed weights' dtype by default; int8,
+        int4 and int4-residual quantise them.
+    tasks: names of the models without the base, in their order; the folders' names by default.
     heads: patterns of tensors that belong to a task and are kept per task.
     calibration: for learned methods.
     """
 
-    merge_method: Literal["linear", "task_arithmetic", "samerging", "adamerging", "statsmerging"]
-    base_model: Path
+    merge_method: Literal[
+        "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "samerging", "adamerging", "statsmerging"
+    ]
+    base_model: Path | None = None
     models: list[ModelEntry]
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     task_vector_dtype: TASK_VECTOR_DTYPES | None = None
     tasks: list[str] | None = None
     heads: list[str] = Field(default_factory=list)
     calibration: CalibrationEntry | None = None
 
+    @property
+    def experts(self) -> list[ModelEntry]:
+        """The models without the base, which mergekit's files may list among them; a mean counts it."""
+        if self.merge_method == "linear":
+            return self.models
+        return [entry for entry in self.models if entry.model != self.base_model]
+
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
+        if self.base_model is None and self.merge_method != "linear":
+            raise ValueError(f"{self.merge_method} needs 'base_model'")
         if self.tasks is None:
-            self.tasks = [entry.model.name for entry in self.models]
-        if len(self.tasks) != len(self.models):
-            raise ValueError(f"tasks names {len(self.tasks)}, models lists {len(self.models)}; give one name per model")
+            self.tasks = [entry.model.name for entry in self.experts]
+        if len(self.tasks) != len(self.experts):
+            raise ValueError(f"tasks names {len(self.tasks)}, models lists {len(self.experts)}; give one name per model")
         if (self.merge_method in LEARNED) != (self.calibration is not None):
             verb = "needs" if self.merge_method in LEARNED else "does not read"
             raise ValueError(f"{self.merge_method} {verb} 'calibration'")
-        if self.merge_method in LEARNED and any(entry.parameters for entry in self.models):
+        if self.merge_method in METHODS:
+            check_parameters(self.merge_method, self.parameters, [entry.parameters for entry in self.experts])
+            if self.task_vector_dtype:
+                raise ValueError(f"{self.merge_method} does not read 'task_vector_dtype'; it stores no task vectors")
+            return self
+        if self.out_dtype:
+            raise ValueError(f"{self.merge_method} does not read 'out_dtype'; dtype is what is written")
+        if any(entry.parameters for entry in self.models):
             raise ValueError(f"{self.merge_method} learns the weights; remove 'parameters' of the models")
-        self.method_settings()
+        try:
+            self.method_settings()
+        except TypeError as error:
+            raise ValueError(f"parameters of {self.merge_method}: {error}") from error
         return self
 
     def method_settings(self) -> Any:
-        """The checked `parameters`: a learned method's configuration, or the data-free method's keywords."""
-        if self.merge_method in LEARNED:
-            try:
-                return LEARNED[self.merge_method][1](**self.parameters)
-            except TypeError as error:
-                raise ValueError(f"parameters of {self.merge_method}: {error}") from error
-        known = {"linear": {"normalize"}, "task_arithmetic": {"lambda"}}[self.merge_method]
-        unknown = set(self.parameters) - known
-        if unknown:
-            raise ValueError(f"parameters of {self.merge_method}: unknown {sorted(unknown)}; known are {sorted(known)}")
-        return self.parameters
+        """A learned method's configuration."""
+        return LEARNED[self.merge_method][1](**self.parameters)
 
 
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
@@ -131,37 +148,34 @@ def plan_recipe(recipe: Recipe) -> Plan:
     """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
     if recipe.merge_method not in LEARNED:
         raise ValueError(f"{recipe.merge_method} learns nothing; plans are for {', '.join(LEARNED)}")
-    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.models, strict=True)]
-    packed = PackedWeights.describe(recipe.base_model, experts, dtype=DTYPES[recipe.dtype] or torch.float32, heads=recipe.heads)
+    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)]
+    packed = PackedWeights.describe(recipe.base_model, experts, **_packing(recipe))
     module, logits, calibration = _model_and_calibration(recipe)
     settings = recipe.method_settings()
     teachers = recipe.merge_method != "adamerging"
     return plan(module, packed, calibration, logits, settings, teachers=teachers, device=settings.device)
 
 
-def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
+def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result | None:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
 
-    What could fail for want of space or of a free target is checked first. A learned merge keeps its state in
-    `OUT.state` until the folder is written, and continues from it.
+    What could fail for want of space or of a free target is checked first. Until the folder is written `OUT.state` holds how far
+    the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
     """
-    require_target(out, overwrite=overwrite)
     dtype = DTYPES[recipe.dtype]
-    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.models, strict=True)]
+    if recipe.merge_method in METHODS:
+        merge_files(file_merge(recipe, dtype, DTYPES[recipe.out_dtype]), out, overwrite=overwrite)
+        return None
+    require_target(out, overwrite=overwrite)
+    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)]
     state = out.with_name(f"{out.name}.state")
-    budget = recipe.method_settings().memory_budget if recipe.merge_method in LEARNED else None
+    budget = recipe.method_settings().memory_budget
     in_file = (state / PACKED_FILE).exists() or (budget is not None and plan_recipe(recipe).choose(budget).store == "file")
-    packed = PackedWeights.from_folders(
-        recipe.base_model,
-        experts,
-        dtype=dtype or torch.float32,
-        task_vector_dtype=DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype),
-        heads=recipe.heads,
-        file=state / PACKED_FILE if in_file else None,
-    )
+    file = state / PACKED_FILE if in_file else None
+    packed = PackedWeights.from_folders(recipe.base_model, experts, file=file, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    result = _learned(recipe, packed, state) if recipe.merge_method in LEARNED else _data_free(recipe, packed)
+    result = _learned(recipe, packed, state)
     result.save_pretrained(out, dtype=dtype, overwrite=overwrite)
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         (state / name).unlink(missing_ok=True)
@@ -170,20 +184,10 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result:
     return result
 
 
-def _data_free(recipe: Recipe, packed: PackedWeights) -> Result:
-    weights = [entry.parameters.get("weight") for entry in recipe.models]
-    settings = recipe.method_settings()
-    if recipe.merge_method == "task_arithmetic":
-        scale = settings.get("lambda", 1.0)
-        return task_arithmetic(packed, [scale * (0.3 if weight is None else weight) for weight in weights])
-    shares = torch.tensor([1.0 if weight is None else weight for weight in weights])
-    if settings.get("normalize", True):
-        shares /= shares.sum()
-    elif abs(shares.sum() - 1) > 1e-6:
-        raise ValueError(f"linear without normalize needs weights that sum to 1, they sum to {shares.sum():g}")
-    result = task_arithmetic(packed, shares)
-    result.method = "linear"
-    return result
+def _packing(recipe: Recipe) -> dict[str, Any]:
+    """How a learned merge packs its weights."""
+    form = DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype)
+    return {"dtype": DTYPES[recipe.dtype] or torch.float32, "task_vector_dtype": form, "heads": recipe.heads}
 
 
 def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
@@ -194,7 +198,7 @@ def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
 
 def _model_and_calibration(recipe: Recipe) -> tuple:
     """The model without memory for its weights, its logits function, and the batches of every task."""
-    first = next((entry.model for entry in recipe.models if not is_adapter(entry.model)), recipe.base_model)
+    first = next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), recipe.base_model)
     with parameters_on_meta():
         module, logits = empty_model(first)
     options = recipe.calibration

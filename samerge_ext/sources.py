@@ -108,6 +108,7 @@ class CheckpointSource(Source):
         self.names = checkpoint.names
         self.aliases = dict(checkpoint.tied)
         self._stored = frozenset(checkpoint.names)
+        self.files, self.read_into = checkpoint.files, checkpoint.read_into
         self._shape, self._dtype, self._read = checkpoint.shape, checkpoint.dtype, checkpoint.read
 
 

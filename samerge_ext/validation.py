@@ -18,20 +18,32 @@ def check_sources(
 
     Names, shapes and dtypes are compared first; values are read only when all of them agree.
     """
+    check_headers(base, experts, heads, dtype, task_vector_dtype)
+    return _check_values(base, experts, shared_names(base, heads))
+
+
+def shared_names(base: Source, heads: tuple[str, ...]) -> list[str]:
+    """The base's tensors that belong to no task."""
+    return [name for name in base.names if not matches(name, heads)]
+
+
+def check_headers(
+    base: Source, experts: Experts, heads: tuple[str, ...], dtype: torch.dtype, task_vector_dtype: torch.dtype
+) -> None:
+    """As `check_sources`, without reading values."""
     for what, wanted in (("dtype", dtype), ("task_vector_dtype", task_vector_dtype)):
         if wanted not in STORAGE_DTYPES:
             raise ValueError(f"{what}={wanted} cannot hold packed weights; use float32, bfloat16 or float16")
     if (dtype == torch.float64) != (task_vector_dtype == torch.float64):
         raise ValueError(f"dtype={dtype} with task_vector_dtype={task_vector_dtype}; float64 goes with float64 only")
     _check_tasks(experts)
-    shared = [name for name in base.names if not matches(name, heads)]
+    shared = shared_names(base, heads)
     for _, expert in experts:
         _check_names(base, expert, shared, heads)
         _check_shapes(base, expert, shared)
     _check_heads(base, experts, heads)
     for source in (base, *(expert for _, expert in experts)):
         _check_dtypes(source, [name for name in shared if not base.is_buffer(name)])
-    return _check_values(base, experts, shared)
 
 
 def _check_tasks(experts: Experts) -> None:
@@ -90,10 +102,10 @@ def _check_values(base: Source, experts: Experts, shared: list[str]) -> set[str]
     changed_by: set[str] = set()
     for name in shared:
         pretrained = base.read(name)
-        _check_finite(base, name, pretrained)
+        check_finite(base, name, pretrained)
         for task, expert in experts:
             finetuned = expert.read(name)
-            _check_finite(expert, name, finetuned)
+            check_finite(expert, name, finetuned)
             if not base.is_buffer(name) and not torch.equal(*_widened(finetuned, pretrained)):
                 changed.add(name)
                 changed_by.add(task)
@@ -103,11 +115,11 @@ def _check_values(base: Source, experts: Experts, shared: list[str]) -> set[str]
                 f"{expert.label} equals {base.label} in every tensor, so there is nothing of it to merge; "
                 "check its path, or leave it out"
             )
-        _check_ties(base, expert)
+        check_ties(base, expert)
     return changed
 
 
-def _check_ties(base: Source, expert: Source) -> None:
+def check_ties(base: Source, expert: Source) -> None:
     """What is one tensor in the base must be one in the expert, by storage or by value."""
     for alias, name in base.aliases.items():
         if alias in expert and not torch.equal(expert.read(alias), expert.read(name)):
@@ -117,7 +129,8 @@ def _check_ties(base: Source, expert: Source) -> None:
             )
 
 
-def _check_finite(source: Source, name: str, tensor: Tensor) -> None:
+def check_finite(source: Source, name: str, tensor: Tensor) -> None:
+    """Raises ValueError naming the model and the tensor where it holds NaN or Inf."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     low, high = torch.aminmax(tensor)  # both are NaN where one number is; unlike isfinite(tensor), needs no memory

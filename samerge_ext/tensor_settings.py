@@ -1,0 +1,59 @@
+"""mergekit's parameters: one value, a gradient over the model's depth, or values by a part of the tensor's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def resolve(key: str, sources: Iterable[Mapping[str, Any]], name: str, depth: float, convert: Callable[[Any], Any]) -> Any:
+    """The value of ``key`` for the tensor ``name``: of the first source that has one for it, else None.
+
+    depth: 0 … 1, the tensor's layer among its model's (see `depths`). convert: checks one scalar.
+    """
+    for source in sources:
+        if key in source:
+            value = _evaluate(source[key], name, depth, convert)
+            if value is not None:
+                return value
+    return None
+
+
+def _evaluate(setting: Any, name: str, depth: float, convert: Callable[[Any], Any]) -> Any:
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return convert(setting)
+    if any(isinstance(entry, Mapping) for entry in setting):
+        for entry in setting:
+            if not isinstance(entry, Mapping) or "value" not in entry or set(entry) - {"value", "filter"}:
+                raise ValueError(f"{entry!r} is not a setting by name; it needs 'value' and may have 'filter'")
+            if entry.get("filter") in (None, "*") or entry["filter"] in name:
+                return _evaluate(entry["value"], name, depth, convert)
+        return None
+    values = [convert(entry) for entry in setting]
+    if not values:
+        return None
+    place = depth * (len(values) - 1)
+    if any(isinstance(value, bool) for value in values):
+        return values[int(place)]
+    below = int(place)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (place - below) * (values[above] - values[below])
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Every tensor's place in the stack of layers that it is in, first 0 to last 1; 0 outside of stacks.
+
+    A stack is what the first number in a name counts: "model.layers.7.mlp.up_proj.weight" is of layer 7.
+    """
+    found = {name: re.match(r"(.*?\.)?(\d+)(?:\.|$)", name) for name in names}
+    last: dict[str, int] = {}
+    for match in found.values():
+        if match:
+            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    return {
+        name: 0.0 if match is None else int(match[2]) / last[match[1]] if last[match[1]] else 1.0
+        for name, match in found.items()
+    }

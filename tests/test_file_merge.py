@@ -1,0 +1,302 @@
+"""Merges from file to file: the packed methods' numbers, bounded memory, interruptions and inputs that go wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from folders import assert_same, read_all
+
+import samerge_ext as sm
+from samerge_ext import file_merge, file_pieces, piecewise
+from samerge_ext.checkpoints import CheckpointError, save_checkpoint
+from samerge_ext.file_merge import FileMerge, merge_files
+from samerge_ext.memory import PeakMemory
+from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.ties import Ties
+from samerge_ext.piecewise import Combination
+
+TASKS = ("news", "spam")
+SHAPES = {"embed": (700, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "scale": ()}
+
+
+def rules(method, density=0.3):
+    elect = Combination([0.7, 0.4], 0.9, normalize=True, elect=True)
+    return {
+        "arithmetic": lambda name, numel, dtype: Combination([0.7, 0.4]),
+        "ties": lambda name, numel, dtype: Ties(numel, dtype, [density, 0.5], elect),
+        "dare": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
+        "dare_ties": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, elect),
+    }[method]
+
+
+def packed_result(packed, method, whole=False, align=False):
+    packed = sm.align_norms(packed) if align else packed
+    if method == "arithmetic":
+        merged = sm.task_arithmetic(packed, [0.7, 0.4]).merged
+    else:
+        make = rules(method)
+        merged = piecewise.merge_packed(packed, lambda name, n: make(name, n, packed.base.dtype), whole=whole)
+    return packed.state_dict(merged)
+
+
+def write(folder, shapes=None, dtype=torch.bfloat16, tasks=TASKS, **files):
+    """A base and experts in folders, with configuration and tokenizer."""
+    for seed, name in enumerate(("base", *tasks)):
+        def tensors(seed=seed):
+            for i, (tensor, shape) in enumerate((shapes or SHAPES).items()):
+                base = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                change = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + i))
+                yield tensor, (base + 0.1 * bool(seed) * change).to(dtype)
+
+        extra = {"config.json": '{"model_type": "x", "torch_dtype": "float32"}', "tokenizer.json": "{}"}
+        save_checkpoint(folder / name, tensors(), extra_files=extra | files)
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    return write(tmp_path)
+
+
+def merge_of(models, method="ties", **keys):
+    experts = [(task, models / task) for task in TASKS]
+    identity = {"method": method, "out_dtype": str(keys.get("out_dtype"))}
+    return FileMerge(experts, rules(method), models / "base", models / "base", identity=identity, card="card", **keys)
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("method", ["arithmetic", "ties", "dare", "dare_ties"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_files_give_what_packed_weights_give(tmp_path, method, dtype, align):
+    models = write(tmp_path, dtype=dtype)
+    packed = sm.PackedWeights.from_folders(models / "base", {t: models / t for t in TASKS}, dtype=dtype)
+    merge_files(merge_of(models, method, align=align), tmp_path / "out")
+    assert_same(read_all(tmp_path / "out"), packed_result(packed, method, align=align))
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 5000])
+def test_the_whole_vector(models, tmp_path, shard_bytes):
+    packed = sm.PackedWeights.from_folders(models / "base", {t: models / t for t in TASKS}, dtype=torch.bfloat16)
+    merge_files(merge_of(models, whole=True, shard_bytes=shard_bytes), tmp_path / "out")
+    assert_same(read_all(tmp_path / "out"), packed_result(packed, "ties", whole=True))
+
+
+@pytest.mark.parametrize("method", ["arithmetic", "ties", "dare"])
+def test_neither_pieces_nor_shards_matter(models, tmp_path, monkeypatch, method):
+    merge_files(merge_of(models, method), tmp_path / "one")
+    monkeypatch.setattr(file_pieces, "BUFFER_BYTES", 1)
+    merge_files(merge_of(models, method, shard_bytes=5000), tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) >= 3
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(SHAPES)
+    assert_same(read_all(tmp_path / "many"), read_all(tmp_path / "one"))
+
+
+def test_a_folder_is_a_model(models, tmp_path):
+    merge_files(merge_of(models, out_dtype=torch.float16), tmp_path / "out")
+    assert {t.dtype for t in read_all(tmp_path / "out").values()} == {torch.float16}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "x", "dtype": "float16"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "tokenizer.json", "README.md", "model.safetensors"}
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_stored_types_may_differ(models, tmp_path):
+    """What tensors are merged in is what their types promote to, or dtype."""
+    (tmp_path / "mixed").mkdir()
+    wide = {name: tensor.float() for name, tensor in read_all(models / "news").items()}
+    save_checkpoint(tmp_path / "wide", wide)
+    merge = merge_of(models)
+    merge.experts[0] = ("news", tmp_path / "wide")
+    merge_files(merge, tmp_path / "out")
+    assert {t.dtype for t in read_all(tmp_path / "out").values()} == {torch.float32}
+    merge_files(merge_of(models, dtype=torch.float32), tmp_path / "named")
+    assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "named"))
+
+
+def test_buffers_and_heads(tmp_path):
+    shapes = {**SHAPES, "norm.running_mean": (8,), "head.w": (3, 4)}
+    models = write(tmp_path, shapes, torch.float32)
+    merge_files(merge_of(models, heads=("head.*",)), tmp_path / "out")
+    found, experts = read_all(tmp_path / "out"), [read_all(models / task) for task in TASKS]
+    assert "head.w" not in found
+    mean = torch.stack([expert["norm.running_mean"].double() for expert in experts]).mean(0).float()
+    assert torch.equal(found["norm.running_mean"], mean)
+    for task, expert in zip(TASKS, experts):
+        assert_same(read_all(tmp_path / f"out/heads/{task}.safetensors"), {"head.w": expert["head.w"]})
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, threads):
+    """300 MB are merged within 40 MB: three threads with pieces of 4 MB and what is made of them."""
+    monkeypatch.setattr(file_pieces, "BUFFER_BYTES", 4 << 20)
+    models = write(tmp_path, {f"w{i}": (5_000_000,) for i in range(10)})
+    small = write(tmp_path / "small")
+    threads(2)
+    for method in ("arithmetic", "ties", "dare"):
+        merge_files(merge_of(small, method), tmp_path / "warm", overwrite=(tmp_path / "warm").exists())
+        with PeakMemory() as peak:
+            merge_files(merge_of(models, method), tmp_path / f"out-{method}")
+        assert peak.rise < 40e6, f"{method}: {peak.rise / 1e6:.0f} MB"
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_file_merge import merge_of
+from samerge_ext.file_merge import merge_files
+print("started", flush=True)
+merge_files(merge_of(Path({models!r}), whole={whole}, align=True, shard_bytes=2_000_000), {out!r})
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_kills_lose_nothing(tmp_path, whole):
+    """Killed at five moments from early to late, then run to its end: the bytes are those of a run in one piece."""
+    models = write(tmp_path, {f"w{i}": (1_000_000,) for i in range(20)})
+    started = time.perf_counter()
+    merge_files(merge_of(models, whole=whole, align=True, shard_bytes=2_000_000), tmp_path / "one")
+    seconds = time.perf_counter() - started
+    script = textwrap.dedent(SCRIPT).format(
+        tests=os.path.dirname(__file__), models=str(models), whole=whole, out=str(tmp_path / "out")
+    )
+    command = [sys.executable, "-c", script]
+    finished = []
+    for kill in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(seconds * (0.2 + 0.15 * kill))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if (tmp_path / "out").exists():
+            break
+        record = tmp_path / "out.state/merge.json"
+        finished.append(len(json.loads(record.read_text())["shards"]) if record.exists() else 0)
+    assert finished == sorted(finished), f"finished shards are kept: {finished}"
+    if not (tmp_path / "out").exists() or (tmp_path / "out.state").exists():
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert not (tmp_path / "out.state").exists()
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+class Killed(BaseException):
+    pass
+
+
+def raise_killed(*_):
+    raise Killed
+
+
+def test_only_what_is_left_is_merged(models, tmp_path, monkeypatch):
+    calls = []
+    tensor = file_merge._Run._merge_tensor
+    monkeypatch.setattr(file_merge._Run, "_merge_tensor", lambda self, *a: (calls.append(a[0]), tensor(self, *a)))
+    with monkeypatch.context() as patch:
+        patch.setattr(file_merge._Run, "finish", raise_killed)
+        with pytest.raises(Killed):
+            merge_files(merge_of(models, shard_bytes=5000), tmp_path / "out")
+    assert sorted(calls) == sorted(SHAPES) and not (tmp_path / "out").exists()
+    merge_files(merge_of(models, shard_bytes=5000), tmp_path / "out")
+    assert sorted(calls) == sorted(SHAPES), "finished shards are used"
+    assert set(read_all(tmp_path / "out")) == set(SHAPES)
+
+
+def test_an_end_after_the_folder_has_its_name(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(file_merge, "sync", lambda path: raise_killed() if path == tmp_path else None)
+        with pytest.raises(Killed):
+            merge_files(merge_of(models), tmp_path / "out")
+    assert (tmp_path / "out").exists() and (tmp_path / "out.state").exists()
+    merge_files(merge_of(models), tmp_path / "out")
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_another_merges_progress_is_not_used(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(file_merge._Run, "finish", raise_killed)
+        with pytest.raises(Killed):
+            merge_files(merge_of(models, "dare"), tmp_path / "out")
+    merge_files(merge_of(models), tmp_path / "out")
+    merge_files(merge_of(models), tmp_path / "alone")
+    assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "alone"))
+
+
+def test_one_merge_at_a_time(models, tmp_path, monkeypatch):
+    def again(*_):
+        merge_files(merge_of(models), tmp_path / "out")
+
+    monkeypatch.setattr(file_merge._Run, "merge", again)
+    with pytest.raises(CheckpointError, match="out.state is held by another merge"):
+        merge_files(merge_of(models), tmp_path / "out")
+
+
+def test_a_taken_target_is_refused(models, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        merge_files(merge_of(models), tmp_path / "out")
+    assert not (tmp_path / "out.state").exists()
+
+
+def assert_untouched(models, tmp_path, before):
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.state").exists()
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("method", ["arithmetic", "ties"])
+@pytest.mark.parametrize("where", ["base", "spam"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_name_their_file(models, tmp_path, method, where, value):
+    tensors = read_all(models / where)
+    tensors["layers.1.w"][3, 4] = value
+    save_checkpoint(models / where, tensors, overwrite=True, companions_from=models / where)
+    with pytest.raises(ValueError, match=rf"{where}\): 'layers.1.w' holds (NaN|Inf)"):
+        merge_files(merge_of(models, method), tmp_path / "out")
+    assert_untouched(models, tmp_path, {})
+
+
+def test_a_full_disk(models, tmp_path, monkeypatch):
+    before = {path: path.read_bytes() for path in models.rglob("*.safetensors")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CheckpointError, match="no space to write .*out"):
+        merge_files(merge_of(models), tmp_path / "out")
+    assert_untouched(models, tmp_path, before)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: os.truncate(path, 5000), "cut off while"),
+        (lambda path: path.unlink(), "vanished while"),
+        (lambda path: os.utime(path, ns=(0, 0)), "changed while"),
+    ],
+)
+def test_an_input_that_goes_wrong_meanwhile(models, tmp_path, monkeypatch, harm, message):
+    path = models / "news/model.safetensors"
+    monkeypatch.setattr(
+        file_merge._Run, "_in_order", lambda self, shard: (path.exists() and harm(path), list(shard.begins))[1]
+    )
+    with pytest.raises(CheckpointError, match=f"news/model.safetensors {message}|news/model.safetensors was {message}"):
+        merge_files(merge_of(models), tmp_path / "out")
+    assert_untouched(models, tmp_path, {})
+
+
+def test_an_overflow_is_told(models, tmp_path):
+    merge = merge_of(models, out_dtype=torch.float16)
+    merge.rule_of = lambda name, numel, dtype: Combination([1e7, 0.0])
+    with pytest.raises(ValueError, match="overflows torch.float16"):
+        merge_files(merge, tmp_path / "out")
