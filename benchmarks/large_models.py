@@ -94,13 +94,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     import torch
 
     import samerge_ext as sm
-    from samerge_ext.plan import PLAN_FILE, plan
+    from samerge_ext.plan import PLAN_FILE, parse_bytes, plan
 
     *_, experts, batch, tokens, steps = SHAPES[arguments.shape]
     device = torch.device(arguments.device)
     if device.type == "cuda" and arguments.cap:
-        from samerge_ext.plan import parse_bytes
-
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(arguments.cap) / total))
     packed = sm.PackedWeights.open(arguments.work / f"{arguments.shape}.packed", device=device, verify=False)
@@ -145,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     return {
         "way": arguments.way,
         "plan": way,
-        "memory_budget": arguments.budget,
+        "memory_budget": parse_bytes(arguments.budget),
         "planned_bytes": way["device_bytes"],
         "measured_bytes": peak,
         "seconds_per_step": min(times),

@@ -24,7 +24,7 @@ from samerge_ext.merged import MergedModel
 from samerge_ext.nested import map_tensors
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits, losses_and_gradient
-from samerge_ext.stores import Store, map_parts, on_host
+from samerge_ext.stores import Numbers, Store, empty_like, parts
 
 
 @dataclass
@@ -71,7 +71,10 @@ def dry_run(
 
     with mode:
         module = _without_memory(module, fake)
-        empty = _packed_without_memory(packed, fake)
+        base, task_vectors = (empty_like(x, packed.layout.numel, device) for x in (packed.base, packed.task_vectors))
+        for part in (base, *parts(task_vectors).values()):
+            meter.ignore(part)
+        empty = _packed_without_memory(packed, base, task_vectors, fake)
         inputs = {task: (map_tensors(fake, batch), task) for task, batch in batches.items()}
         store = _DryStore(empty, found.fetched) if streamed else None
         try:
@@ -159,14 +162,9 @@ def _without_memory(module: nn.Module, fake) -> nn.Module:
     return copy.deepcopy(getattr(module, "_orig_mod", module), memo)
 
 
-def _packed_without_memory(packed: PackedWeights, fake) -> PackedWeights:
+def _packed_without_memory(packed: PackedWeights, base: Numbers, task_vectors: Numbers, fake) -> PackedWeights:
     def all_of(tensors: dict) -> dict:
         return {name: fake(tensor) if isinstance(tensor, Tensor) else all_of(tensor) for name, tensor in tensors.items()}
 
     fields = ("unchanged", "buffers", "expert_buffers", "heads")
-    return replace(
-        packed,
-        base=fake(packed.base),
-        task_vectors=map_parts(fake, packed.task_vectors) if on_host(packed.task_vectors) else fake(packed.task_vectors),
-        **{name: all_of(getattr(packed, name)) for name in fields},
-    )
+    return replace(packed, base=base, task_vectors=task_vectors, **{name: all_of(getattr(packed, name)) for name in fields})

@@ -14,11 +14,11 @@ from samerge_ext.adapters import open_expert
 from samerge_ext.checkpoints import open_checkpoint
 from samerge_ext.file_packing import described, identity_of, open_packed, pack_into_file
 from samerge_ext.layout import BLOCK, Layout
+from samerge_ext.memory_packing import pack_into_memory
 from samerge_ext.ops.weighted_sum import weighted_sum
-from samerge_ext.quantised import check_form, empty_task_vectors
-from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource, matches
+from samerge_ext.quantised import QuantisedTaskVectors
+from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource
 from samerge_ext.stores import StagedStore, Store, on_host, parts, pin
-from samerge_ext.validation import check_sources
 
 Buffers = dict[str, Tensor]
 PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
@@ -79,7 +79,7 @@ class PackedWeights:
         NaN, Inf or not float, for two tasks of one name, and for an expert that equals the base.
         """
         sources = [(task, ModuleSource(module, f"expert '{task}'")) for task, module in _pairs(experts)]
-        return _pack(ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
+        return pack_into_memory(cls, ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
 
     @classmethod
     def from_state_dicts(
@@ -94,7 +94,7 @@ class PackedWeights:
     ) -> PackedWeights:
         """As `from_modules`; int64 and bool tensors and BatchNorm's running statistics count as buffers."""
         sources = [(task, StateDictSource(tensors, f"expert '{task}'")) for task, tensors in _pairs(experts)]
-        return _pack(StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
+        return pack_into_memory(cls, StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
 
     @classmethod
     def from_folders(
@@ -118,7 +118,7 @@ class PackedWeights:
         """
         if file is not None:
             if isinstance(task_vector_dtype, str):
-                raise ValueError(f"task_vector_dtype={task_vector_dtype!r}: a packed file holds torch.dtypes only; leave out file=")
+                raise ValueError(f"task_vector_dtype={task_vector_dtype!r}: a packed file holds no codes; leave out file=")
             settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads}
             identity = identity_of(
                 [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
@@ -132,7 +132,7 @@ class PackedWeights:
                 about = {"folder": str(base), "identity": identity}
                 pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
                 return cls.open(file, device=device, verify=False)
-            packed = _pack(base_source, sources, dtype, task_vector_dtype, device, heads)
+            packed = pack_into_memory(cls, base_source, sources, dtype, task_vector_dtype, device, heads)
         packed.folder = Path(base)
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
@@ -210,6 +210,7 @@ class PackedWeights:
 
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
+        coefficients = coefficients.to(self.base.device)
         if on_host(self.base):
             return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
         out = self.base.empty(self.layout.numel, self.base.device) if out is None else out
@@ -274,6 +275,7 @@ class PackedWeights:
 
     def tensors(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """As `state_dict` of the weights merged at ``coefficients`` [T, L], one layer at a time and tied ones once."""
+        coefficients = coefficients.to(self.base.device)
         packed = [layer for layer, offset in enumerate(self.layout.offsets) if offset is not None]
         store = self.store(piece=max((self.layout.extent(layer)[1] for layer in packed), default=BLOCK))
         for layer, (name, base_dtype) in enumerate(zip(self.layout.names, self.layout.dtypes, strict=True)):
@@ -299,70 +301,5 @@ def _sources(base: str | Path, experts) -> Iterator[tuple[Source, list[tuple[str
     """Model folders, or LoRA adapters of the base, opened for reading."""
     with ExitStack() as stack:
         source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
-        yield source, [(task, stack.enter_context(open_expert(path, source, f"expert '{task}'"))) for task, path in _pairs(experts)]
-
-
-def _pack(base, experts, dtype, task_vector_dtype, device, heads) -> PackedWeights:
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    task_vector_dtype = task_vector_dtype or dtype
-    quantised = isinstance(task_vector_dtype, str)
-    check_form(task_vector_dtype)
-    changed = check_sources(base, experts, heads, dtype, dtype if quantised else task_vector_dtype)
-
-    layers = [name for name in base.names if not (base.is_buffer(name) or matches(name, heads))]
-    layout = Layout.build(
-        layers,
-        [base.shape(n) for n in layers],
-        [base.dtype(n) for n in layers],
-        [n in changed for n in layers],
-        device,
-    )
-    packed = PackedWeights(
-        layout=layout,
-        tasks=tuple(task for task, _ in experts),
-        base=torch.zeros(layout.numel, dtype=dtype, device=device),
-        task_vectors=empty_task_vectors(len(experts), layout.numel, task_vector_dtype, device),
-        unchanged={n: base.read(n).to(device=device, dtype=dtype, copy=True) for n in layers if n not in changed},
-        aliases={alias: name for alias, name in base.aliases.items() if name in set(layers)},
-        buffers={n: base.read(n).clone() for n in base.names if base.is_buffer(n) and not matches(n, heads)},
-        experts=dict(experts) if quantised else {},
-    )
-    _fill(packed, base, experts)
-
-    float_buffers = [n for n, b in packed.buffers.items() if b.is_floating_point()]
-    for task, expert in experts:
-        packed.expert_buffers[task] = {n: expert.read(n).clone() for n in float_buffers}
-        packed.heads[task] = {n: expert.read(n).clone() for n in expert.names if matches(n, heads)}
-    return packed
-
-
-def _fill(packed: PackedWeights, base: Source, experts: list[tuple[str, Source]]) -> None:
-    """Writes base and task vectors, one tensor at a time."""
-    views, stored = packed.layout.views(packed.base), packed.task_vectors
-    rows = [packed.layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
-    for name, view in views.items():
-        pretrained = base.read(name).to(packed.base.device, packed.coefficient_dtype)
-        view.copy_(pretrained)
-        for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
-            torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
-        if not rows:
-            _quantise(packed, name, pretrained, experts)
-
-
-def _quantise(packed: PackedWeights, name: str, pretrained: Tensor, experts: list[tuple[str, Source]]) -> None:
-    """Writes one tensor of all quantised task vectors; with an offset, which is their mean, experts are read twice."""
-    store, start = packed.task_vectors, packed.layout.offsets[packed.layout.names.index(name)]
-    try:
-        offset = None
-        if store.shared:
-            at = "the experts' mean"
-            mean = torch.zeros_like(pretrained)
-            for _, expert in experts:
-                mean += (expert.read(name).to(pretrained) - pretrained) / len(experts)
-            offset = store.write_shared(start, mean.flatten()).view_as(mean)
-        for task, (_, expert) in enumerate(experts):
-            at = expert.label
-            task_vector = expert.read(name).to(pretrained) - pretrained
-            store.write(task, start, task_vector if offset is None else task_vector - offset)
-    except ValueError as error:
-        raise ValueError(f"{at}: '{name}' minus the base's cannot be quantised: {error}") from error
+        opened = ((task, open_expert(path, source, f"expert '{task}'")) for task, path in _pairs(experts))
+        yield source, [(task, stack.enter_context(expert)) for task, expert in opened]
