@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads) dot_blocks(const CoefficientGrad a, 
   }
 }
 
-// As above, of codes, a piece of kTasks task vectors, or of four, at a time.
+// As above, of codes, a piece of kTasks task vectors, or of four, at a time. (Left to itself, the compiler spills a register
+// for the sake of more warps: two blocks of threads per multiprocessor are all that is asked for.)
 template <int kBits, class Real, int kTasks>
 __global__ void __launch_bounds__(kThreads, 2) dot_codes(const CoefficientGrad a, int64_t num_blocks) {
   using C = Codes<kBits>;
