@@ -7,7 +7,7 @@ from torch import Tensor
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> the integers that its bits are read as
 DIGITS = 1 << 16
-PART = 1 << 18  # numbers trimmed at once; stays in the processor's caches
+PART = 1 << 18  # numbers handled at once: what is made of them stays in the processor's caches
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -42,6 +42,10 @@ class LargestMagnitudes:
 
     def look(self, numbers: Tensor) -> None:
         """Counts the digits of ``numbers`` [n]."""
+        for part in numbers.split(2 * PART):
+            self._count(part)
+
+    def _count(self, numbers: Tensor) -> None:
         keys = _keys(numbers)
         if not self._first:
             keys = keys[(keys >> (self._shift + 16)) == self.key]

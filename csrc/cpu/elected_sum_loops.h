@@ -1,5 +1,5 @@
 // One block at a time, as weighted_sum: the base goes into an accumulator, the elected sum of the block's vectors is added.
-// Every product is computed twice, once for the sign and once for the sum: they lie in the first-level cache by then.
+// The products of the first tasks are kept for the sum, those of more tasks are computed again.
 #pragma once
 
 #include "../elected_sum.h"
@@ -33,16 +33,19 @@ void add_elected(const ElectedSum& a, int64_t b, Real* merged) {  // [kBlock]
   const auto* block = static_cast<const typename Storage::Stored*>(a.task_vectors) + b * kBlock;
   const auto* weights = static_cast<const Real*>(a.weights);
   const Real scale = Real(a.scale);
+  constexpr int64_t kKept = 8;
   for (int64_t i = 0; i < kBlock; i += kLanes<Vector>) {
-    Vector total{};
+    Vector kept[kKept], total{};
     for (int64_t t = 0; t < a.num_tasks; ++t) {
       prefetch(block + t * a.task_stride + i + kBlock);
-      total += weighted<Storage>(block + t * a.task_stride + i, weights[t]);
+      const Vector v = weighted<Storage>(block + t * a.task_stride + i, weights[t]);
+      if (t < kKept) kept[t] = v;
+      total += v;
     }
     const Vector sign = total >= 0 ? broadcast<Vector>(1) : broadcast<Vector>(-1);
     Vector sum{}, divisor{};
     for (int64_t t = 0; t < a.num_tasks; ++t) {
-      const Vector v = weighted<Storage>(block + t * a.task_stride + i, weights[t]);
+      const Vector v = t < kKept ? kept[t] : weighted<Storage>(block + t * a.task_stride + i, weights[t]);
       const auto agrees = v * sign > 0;
       sum += agrees ? v : Vector{};
       divisor += agrees ? broadcast<Vector>(weights[t]) : Vector{};
