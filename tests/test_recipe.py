@@ -97,6 +97,90 @@ def test_linear_is_the_weighted_mean(models, write, tmp_path):
         torch.testing.assert_close(tensor, 0.25 * mood[name] + 0.75 * topic[name])
 
 
+def entries(models, *parameters):
+    return [{"model": str(models / task), "parameters": p} for task, p in zip(LABELS, parameters, strict=True)]
+
+
+def merged_by(write, out, **keys):
+    run_recipe(load_recipe(write(**keys), {}), out)
+    return weights(out)
+
+
+def test_ties_reads_density_weight_and_lambda_of_models_and_of_all(models, write, tmp_path):
+    listed = entries(models, {"weight": 0.5, "density": 0.3}, {})
+    parameters = {"weight": 2, "density": "6e-1", "lambda": 0.9}
+    found = merged_by(write, tmp_path / "out", merge_method="ties", models=listed, parameters=parameters)
+    packed = sm.PackedWeights.from_folders(models / "base", {t: models / t for t in LABELS}, heads="classifier.*")
+    expected = sm.ties(packed, [0.3, 0.6], 0.9, weights=[0.5, 2.0]).state_dict()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[f"bert.{name}"]), name
+    parameters["trim"] = "vector"
+    whole = merged_by(write, tmp_path / "whole", merge_method="ties", models=listed, parameters=parameters)
+    expected = sm.ties(packed, [0.3, 0.6], 0.9, weights=[0.5, 2.0], trim="vector").state_dict()
+    assert torch.equal(whole["pooler.dense.weight"], expected["bert.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize("rule", ["linear", "ties"])
+def test_dare_from_a_recipe(models, write, tmp_path, rule):
+    listed = entries(models, {"weight": 0.4}, {"weight": 0.4})
+    parameters = {"density": 0.5, "seed": 7, "int8_mask": True}
+    found = merged_by(write, tmp_path / "out", merge_method=f"dare_{rule}", models=listed, parameters=parameters)
+    packed = sm.PackedWeights.from_folders(models / "base", {t: models / t for t in LABELS}, heads="classifier.*")
+    expected = sm.dare(packed, 0.5, 1.0, weights=0.4, rule=rule, seed=7).state_dict()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[f"bert.{name}"]), name
+
+
+def test_parameters_by_name_and_by_depth(models, write, tmp_path):
+    by_name = [{"filter": "attention", "value": [0.0, 1.0]}, {"value": 0.5}]
+    found = merged_by(write, tmp_path / "out", models=entries(models, {"weight": by_name}, {"weight": 0.0}))
+    base, mood = weights(models / "base"), weights(models / "mood")
+    for name, tensor in found.items():
+        weight = float(name.split(".")[2]) if "attention" in name else 0.5  # of two layers
+        torch.testing.assert_close(tensor, base[name] + weight * (mood[name] - base[name]))
+
+
+def test_the_base_may_be_among_the_models(models, write, tmp_path):
+    listed = [{"model": str(models / "base")}, *entries(models, {"weight": 0.5}, {"weight": 0.5})]
+    found = merged_by(write, tmp_path / "out", models=listed)
+    expected = merged_by(write, tmp_path / "without", models=listed[1:])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_linear_needs_no_base_and_no_sum_of_one(models, write, tmp_path):
+    keys = {"merge_method": "linear", "models": entries(models, {"weight": 0.5}, {"weight": 2.0})}
+    found = merged_by(write, tmp_path / "out", base_model=None, parameters={"normalize": False}, **keys)
+    mood, topic = weights(models / "mood"), weights(models / "topic")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, 0.5 * mood[name] + 2.0 * topic[name])
+
+
+def test_out_dtype_and_heads_of_files(models, write, tmp_path):
+    found = merged_by(write, tmp_path / "out", out_dtype="bfloat16")
+    assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "out/heads/mood.safetensors").exists()
+    assert "merge_method: task_arithmetic" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"merge_method": "ties"}, "ties needs 'weight' for every model"),
+        ({"merge_method": "ties", "parameters": {"weight": 1, "density": 1.2}}, "density 1.2 lies outside"),
+        ({"merge_method": "ties", "parameters": {"weight": "much"}}, "'much' is not a number"),
+        (
+            {"merge_method": "ties", "parameters": {"weight": [0, 1], "trim": "vector"}},
+            "weight differs between tensors",
+        ),
+    ],
+)
+def test_values_that_are_refused_when_merging(write, tmp_path, keys, message):
+    with pytest.raises(ValueError, match=message):
+        run_recipe(load_recipe(write(**keys), {}), tmp_path / "out")
+    assert not (tmp_path / "out.state").exists()
+
+
 def test_dtype_is_what_is_written_and_loaded(write, tmp_path):
     run_recipe(load_recipe(write(dtype="bfloat16"), {}), tmp_path / "out")
     assert {t.dtype for t in weights(tmp_path / "out").values() if t.is_floating_point()} == {torch.bfloat16}
@@ -191,6 +275,10 @@ def test_an_interrupted_merge_continues(models, write, tmp_path, monkeypatch):
         ({"merge_method": "samerging"}, "samerging needs 'calibration'"),
         ({"calibration": {"files": {}}}, "task_arithmetic does not read 'calibration'"),
         ({"tasks": ["one"]}, "tasks names 1, models lists 2"),
+        ({"base_model": None}, "task_arithmetic needs 'base_model'"),
+        ({"parameters": {"density": 0.5}}, r"parameters of task_arithmetic: unknown \['density'\]"),
+        ({"merge_method": "ties", "parameters": {"rescale": True}}, "ties does not rescale here"),
+        ({"merge_method": "ties", "parameters": {"trim": "row"}}, "choose tensor or vector"),
     ],
 )
 def test_recipes_that_are_refused(write, keys, message):
