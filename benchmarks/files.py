@@ -1,0 +1,195 @@
+"""Data-free merges from file to file: `samerge merge` beside mergekit-yaml, whole commands on the same folders.
+
+    python benchmarks/files.py --folder DIR [--mergekit .../bin/mergekit-yaml] [--rounds 3] [--method ties …] [--save-to FILE]
+
+Makes a base and four experts, a Llama of 317 M random numbers in bf16, 3.2 GB in all; they are used again where they are there.
+The commands take turns, the files are in the page cache for both. Time is from start to end of the process, memory its peak
+resident set, in which mapped and touched files count. mergekit is no dependency: without it only ours is timed.
+
+Values agree where they differ by at most one rounding to bf16 of the largest of the numbers they are made from. mergekit
+breaks ties with TIES's threshold by the order of a sort; numbers that lie on it are counted apart. mergekit also rounds weights,
+products and sums to bf16: how many numbers of each are off the sum in fp64 by more than one rounding is counted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from report import table
+from torch import Tensor
+
+from samerge_ext.checkpoints import open_checkpoint, save_checkpoint
+from samerge_ext.magnitudes import kept_count
+
+EXPERTS = ("a", "b", "c", "d")
+WIDTH, MLP, LAYERS, VOCABULARY = 1024, 2736, 20, 32000
+DENSITY = 0.2
+RECIPES = {
+    "task_arithmetic": {"weight": 0.3},
+    "ties": {"weight": 1.0, "density": DENSITY},
+    "dare_linear": {"weight": 0.3, "density": DENSITY},
+}
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    found = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        found |= {f"{layer}self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
+        found |= {f"{layer}mlp.{name}_proj.weight": (MLP, WIDTH) for name in ("gate", "up")}
+        found |= {f"{layer}mlp.down_proj.weight": (WIDTH, MLP)}
+        found |= {f"{layer}{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
+    return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+
+
+def make_folders(folder: Path) -> None:
+    configuration = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    for seed, name in enumerate(("base", *EXPERTS)):
+        if (folder / name).exists():
+            continue
+
+        def tensors(seed=seed):
+            for i, (tensor, shape) in enumerate(shapes().items()):
+                pretrained = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                change = 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
+                yield tensor, (pretrained + change * bool(seed)).bfloat16()
+
+        files = {"config.json": json.dumps(configuration)}
+        save_checkpoint(folder / name, tensors(), extra_files=files)
+
+
+def write_recipe(folder: Path, method: str) -> Path:
+    lines = [f"merge_method: {method}", f"base_model: {folder / 'base'}", "dtype: bfloat16", "models:"]
+    for name in EXPERTS:
+        lines += [f"  - model: {folder / name}", "    parameters:"]
+        lines += [f"      {key}: {value}" for key, value in RECIPES[method].items()]
+    path = folder / f"{method}.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(command: list[str], out: Path) -> tuple[float, float]:
+    """Seconds and peak MB of a command that writes ``out``."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # what the turn before wrote is not this one's to wait for
+    log = out.with_suffix(".log")
+    with open(log, "w") as file:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        peak = 0
+        while process.poll() is None:  # rusage would count this process's own memory, from before the child's exec
+            peak = _peak_kib(process.pid) or peak
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        sys.exit(f"{command[0]} failed:\n{log.read_text()[-4000:]}")
+    return seconds, peak * 1024 / 1e6
+
+
+def _peak_kib(pid: int) -> int | None:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)  # a process that ended has none
+
+
+def agreement(folder: Path, method: str, ours: Path, theirs: Path) -> dict[str, int]:
+    """How many numbers are equal, within one rounding, on TIES's threshold, and none of these; how many are off the truth."""
+    counts = dict.fromkeys(("numbers", "equal", "one_rounding", "on_the_threshold", "differ"), 0)
+    models = [open_checkpoint(path) for path in (folder / "base", *(folder / name for name in EXPERTS), ours, theirs)]
+    for name in models[0].names:
+        base, *experts, a, b = (model.read(name).flatten() for model in models)
+        changes = torch.stack([expert - base for expert in experts])  # [T, n]
+        largest = torch.stack([base.abs(), *changes.abs(), a.abs(), b.abs()]).amax(0).float()
+        rounding = torch.exp2(torch.frexp(largest).exponent - 8.0)  # the last of bf16's 8 bits
+        equal = a == b
+        close = (a.float() - b.float()).abs() <= rounding
+        tied = on_threshold(changes) if method == "ties" else torch.zeros_like(close)
+        counts["numbers"] += a.numel()
+        counts["equal"] += int(equal.sum())
+        counts["one_rounding"] += int((close & ~equal).sum())
+        counts["on_the_threshold"] += int((tied & ~close).sum())
+        counts["differ"] += int((~close & ~tied).sum())
+        if method == "task_arithmetic":
+            weight = RECIPES[method]["weight"]
+            truth = base.double() + weight * sum(expert.double() - base.double() for expert in experts)
+            for who, found in (("samerge", a), ("mergekit", b)):
+                off = int(((found.double() - truth).abs() > rounding).sum())
+                counts[f"{who}_off_truth"] = counts.get(f"{who}_off_truth", 0) + off
+    return counts
+
+
+def on_threshold(changes: Tensor) -> Tensor:  # [T, n] -> [n]
+    count = kept_count(DENSITY, changes.shape[1])
+    magnitudes = changes.abs().float()
+    smallest = magnitudes.kthvalue(changes.shape[1] - count + 1).values  # [T]
+    return (magnitudes == smallest[:, None]).any(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for models and results, 6 GB")
+    parser.add_argument("--mergekit", type=Path, help="the executable mergekit-yaml, version 0.1.5")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--method", choices=RECIPES, action="append", help="task_arithmetic and ties by default")
+    parser.add_argument("--save-to", type=Path, help="a JSON file")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    make_folders(folder)
+    numbers = sum(torch.Size(shape).numel() for shape in shapes().values())
+    rows, results = [], []
+    for method in options.method or ("task_arithmetic", "ties"):
+        recipe = write_recipe(folder, method)
+        commands = {"samerge": [str(Path(sys.executable).with_name("samerge")), "merge", str(recipe)]}
+        if options.mergekit:
+            commands["mergekit"] = [str(options.mergekit), "--no-copy-tokenizer", "--quiet", str(recipe)]
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for _ in range(options.rounds):
+            for name, command in commands.items():
+                out = folder / f"{method}-{name}"
+                found[name].append(run([*command, str(out)], out))
+        seconds = {name: median(time for time, _ in runs) for name, runs in found.items()}
+        outs = [folder / f"{method}-{name}" for name in commands]
+        agrees = agreement(folder, method, *outs) if len(outs) == 2 and not method.startswith("dare") else None
+        for name, runs in found.items():
+            peak = max(megabytes for _, megabytes in runs)
+            row = {"method": method, "command": name, "seconds": f"{seconds[name]:.1f}", "peak MB": f"{peak:.0f}"}
+            rows.append(row | {"times ours": f"{seconds[name] / seconds['samerge']:.1f}"})
+            results.append({"method": method, "command": name, "seconds": [t for t, _ in runs], "peak_mb": peak})
+        if agrees:
+            print(f"{method}: {agrees}")
+            results[-1]["agreement"] = agrees
+    print(table(rows))
+    if options.save_to:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        environment = {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "commit": commit,
+        }
+        content = {"benchmark": f"{len(EXPERTS)} experts of {numbers / 1e6:.0f} M numbers, bf16", "environment": environment}
+        options.save_to.write_text(json.dumps({**content, "rows": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
