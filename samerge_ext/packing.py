@@ -188,6 +188,12 @@ class PackedWeights:
         """fp32, or fp64 for an fp64 store."""
         return torch.float64 if self.base.dtype == torch.float64 else torch.float32
 
+    @property
+    def task_vector_form(self) -> str:
+        """How task vectors are stored: "torch.float32" …, "int8", "int4" or "int4-residual"."""
+        stored = self.task_vectors
+        return stored.form if isinstance(stored, QuantisedTaskVectors) else str(stored.dtype)
+
     def coefficients(self, value: float | Sequence[float] | Tensor) -> Tensor:
         """A new [T, L] matrix of merging coefficients from one number, one per task [T], or a whole [T, L]."""
         value = torch.as_tensor(value, dtype=self.coefficient_dtype, device=self.base.device)

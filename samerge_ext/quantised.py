@@ -68,6 +68,11 @@ class QuantisedTaskVectors:
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
+    def form(self) -> str:
+        """One of `FORMATS`."""
+        return f"int{self.bits}{'-residual' * self.shared}"
+
+    @property
     def device(self) -> torch.device:
         return self.codes.device
 

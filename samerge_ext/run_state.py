@@ -31,6 +31,7 @@ class RunState:
             **settings,
             "tasks": list(model.packed.tasks),
             "layers": list(model.packed.layout.names),
+            "dtypes": [str(model.packed.base.dtype), model.packed.task_vector_form],
             "batches": {task: len(held) for task, held in calibration.batches.items()},
         }
 

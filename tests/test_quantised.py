@@ -366,6 +366,17 @@ def test_learned_methods_run_and_learn_nearly_the_same(base, experts, form, meth
     assert abs(found[form] - found[torch.float32]) < QUANTISED_LOSS[form] * abs(found[torch.float32])
 
 
+def test_a_run_does_not_continue_on_task_vectors_of_another_form(base, experts, tmp_path):
+    heads, batches = tiny.make_heads(torch.float32), tiny.make_batches(dtype=torch.float32)
+    config = sm.AdaMergingConfig(steps=1, progress=False, checkpoint_dir=tmp_path)
+    for form in ("int8", "int8"):
+        packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form)
+        sm.adamerging(tiny.make(1, torch.float32), packed, batches, tiny.plain(heads), config=config)
+    packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype="int4")
+    with pytest.raises(ValueError, match="another run: dtypes differ"):
+        sm.adamerging(tiny.make(1, torch.float32), packed, batches, tiny.plain(heads), config=config)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_data_free_methods_and_statistics(base, experts, form):
     exact = sm.PackedWeights.from_modules(base, experts)
