@@ -194,6 +194,12 @@ class PackedWeights:
         stored = self.task_vectors
         return stored.form if isinstance(stored, QuantisedTaskVectors) else str(stored.dtype)
 
+    def require_exact(self, what: str) -> None:
+        """Raises ValueError where task vectors are quantised, and so cannot be changed number by number."""
+        if isinstance(self.task_vectors, QuantisedTaskVectors):
+            form = self.task_vector_form
+            raise ValueError(f"{what} needs task vectors that are not quantised; pack them without task_vector_dtype={form!r}")
+
     def coefficients(self, value: float | Sequence[float] | Tensor) -> Tensor:
         """A new [T, L] matrix of merging coefficients from one number, one per task [T], or a whole [T, L]."""
         value = torch.as_tensor(value, dtype=self.coefficient_dtype, device=self.base.device)

@@ -13,6 +13,7 @@ from samerge_ext.layout import BLOCK
 from samerge_ext.ops.elected_sum import elected_sum
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing import PackedWeights
+from samerge_ext.stores import narrow
 
 PIECE = 1 << 20  # numbers
 
@@ -100,9 +101,10 @@ def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, 
 
 
 def _packed_piece(packed: PackedWeights, offset: int, start: int, size: int) -> Piece:
-    first = offset + start
-    place = slice(first, first + -(-size // BLOCK) * BLOCK)
-    return Piece(start, size, packed.base[place], packed.task_vectors[:, place].clone())
+    first, length = offset + start, -(-size // BLOCK) * BLOCK
+    stored = narrow(packed.task_vectors, first, length)
+    task_vectors = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
+    return Piece(start, size, packed.base[first : first + length], task_vectors)
 
 
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:

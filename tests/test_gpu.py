@@ -12,6 +12,7 @@ import tiny
 import torch
 from conftest import running_on
 from helpers import assert_close, packed, random_normal
+from safetensors.torch import save_file
 
 import samerge_ext as sm
 from samerge_ext import reference
@@ -73,6 +74,48 @@ def test_samerging_follows_the_literal_loop(on_gpu_by_name, problem, adapter, gr
     assert result.coefficients.is_cuda
     error = (result.coefficients.cpu() - expected).norm() / expected.norm()
     assert error < 1e-9
+
+
+@pytest.mark.parametrize("where", ("device", "host", "file"))
+def test_streamed_weights_follow_the_literal_loop(problem, where, tmp_path):
+    """On the device, copied from pinned memory, and read from a packed file through pinned memory."""
+    torch.set_default_device("cpu")
+    (base, experts, heads, batches), (on_device, device_heads, device_batches) = problem
+    expected = literal.learn(base, experts, heads, batches, steps=4)[-1]
+    stores = {
+        "device": lambda: on_device,
+        "host": lambda: sm.PackedWeights.from_modules(base, experts, dtype=torch.float64),
+        "file": lambda: in_a_file(base, experts, tmp_path),
+    }
+    config = sm.SAMergingConfig(steps=4, progress=False, streamed=True, device="cuda")
+    result = sm.samerging(tiny.make(1), stores[where](), device_batches, tiny.plain(device_heads), config=config)
+    columns = [result.packed.layout.names.index(name) for name in on_device.layout.names]  # a file has its own order
+    error = (result.coefficients.cpu()[:, columns] - expected).norm() / expected.norm()
+    assert error < 1e-9
+
+
+def in_a_file(base, experts, folder):
+    for name, module in {"base": base, **experts}.items():
+        (folder / name).mkdir()
+        tensors = {n: t.clone() for n, t in module.state_dict().items() if n != "tied.weight"}
+        save_file(tensors, folder / name / "model.safetensors")
+    folders = {task: folder / task for task in experts}
+    return sm.PackedWeights.from_folders(
+        folder / "base", folders, dtype=torch.float64, device="cuda", file=folder / "packed.safetensors"
+    )
+
+
+@pytest.mark.parametrize("form", ("int8", "int4", "int4-residual"))
+def test_quantised_task_vectors_stream_from_pinned_memory(problem, form):
+    torch.set_default_device("cpu")
+    (base, experts, heads, batches), (_, device_heads, device_batches) = problem
+    packed_weights = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64, task_vector_dtype=form)
+    settings = {"steps": 4, "progress": False}
+    config = sm.SAMergingConfig(**settings)
+    expected = sm.samerging(tiny.make(1), packed_weights, batches, tiny.plain(heads), config=config).coefficients
+    config = sm.SAMergingConfig(**settings, streamed=True, device="cuda")
+    result = sm.samerging(tiny.make(1), packed_weights, device_batches, tiny.plain(device_heads), config=config)
+    assert (result.coefficients.cpu() - expected).norm() < 1e-9 * expected.norm()
 
 
 def test_adamerging_follows_the_literal_loop(on_gpu_by_name, problem):

@@ -383,6 +383,11 @@ def test_data_free_methods_and_statistics(base, experts, form):
     packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form)
     stored = sm.PackedWeights(packed.layout, packed.tasks, packed.base, packed.task_vectors.dequantise(), packed.unchanged)
     assert_close(sm.average(packed).merged, sm.average(stored).merged.double())
+    assert torch.equal(sm.ties(packed).merged, sm.ties(stored).merged)
+    assert torch.equal(sm.dare(packed).merged, sm.dare(stored).merged)
+    for change in (sm.trimmed, sm.align_norms):
+        with pytest.raises(ValueError, match=f"without task_vector_dtype='{form}'"):
+            change(packed)
     assert_close(sm.task_arithmetic(packed, 0.4).merged, sm.task_arithmetic(stored, 0.4).merged.double())
     for of in ("experts", "task_vectors"):
         expected = sm.layer_stats(stored, of=of)

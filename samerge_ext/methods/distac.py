@@ -13,8 +13,10 @@ from samerge_ext.packing import PackedWeights
 def align_norms(packed: PackedWeights) -> PackedWeights:
     """The same base with every τ_t shortened to the smallest ‖τ_t‖: a long one would outvote the others.
 
-    The distillation that the paper has follow is not part of it. Raises ValueError where a task vector is zero, NaN or Inf.
+    The distillation that the paper has follow is not part of it. Raises ValueError where a task vector is zero, NaN or Inf,
+    or quantised.
     """
+    packed.require_exact("aligning norms")
     squares = [sum(float(piece.double().square().sum()) for piece in row.split(1 << 20)) for row in packed.task_vectors]
     task_vectors = packed.task_vectors.clone()
     for row, factor in zip(task_vectors, shortening(squares, packed.tasks), strict=True):

@@ -89,7 +89,8 @@ def ties(
         per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf), scale, normalize=normalize, elect=True
     )
     _check_scope(trim)
-    dtype = packed.task_vectors.dtype
+    stored = packed.task_vectors
+    dtype = stored.dtype if isinstance(stored, Tensor) else torch.float32  # quantised ones are read as fp32
     merged = merge_packed(
         packed, lambda name, numel: Ties(numel, dtype, densities, combination), whole=trim == "vector"
     )
@@ -100,7 +101,9 @@ def trimmed(packed: PackedWeights, density: float | Sequence[float] = 0.2, *, tr
     """The same base with task vectors trimmed as in `ties`: AdaMerging++ is AdaMerging on these.
 
     Experts' logits are no longer those of one-hot coefficients: methods that distil take them from the untrimmed weights.
+    Raises ValueError for quantised task vectors.
     """
+    packed.require_exact("trimming")
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
     _check_scope(trim)
     task_vectors = torch.zeros_like(packed.task_vectors)
