@@ -49,7 +49,7 @@ demo: $(DATA)/$(VADER)
 	$(BIN)/samerge demo
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Two hundred random plans and a hundred kills of learned merges.
 soak: $(VENV)/test-ready

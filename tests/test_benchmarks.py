@@ -16,7 +16,10 @@ TINY_NUMBERS = 32 * 1024  # the padded layers of the tiny model
 
 
 def run(*arguments, folder=BENCHMARKS) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+    # pytest-benchmark does not measure in a worker of pytest-xdist; these processes are not its workers.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def rows_of(path: Path) -> list[dict]:
