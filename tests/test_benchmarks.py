@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_a_case_that_does_not_fit_is_skipped_with_its_size(tmp_path):
     with (copy / "cases.py").open("a") as file:
         file.write("\n\npacked_cases = lambda device, size: [Packed('1B', 2000, torch.float32)]\n")
     result = run("-m", "pytest", "bench_weighted_sum.py", "--size", "tiny", folder=copy)
-    assert "1B T2000 fp32 needs 7" in result.stdout and "GiB are free" in result.stdout
+    assert re.search(r"1B T2000 fp32 needs \d{4,}\.\d GiB, \d+\.\d GiB are free", result.stdout)
     assert result.returncode == 0
 
 
