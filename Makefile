@@ -18,7 +18,7 @@ GPU_TESTS := $(patsubst %,tests/test_%.py,weighted_sum coefficient_grad quantise
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make test    run the tests"
-	@echo "make soak    random memory budgets and kills, for hours"
+	@echo "make soak    two hundred random memory budgets and a hundred kills"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (half an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"

@@ -54,8 +54,9 @@ def write_packed(path: Path, shape: str) -> None:
     """Random weights as a packed file: base in fp32, task vectors in bf16, layer by layer."""
     import torch
 
+    from samerge_ext.checkpoint_files import SAFETENSORS_CODES
     from samerge_ext.layout import Layout
-    from samerge_ext.packed_file import CODES, PackedFileWriter
+    from samerge_ext.packed_file import PackedFileWriter
 
     module = llama(shape)
     layers = dict(module.named_parameters())
@@ -69,7 +70,7 @@ def write_packed(path: Path, shape: str) -> None:
         "tasks": experts,
         "names": list(layers),
         "shapes": [list(each) for each in shapes],
-        "dtypes": [CODES[each] for each in dtypes],
+        "dtypes": [SAFETENSORS_CODES[each] for each in dtypes],
         "packed": [True] * len(layers),
         "aliases": {"lm_head.weight": "model.embed_tokens.weight"},
         "small": {"unchanged": {}, "buffers": {}, **of_tasks},

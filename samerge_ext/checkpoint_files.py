@@ -40,6 +40,7 @@ SAFETENSORS_DTYPES = {
     }.items()
     if hasattr(torch, name)
 }
+SAFETENSORS_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 # What a folder's weights are called; where it holds several, the first counts, as in transformers.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -32,6 +32,7 @@ class Method:
     parameters: tuple[str, ...] = ()
 
 
+# int8_mask is how mergekit saves memory of its own: files that have it are taken, and it changes no number here or there.
 _SHARED = ("lambda", "int8_mask", "align_norms")
 METHODS = {
     "linear": Method(1.0, normalize=True),

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from samerge_ext.layout import BLOCK
-from samerge_ext.piecewise import Piece
+from samerge_ext.piecewise import ALIGNMENT, Piece
 from samerge_ext.sources import CheckpointSource
 
-ALIGNMENT = 1 << 16  # numbers; a piece starts at a multiple of it
 BUFFER_BYTES = 32 << 20  # of one piece of all models as they are stored
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from samerge_ext.layout import Layout
 from samerge_ext.quantised import check_form, empty_task_vectors
 from samerge_ext.sources import Source, matches
-from samerge_ext.validation import check_sources
+from samerge_ext.validation import check_sources, shared_names
 
 if TYPE_CHECKING:
     from samerge_ext.packing import PackedWeights
@@ -33,31 +33,46 @@ def pack_into_memory(
     check_form(task_vector_dtype)
     changed = check_sources(base, experts, heads, dtype, dtype if quantised else task_vector_dtype)
 
-    layers = [name for name in base.names if not (base.is_buffer(name) or matches(name, heads))]
-    layout = Layout.build(
-        layers,
-        [base.shape(n) for n in layers],
-        [base.dtype(n) for n in layers],
-        [n in changed for n in layers],
-        device,
-    )
+    fields = outline(base, experts, heads, changed, dtype, device)
+    numel = fields["layout"].numel
     packed = kind(
-        layout=layout,
-        tasks=tuple(task for task, _ in experts),
-        base=torch.zeros(layout.numel, dtype=dtype, device=device),
-        task_vectors=empty_task_vectors(len(experts), layout.numel, task_vector_dtype, device),
-        unchanged={n: base.read(n).to(device=device, dtype=dtype, copy=True) for n in layers if n not in changed},
-        aliases={alias: name for alias, name in base.aliases.items() if name in set(layers)},
-        buffers={n: base.read(n).clone() for n in base.names if base.is_buffer(n) and not matches(n, heads)},
+        **fields,
+        base=torch.zeros(numel, dtype=dtype, device=device),
+        task_vectors=empty_task_vectors(len(experts), numel, task_vector_dtype, device),
         experts=dict(experts) if quantised else {},
     )
     _fill(packed, base, experts)
-
-    float_buffers = [n for n, b in packed.buffers.items() if b.is_floating_point()]
-    for task, expert in experts:
-        packed.expert_buffers[task] = {n: expert.read(n).clone() for n in float_buffers}
-        packed.heads[task] = {n: expert.read(n).clone() for n in expert.names if matches(n, heads)}
     return packed
+
+
+def outline(
+    base: Source,
+    experts: list[tuple[str, Source]],
+    heads: tuple[str, ...],
+    changed: Collection[str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """The fields of packed weights but for base and task vectors: the layout, and copies of all that is not packed.
+
+    changed: the layers that have a task vector.
+    """
+    shared = shared_names(base, heads)
+    layers = [name for name in shared if not base.is_buffer(name)]
+    buffers = {name: base.read(name).clone() for name in shared if base.is_buffer(name)}
+    float_buffers = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+    shapes, dtypes = [base.shape(name) for name in layers], [base.dtype(name) for name in layers]
+    return {
+        "layout": Layout.build(layers, shapes, dtypes, [name in changed for name in layers], device),
+        "tasks": tuple(task for task, _ in experts),
+        "unchanged": {name: base.read(name).to(device, dtype, copy=True) for name in layers if name not in changed},
+        "aliases": {alias: name for alias, name in base.aliases.items() if name in layers},
+        "buffers": buffers,
+        "expert_buffers": {task: {name: expert.read(name).clone() for name in float_buffers} for task, expert in experts},
+        "heads": {
+            task: {name: expert.read(name).clone() for name in expert.names if matches(name, heads)} for task, expert in experts
+        },
+    }
 
 
 def _fill(packed: PackedWeights, base: Source, experts: list[tuple[str, Source]]) -> None:

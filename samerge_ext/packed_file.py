@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoint_files import SAFETENSORS_DTYPES, CheckpointError, SafetensorsFile
+from samerge_ext.checkpoint_files import SAFETENSORS_CODES, CheckpointError, SafetensorsFile
 from samerge_ext.checkpoint_saving import require_space
 from samerge_ext.layout import Layout
 
-CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 VERSION = 1
 _CHUNK = 4 << 20  # bytes that are read at once to check a body
 
@@ -47,7 +46,7 @@ class FileNumbers:
     def read_into(self, start: int, length: int, out: Tensor) -> None:
         """Reads numbers ``start`` … into the first places of ``out`` [≥ length] or [T, ≥ length], on the CPU."""
         for body, row in zip(self.bodies, out.view(len(self.bodies), -1), strict=True):
-            self.file.read_range(body, start, row[:length])
+            self.file.read_into(body, start, row[:length])
 
     def __getitem__(self, index):
         raise TypeError(f"these weights stay in {self.file.path}; what needs them whole takes packed.in_memory()")
@@ -73,17 +72,6 @@ class PackedFile(SafetensorsFile):
         if self.about.get("version") != VERSION:
             self.close()
             raise CheckpointError(f"{path} is no packed file of version {VERSION}; make it again from the model folders")
-
-    def read_range(self, name: str, start: int, out: Tensor) -> None:  # [n], on the CPU, contiguous
-        """Reads out.numel() numbers of a tensor, from number ``start`` on."""
-        entry = self._entries[name]
-        view = memoryview(out.view(torch.uint8).numpy())
-        done, begin = 0, entry.begin + start * entry.dtype.itemsize
-        while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], begin + done)
-            if count == 0:
-                raise CheckpointError(f"{self.path} was cut off while '{name}' was being read; make it again from the folders")
-            done += count
 
     def verify(self) -> None:
         """Reads everything once; raises CheckpointError where a body is not what was written."""
@@ -137,7 +125,7 @@ class PackedFileWriter:
         self._header, position = {}, 0
         for name, (dtype, shape) in sizes.items():
             end = position + torch.Size(shape).numel() * dtype.itemsize
-            self._header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [position, end]}
+            self._header[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": shape, "data_offsets": [position, end]}
             position = end
         self._begin = len(self._encoded())
         path.parent.mkdir(parents=True, exist_ok=True)

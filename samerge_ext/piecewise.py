@@ -16,13 +16,14 @@ from samerge_ext.packing import PackedWeights
 from samerge_ext.stores import narrow
 
 PIECE = 1 << 20  # numbers
+ALIGNMENT = 1 << 16  # numbers; a piece starts at a multiple of it
 
 
 @dataclass
 class Piece:
     """Consecutive numbers of one tensor, filled up with zeros to n, a multiple of 1,024.
 
-    start: of the first number in its tensor, a multiple of 65,536. size: numbers without the filling.
+    start: of the first number in its tensor, a multiple of `ALIGNMENT`. size: numbers without the filling.
     base: [n]. task_vectors: [T, n], which whoever merges may overwrite.
     """
 

@@ -63,9 +63,9 @@ class Recipe(_Strict):
     base_model, models, dtype, out_dtype: as in mergekit. Data-free methods merge in dtype, by default what a tensor's types
         promote to, and write it unless out_dtype is given. Learned ones pack and write dtype; by default they merge in float32
         and write the base's dtypes. linear does without base_model.
-    parameters: of data-free methods mergekit's (weight, normalize, lambda, density, rescale, int8_mask), each one value, a
-        gradient over the layers or values by name; and seed (dare), trim: tensor or vector (ties), align_norms. Of learned
-        methods their configuration's fields.
+    parameters: of data-free methods mergekit's (weight, normalize, lambda, density, rescale; int8_mask changes nothing), each
+        one value, a gradient over the layers or values by name; and seed (dare), trim: tensor or vector (ties), align_norms.
+        Of learned methods their configuration's fields.
     task_vector_dtype: of learned methods, how task vectors are stored while merging: the packed weights' dtype by default; int8,
         int4 and int4-residual quantise them.
     tasks: names of the models without the base, in their order; the folders' names by default.

@@ -34,7 +34,6 @@ class Result:
     """
 
     packed: PackedWeights
-    packed: PackedWeights
     coefficients: Tensor | None
     merged: Tensor | None
     method: str

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoint_files import SAFETENSORS_DTYPES
+from samerge_ext.checkpoint_files import SAFETENSORS_CODES
 
-CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 SYNCED_BYTES = 64 << 20  # written before the disk is waited for, so that the end of a shard does not wait for all of it
 
 
@@ -49,7 +48,7 @@ def _shard(file: str, tensors: list[tuple[str, torch.dtype, torch.Size]]) -> Sha
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):  # so that all of them are aligned
         begins[name] = end
         end += shape.numel() * dtype.itemsize
-        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+        entries[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text

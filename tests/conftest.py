@@ -1,6 +1,7 @@
 import contextlib
 
 import pytest
+import streaming
 import torch
 from helpers import CPU_LEVELS, INTERPRETED, need_backend
 
@@ -14,6 +15,11 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def packed_twice(tmp_path):
+    return streaming.packed_twice(tmp_path)
 
 
 def pytest_report_header():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from test_streamed import Model, logits
+from streaming import Model, logits
 
 import samerge_ext as sm
 from samerge_ext.memory import PeakMemory, resident_bytes

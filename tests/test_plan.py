@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_streamed as streaming
+import streaming
 import torch
-from test_stores import packed  # noqa: F401, a fixture
 from typer.testing import CliRunner
 
 import samerge_ext as sm
@@ -73,8 +72,8 @@ def test_a_forward_that_asks_for_values_is_said_to_be_unplannable():
         dry_run(streaming.make(1), streaming.make_packed(streaming.make()), batches, asking, device=CPU, streamed=True)
 
 
-def test_ways_from_the_fastest_to_the_smallest(packed):  # noqa: F811
-    in_memory, in_file = packed
+def test_ways_from_the_fastest_to_the_smallest(packed_twice):
+    in_memory, in_file = packed_twice
     found = ways(streaming.make(1), in_file).ways
     assert [way.name.split(",")[0] for way in found[:3]] == ["resident", "streamed from memory", "streamed from a packed file"]
     stored = in_memory.base.nbytes + in_memory.task_vectors.nbytes
@@ -99,8 +98,8 @@ def test_the_fastest_way_that_fits_is_chosen_or_it_is_said_what_would():
         Plan((resident, memory, file), CPU, frozenset({"device"})).choose(100)
 
 
-def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(packed, tmp_path, monkeypatch):  # noqa: F811
-    in_file = packed[1]
+def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(packed_twice, tmp_path, monkeypatch):
+    in_file = packed_twice[1]
     made = []
     monkeypatch.setattr(
         "samerge_ext.plan.MergedModel",

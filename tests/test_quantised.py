@@ -1,31 +1,20 @@
 """QuantisedTaskVectors: what is stored and how far it is off, the operators on it, packing and merging with it."""
 
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
-import tiny
 import torch
 from helpers import (
     HALF_A_SCALE,
     INTERPRETED,
-    MOMENTS_TOLERANCE_FP32,
     NARROW,
-    QUANTISED_LOSS,
-    SIGMA_TOLERANCE,
     assert_close,
     packed,
     random_normal,
 )
-from safetensors.torch import save_file
 from torch.library import opcheck
 
 import samerge_ext as sm
 from samerge_ext import reference
-from samerge_ext.calibration import Calibration, teacher_logits
-from samerge_ext.features import weights_digest
 from samerge_ext.quantised import FORMATS, GROUP, QuantisedTaskVectors
 
 FORMS = tuple(FORMATS)
@@ -275,167 +264,3 @@ def test_errors_name_the_argument():
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             sm.weighted_sum(*arguments)
-
-
-@pytest.fixture
-def base():
-    return tiny.make(0, torch.float32)
-
-
-@pytest.fixture
-def experts(base):
-    return tiny.make_experts(base)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_packing_quantises_what_packing_in_fp32_holds(base, experts, form):
-    exact = sm.PackedWeights.from_modules(base, experts)
-    stored = sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form).task_vectors
-    whole = QuantisedTaskVectors.of(exact.task_vectors, form)
-    assert torch.equal(stored.dequantise(), whole.dequantise())
-    assert stored.shape == exact.task_vectors.shape
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_teachers_are_the_experts_themselves(base, experts, form, tmp_path):
-    """Not their quantised task vectors: packed from modules, from state dicts and from folders."""
-    heads, batches = tiny.make_heads(torch.float32), tiny.make_batches(dtype=torch.float32)
-    (tmp_path / "base").mkdir()
-    save_file({n: t.clone() for n, t in base.state_dict().items() if n != "tied.weight"}, tmp_path / "base/model.safetensors")
-    for task, expert in experts.items():
-        (tmp_path / task).mkdir()
-        tensors = {n: t.clone() for n, t in expert.state_dict().items() if n != "tied.weight"}
-        save_file(tensors, tmp_path / task / "model.safetensors")
-    states = {task: expert.state_dict() for task, expert in experts.items()}
-    folders = {task: tmp_path / task for task in experts}
-    for weights in (
-        sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form),
-        sm.PackedWeights.from_state_dicts(base.state_dict(), states, task_vector_dtype=form),
-        sm.PackedWeights.from_folders(tmp_path / "base", folders, task_vector_dtype=form),
-    ):
-        for streamed in (False, True):
-            model = sm.MergedModel(tiny.make(1, torch.float32), weights, streamed=streamed)
-            before = model(batches["red"][0])
-            found = teacher_logits(model, Calibration(batches, weights.tasks), tiny.plain(heads), "fp32")
-            for task, expert in experts.items():
-                with torch.no_grad():
-                    for batch, logits in zip(batches[task], found[task], strict=True):
-                        assert_close(logits, (expert(batch) @ heads[task]).double())
-            assert torch.equal(model(batches["red"][0]), before), "merged again"
-
-
-def test_without_its_expert_a_teacher_is_what_is_stored(base, experts):
-    packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype="int4")
-    packed.experts = {}
-    model = sm.MergedModel(tiny.make(1, torch.float32), packed)
-    with model.teacher("blue"):
-        assert torch.equal(model.merged, packed.merge(packed.one_hot("blue")))
-
-
-def test_an_expert_that_is_no_longer_there_is_named(base, experts, tmp_path):
-    for task, module in {"base": base, **experts}.items():
-        (tmp_path / task).mkdir()
-        tensors = {n: t.clone() for n, t in module.state_dict().items() if n != "tied.weight"}
-        save_file(tensors, tmp_path / task / "model.safetensors")
-    folders = {task: tmp_path / task for task in experts}
-    packed = sm.PackedWeights.from_folders(tmp_path / "base", folders, task_vector_dtype="int8")
-    model = sm.MergedModel(tiny.make(1, torch.float32), packed)
-    shape = {n: torch.zeros(2) for n in base.state_dict()}
-    save_file(shape, tmp_path / "red/model.safetensors")
-    changed = r"expert 'red'.*'first.bias' was \[8\] when packed and is \[2\] now"
-    with pytest.raises(ValueError, match=changed), model.teacher("red"):
-        pass
-    (tmp_path / "red/model.safetensors").unlink()
-    with pytest.raises(ValueError, match="red"), model.teacher("red"):
-        pass
-
-
-@pytest.mark.parametrize("method", ("samerging", "adamerging", "statsmerging"))
-@pytest.mark.parametrize("form", FORMS)
-def test_learned_methods_run_and_learn_nearly_the_same(base, experts, form, method):
-    heads, batches = tiny.make_heads(torch.float32), tiny.make_batches(dtype=torch.float32)
-    names = {"samerging": "SAMerging", "adamerging": "AdaMerging", "statsmerging": "StatsMerging"}
-    config = getattr(sm, f"{names[method]}Config")
-    found = {}
-    for dtype in (torch.float32, form):
-        packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype=dtype)
-        settings = config(steps=5, learning_rate=1e-2, progress=False)
-        logits = tiny.shared_encoder(heads)
-        result = getattr(sm, method)(tiny.make(1, torch.float32), packed, batches, logits, config=settings)
-        found[dtype] = result.history[-1]["loss"]
-    assert abs(found[form] - found[torch.float32]) < QUANTISED_LOSS[form] * abs(found[torch.float32])
-
-
-def test_a_run_does_not_continue_on_task_vectors_of_another_form(base, experts, tmp_path):
-    heads, batches = tiny.make_heads(torch.float32), tiny.make_batches(dtype=torch.float32)
-    config = sm.AdaMergingConfig(steps=1, progress=False, checkpoint_dir=tmp_path)
-    for form in ("int8", "int8"):
-        packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form)
-        sm.adamerging(tiny.make(1, torch.float32), packed, batches, tiny.plain(heads), config=config)
-    packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype="int4")
-    with pytest.raises(ValueError, match="another run: dtypes differ"):
-        sm.adamerging(tiny.make(1, torch.float32), packed, batches, tiny.plain(heads), config=config)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_data_free_methods_and_statistics(base, experts, form):
-    exact = sm.PackedWeights.from_modules(base, experts)
-    packed = sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form)
-    stored = sm.PackedWeights(packed.layout, packed.tasks, packed.base, packed.task_vectors.dequantise(), packed.unchanged)
-    assert_close(sm.average(packed).merged, sm.average(stored).merged.double())
-    assert torch.equal(sm.ties(packed).merged, sm.ties(stored).merged)
-    assert torch.equal(sm.dare(packed).merged, sm.dare(stored).merged)
-    for change in (sm.trimmed, sm.align_norms):
-        with pytest.raises(ValueError, match=f"without task_vector_dtype='{form}'"):
-            change(packed)
-    assert_close(sm.task_arithmetic(packed, 0.4).merged, sm.task_arithmetic(stored, 0.4).merged.double())
-    for of in ("experts", "task_vectors"):
-        expected = sm.layer_stats(stored, of=of)
-        assert torch.allclose(sm.layer_stats(packed, of=of), expected, rtol=SIGMA_TOLERANCE, atol=MOMENTS_TOLERANCE_FP32)
-    assert weights_digest(packed) != weights_digest(exact)
-
-
-def test_what_cannot_be_packed_is_named(base, experts):
-    with pytest.raises(ValueError, match="task_vector_dtype='int3'; choose a torch.dtype or one of int8, int4, int4-residual"):
-        sm.PackedWeights.from_modules(base, experts, task_vector_dtype="int3")
-    largest = torch.finfo(torch.float32).max
-    for form, where in {"int8": "expert 'a'", "int4-residual": "the experts' mean"}.items():
-        with pytest.raises(ValueError, match=f"{where}: 'w' minus the base's cannot be quantised.*Inf"):
-            tensors = {"w": torch.full((3,), -largest)}, {"a": {"w": torch.full((3,), largest)}}
-            sm.PackedWeights.from_state_dicts(*tensors, task_vector_dtype=form)
-    experts["blue"].second.weight.data[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="expert 'blue': 'second.weight' holds NaN"):
-        sm.PackedWeights.from_modules(base, experts, task_vector_dtype="int4")
-
-
-def test_packing_never_holds_the_task_vectors_in_fp32(tmp_path):
-    """Peak memory is the quantised store, the base, and a few tensors."""
-    script = textwrap.dedent("""
-        import sys, torch
-        from pathlib import Path
-        from safetensors.torch import save_file
-        import samerge_ext as sm
-        from samerge_ext.memory import PeakMemory
-
-        MEGA = 1024 * 1024
-        root = Path(sys.argv[1])
-        if sys.argv[2] == "write":
-            for seed, name in enumerate(("base", "a", "b", "c")):
-                torch.manual_seed(seed)
-                (root / name).mkdir()
-                save_file({f"layer{i}": torch.randn(2 * MEGA) for i in range(16)}, root / name / "model.safetensors")
-        else:
-            sm.PackedWeights  # imported before the first measure
-            with PeakMemory() as peak:
-                folders = {t: root / t for t in "abc"}
-                dtypes = {"dtype": torch.bfloat16, "task_vector_dtype": sys.argv[2]}
-                packed = sm.PackedWeights.from_folders(root / "base", folders, **dtypes)
-            print((peak.rise - packed.base.nbytes - packed.task_vectors.nbytes) / MEGA)
-    """)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed tensors go back to the system at once
-    for mode in ("write", "int8", "int4-residual"):
-        command = [sys.executable, "-c", script, tmp_path, mode]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        if mode != "write":
-            beyond_store = float(run.stdout)
-            assert beyond_store < 11 * 8, f"{mode}: {beyond_store:.0f} MiB beyond the store; a tensor is 8 MiB, a task vector 128"

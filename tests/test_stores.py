@@ -3,35 +3,17 @@
 import threading
 
 import pytest
-import test_streamed as streaming
+import streaming
 import torch
-from safetensors.torch import save_file
 
 import samerge_ext as sm
 from samerge_ext.checkpoints import CheckpointError
 from samerge_ext.stores import StagedStore
 
 
-@pytest.fixture
-def packed(tmp_path):
-    """In memory, and in a file."""
-    base = streaming.make()
-    in_memory = streaming.make_packed(base)
-    experts = {}
-    for task in in_memory.tasks:
-        tensors = in_memory.state_dict(in_memory.merge(in_memory.one_hot(task)))
-        tensors.update(in_memory.expert_buffers[task])
-        experts[task] = tmp_path / f"{task}.safetensors"
-        save_file({n: t.clone() for n, t in tensors.items() if n not in in_memory.aliases}, experts[task])
-    tensors = {n: t.clone() for n, t in base.state_dict().items() if n not in in_memory.aliases}
-    save_file(tensors, tmp_path / "base.safetensors")
-    in_file = sm.PackedWeights.from_folders(tmp_path / "base.safetensors", experts, dtype=torch.float64, file=tmp_path / "packed")
-    return in_file.in_memory(), in_file
-
-
 @pytest.mark.parametrize("piece", [1024, 3072, 1 << 20])
-def test_pieces_arrive_whatever_the_order(packed, piece):
-    in_memory, in_file = packed
+def test_pieces_arrive_whatever_the_order(packed_twice, piece):
+    in_memory, in_file = packed_twice
     store = in_file.store(piece=piece)
     generator = torch.Generator().manual_seed(0)
     blocks, most = in_memory.layout.numel // 1024, min(piece, in_memory.layout.numel) // 1024
@@ -47,8 +29,8 @@ def test_pieces_arrive_whatever_the_order(packed, piece):
         store.begin_pass()
 
 
-def test_a_pass_like_the_last_one_is_read_ahead(packed, monkeypatch):
-    in_file = packed[1]
+def test_a_pass_like_the_last_one_is_read_ahead(packed_twice, monkeypatch):
+    in_file = packed_twice[1]
     store = in_file.store(piece=2048)
     pieces = [(start, 2048) for start in range(0, 16384, 2048)]
     pieces += pieces[::-1]
@@ -67,8 +49,8 @@ def test_a_pass_like_the_last_one_is_read_ahead(packed, monkeypatch):
     assert ahead[0] > 10 and ahead[1:] == [0, 0]
 
 
-def test_reading_runs_beside_the_computation(packed):
-    in_file = packed[1]
+def test_reading_runs_beside_the_computation(packed_twice):
+    in_file = packed_twice[1]
     threads = []
     read = type(in_file.base).read_into
     store = in_file.store(piece=1024)
@@ -82,8 +64,8 @@ def test_reading_runs_beside_the_computation(packed):
 
 @pytest.mark.parametrize("piece", [1024, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_learned_merge_from_a_file_takes_the_same_path(packed, piece, dropout):
-    in_memory, in_file = packed
+def test_a_learned_merge_from_a_file_takes_the_same_path(packed_twice, piece, dropout):
+    in_memory, in_file = packed_twice
     results = []
     for weights, store in ((in_memory, None), (in_memory, in_memory.store()), (in_file, in_file.store(piece=piece))):
         module = streaming.make(1, dropout=dropout).train(dropout > 0)
@@ -98,8 +80,8 @@ def test_a_learned_merge_from_a_file_takes_the_same_path(packed, piece, dropout)
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
 
 
-def test_a_file_that_is_cut_off_meanwhile_stops_the_merge(packed):
-    in_file = packed[1]
+def test_a_file_that_is_cut_off_meanwhile_stops_the_merge(packed_twice):
+    in_file = packed_twice[1]
     model = sm.MergedModel(streaming.make(1), in_file, streamed=True)
     tokens = streaming.make_batches()["red"][0]
     streaming.gradient(model, tokens)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from samerge_ext.magnitudes import BITS
 from samerge_ext.packing import PackedWeights
-from samerge_ext.piecewise import Combination, Piece, merge_packed, per_task
+from samerge_ext.piecewise import ALIGNMENT, Combination, Piece, merge_packed, per_task
 from samerge_ext.result import Result
 
-DRAWN = 1 << 16  # numbers that share a key; pieces start at a multiple of it
+DRAWN = ALIGNMENT  # numbers that share a key
 
 
 class Dare:
