@@ -21,15 +21,15 @@ struct KlTerm {
   Vector slope;  // q - p
 };
 
-// One class, with d = log p - log q and remainder = exp(-d) - 1 + d. KL is summed as p * remainder, which equals
+// One class, with p and q in any common unit, d = log p - log q and remainder = exp(-d) - 1 + d. KL is summed as p * remainder, which equals
 // p * d + q - p: every term is >= 0 and the roundings of log Z enter squared, so that the loss keeps its digits where student
 // and teacher nearly agree.
 template <class Real, class Vector>
 SAMERGE_INLINE KlTerm<Vector> kl_term(Vector p, Vector q, Vector d, Vector remainder) {
   const auto close = d * d < Real(0.0625);
   const Vector difference = close ? p * (remainder - d) : q - p;
-  const Vector term = close ? p * remainder : p * d + difference;
-  return {p == Real(0) ? q : term, p == Real(0) ? q : difference};  // d is not finite where both are masked
+  const Vector finite = p == Real(0) ? Vector{} - Real(1) : d;  // what p = 0 is multiplied with: d may be infinite there
+  return {close ? p * remainder : p * finite + difference, difference};
 }
 
 // What a first pass knows of the numbers x it has seen, with y = (x - max) / temperature.

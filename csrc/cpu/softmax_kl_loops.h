@@ -122,14 +122,14 @@ SAMERGE_INLINE void for_chunks(const Row<Real>& row, const Body& body) {
 
 template <class Vector, class Real = lane_t<Vector>>
 Real chunk_max(const Chunk<const Real>& x, int64_t n, Real at_least) {
-  Vector even = broadcast<Vector>(at_least), odd = even;
+  constexpr int kStep = kLanes<Vector>;
+  Vector some[4];  // four chains, since a maximum takes four cycles
+  for (Vector& each : some) each = broadcast<Vector>(at_least);
   int64_t i = 0;
-  for (; i + 2 * kLanes<Vector> <= x.whole; i += 2 * kLanes<Vector>) {
-    even = max(load<Vector>(x.values + i), even);
-    odd = max(load<Vector>(x.values + i + kLanes<Vector>), odd);
-  }
-  for (; i < n; i += kLanes<Vector>) even = max(load<Vector>(x.at(i)), even);
-  return max_lane(max(odd, even));
+  for (; i + 4 * kStep <= x.whole; i += 4 * kStep)
+    for (int k = 0; k < 4; ++k) some[k] = max(load<Vector>(x.values + i + k * kStep), some[k]);
+  for (; i < n; i += kStep) some[0] = max(load<Vector>(x.at(i)), some[0]);
+  return max_lane(max(max(some[1], some[0]), max(some[3], some[2])));
 }
 
 // The first pass.
@@ -212,6 +212,8 @@ double kl_chunk(const Row<Real>& teacher, Chunk<const Real> t, Exponentials<Real
   const Real max_gap = teacher.max - student.max;
   const Real inverse_teacher = teacher.inverse_temperature, inverse_student = student.inverse_temperature;
   const Real teacher_max = teacher.max, student_max = student.max;
+  // KL is homogeneous in p and q, so both are computed in units of p's factor, which may not be too small to divide by.
+  const Real unit = p.factor > Real(1e-30) ? p.factor : Real(1e-30), ratio = q.factor / unit, slope_weight = weight * unit;
   Vector total = {};
   for_vectors<Vector>(n, [=, &total](int64_t i, bool last) SAMERGE_INLINE_BODY {
     const Vector t_i = load<Vector>(t.vector(i, last)), s_i = load<Vector>(s.vector(i, last));
@@ -219,14 +221,14 @@ double kl_chunk(const Row<Real>& teacher, Chunk<const Real> t, Exponentials<Real
     const Vector gap = kSameTemperature ? ((t_i - s_i) - max_gap) * inverse_teacher
                                         : (t_i - teacher_max) * inverse_teacher - (s_i - student_max) * inverse_student;
     const Vector d = gap - offset;
-    const KlTerm<Vector> term = kl_term<Real>(load<Vector>(p.values + i) * p.factor, load<Vector>(q.values + i) * q.factor,
-                                              d, exp_remainder(d));
+    const KlTerm<Vector> term =
+        kl_term<Real>(load<Vector>(p.values + i), load<Vector>(q.values + i) * ratio, d, exp_remainder(d));
     total += term.loss;
     Real* place = slope.vector(i, last);
     __builtin_prefetch(place + ahead, 1);
-    store(place, (kFirst ? Vector{} : load<Vector>(place)) + term.slope * weight);
+    store(place, (kFirst ? Vector{} : load<Vector>(place)) + term.slope * slope_weight);
   });
-  return sum(total);
+  return sum(total) * unit;
 }
 
 // slope = weight * d H(q) / d (x / temperature) = -weight * q * (log q + H) over a chunk.
