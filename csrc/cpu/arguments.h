@@ -10,9 +10,13 @@ namespace samerge {
 
 inline void check_block_layer(const at::Tensor& block_layer, int64_t num_layers) {  // [N / kBlock], contiguous
   const auto* layer = block_layer.const_data_ptr<int32_t>();
-  for (int64_t b = 0; b < block_layer.numel(); ++b)
-    TORCH_CHECK_VALUE(layer[b] >= (b ? layer[b - 1] : 0) && layer[b] < num_layers, "block_layer[", b, "] is ", layer[b],
-                      "; it must be non-decreasing and lie in 0 ... ", num_layers - 1);
+  const int64_t blocks = block_layer.numel();
+  const auto fits = [&](int64_t b) { return layer[b] >= (b ? layer[b - 1] : 0) && layer[b] < num_layers; };
+  bool all = blocks == 0 || (fits(0) && layer[blocks - 1] < num_layers);
+  for (int64_t b = 1; b < blocks; ++b) all &= layer[b] >= layer[b - 1];  // without a branch: many at once
+  for (int64_t b = 0; !all && b < blocks; ++b)
+    TORCH_CHECK_VALUE(fits(b), "block_layer[", b, "] is ", layer[b], "; it must be non-decreasing and lie in 0 ... ",
+                      num_layers - 1);
 }
 
 // Asks for large pages under a new large tensor: its first touch then costs a fault per 2 MiB instead of one per 4 KiB.

@@ -1,23 +1,30 @@
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "arguments.h"
 #include "levels.h"
+#include "parallel.h"
 
 namespace samerge {
 
-constexpr int64_t kSegmentBlocks = 64;  // the unit of work: fixed, so that sums do not depend on the number of threads
+constexpr int64_t kSegmentBlocks = 64;  // whose sums are added: fixed, so that they do not depend on the number of threads
+constexpr int64_t kLeastSegments = 1;   // fewer do not pay for a thread
+constexpr int64_t kPieceSegments = 8;
 
-// The first block of every segment, then the number of blocks. A segment has at most kSegmentBlocks, all of one layer.
+// The first block of every segment, then the number of blocks. A segment has at most kSegmentBlocks, all of one layer, whose
+// blocks follow each other.
 static std::vector<int64_t> cut_into_segments(const at::Tensor& block_layer) {
   const auto* layer = block_layer.const_data_ptr<int32_t>();
-  std::vector<int64_t> begin;
-  for (int64_t b = 0; b < block_layer.numel(); ++b)
-    if (begin.empty() || layer[b] != layer[b - 1] || b - begin.back() == kSegmentBlocks) begin.push_back(b);
-  begin.push_back(block_layer.numel());
+  const int64_t blocks = block_layer.numel();
+  std::vector<int64_t> begin = {0};
+  while (begin.back() < blocks) {
+    const auto* first = layer + begin.back();
+    const auto* last = std::min(first + kSegmentBlocks, layer + blocks);
+    begin.push_back((*first == last[-1] ? last : std::upper_bound(first, last, *first)) - layer);
+  }
   return begin;
 }
 
@@ -42,7 +49,7 @@ at::Tensor coefficient_grad_cpu(
   a.segment_begin = segment_begin.data();
   a.grad_dtype = dtype_of(grad);
   const auto loop = loops().coefficient_grad;
-  at::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) { loop(a, first, last); });
+  share_out(segments, kLeastSegments, kPieceSegments, [&](int64_t first, int64_t last) { loop(a, first, last); });
 
   std::vector<double> sums(out.numel());  // [T, L]
   for (int64_t segment = 0; segment < segments; ++segment) {

@@ -1,14 +1,15 @@
 #include "../elected_sum.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 
 #include "../tensors.h"
 #include "levels.h"
+#include "parallel.h"
 
 namespace samerge {
 
-constexpr int64_t kBlocksPerThread = 16;  // fewer do not pay for a thread
+constexpr int64_t kLeastBlocks = 16;  // fewer do not pay for a thread
+constexpr int64_t kPieceBlocks = 64;
 
 at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights, double scale,
                            bool normalize) {  // [N], [T, N], [T]
@@ -33,7 +34,7 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
   a.base_dtype = dtype_of(dense_base);
   a.task_dtype = dtype_of(tasks);
   const auto loop = loops().elected_sum;
-  at::parallel_for(0, base.size(0) / kBlock, kBlocksPerThread, [&](int64_t first, int64_t last) { loop(a, first, last); });
+  share_out(base.size(0) / kBlock, kLeastBlocks, kPieceBlocks, [&](int64_t first, int64_t last) { loop(a, first, last); });
   return out;
 }
 

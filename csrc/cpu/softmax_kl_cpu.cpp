@@ -1,15 +1,15 @@
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "../softmax_kl_call.h"
 #include "arguments.h"
 #include "levels.h"
+#include "parallel.h"
 
 namespace samerge {
 
-constexpr int64_t kNumbersPerThread = 4096;  // fewer do not pay for a thread
+constexpr int64_t kLeastNumbers = 4096;  // fewer do not pay for a thread
+constexpr int64_t kPieceNumbers = 1 << 17;
 constexpr int64_t kLargestScratch = 1 << 19;  // numbers of a thread, which must stay in its second-level cache
 
 std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
@@ -31,7 +31,8 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
   const auto loop = loops().softmax_kl;
   const int64_t chunks = (a.num_columns + kSoftmaxKlChunk - 1) / kSoftmaxKlChunk;
   const int64_t numbers = (1 + a.num_teachers) * chunks * (kSoftmaxKlChunk + 1);
-  at::parallel_for(0, a.num_rows, std::max<int64_t>(1, kNumbersPerThread / a.num_columns), [&](int64_t first, int64_t last) {
+  const auto rows = [&](int64_t numbers) { return std::max<int64_t>(1, numbers / a.num_columns); };
+  share_out(a.num_rows, rows(kLeastNumbers), rows(kPieceNumbers), [&](int64_t first, int64_t last) {
     at::Tensor scratch;
     if (numbers <= kLargestScratch) scratch = at::empty({numbers}, call.losses.options());
     loop(a, first, last, scratch.defined() ? scratch.mutable_data_ptr() : nullptr);

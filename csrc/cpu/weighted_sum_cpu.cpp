@@ -1,13 +1,14 @@
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include "../weighted_sum_call.h"
 #include "arguments.h"
 #include "levels.h"
+#include "parallel.h"
 
 namespace samerge {
 
-constexpr int64_t kBlocksPerThread = 32;         // fewer do not pay for a thread
+constexpr int64_t kLeastBlocks = 32;  // fewer do not pay for a thread
+constexpr int64_t kPieceBlocks = 512;
 constexpr size_t kStreamedBytes = size_t(64) << 20;  // an output this large is not found in the caches again
 
 void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
@@ -22,7 +23,8 @@ void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::T
   const WeightedSum a = weighted_sum_call(out, dense_base, tasks, lambda, layer, dense_scales);
   const auto loop = loops().weighted_sum;
   const bool streamed = out.nbytes() >= kStreamedBytes && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
-  at::parallel_for(0, layer.numel(), kBlocksPerThread, [&](int64_t first, int64_t last) { loop(a, first, last, streamed); });
+  share_out(layer.numel(), kLeastBlocks, kPieceBlocks,
+            [&](int64_t first, int64_t last) { loop(a, first, last, streamed); });
 }
 
 }  // namespace samerge
