@@ -27,13 +27,8 @@ SAMERGE_INLINE Int widen(const Byte* p) {
 }
 #endif
 
-// Codes i ... of a group's first half, and those kGroup / 2 further on.
-template <class Vector>
-struct Halves {
-  Vector first, second;
-};
-
-// read(block, group, i): both for one vector; a block begins at its first byte. kBytes: of a group.
+// read(block, group, i): codes i ... of a group's first half, and those kGroup / 2 further on; a block begins at its first
+// byte. kBytes: of a group.
 template <class V>
 struct Int8 {
   using Vector = V;

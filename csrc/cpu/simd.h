@@ -95,6 +95,30 @@ SAMERGE_INLINE Vector last_lanes(Vector v, int count, lane_t<Vector> fill) {
 #endif
 }
 
+template <class Vector>
+struct Halves {
+  Vector first, second;
+};
+
+// The numbers at even places of a and b, and those at odd places.
+template <class Vector>
+SAMERGE_INLINE Halves<Vector> split_pairs(Vector a, Vector b) {
+  constexpr int kCount = kLanes<Vector>;
+#ifdef __clang__
+  Halves<Vector> places;
+  for (int lane = 0; lane < kCount; ++lane) {
+    const Vector& from = 2 * lane < kCount ? a : b;
+    places.first[lane] = from[2 * lane % kCount];
+    places.second[lane] = from[2 * lane % kCount + 1];
+  }
+  return places;
+#else
+  decltype(a < b) even;
+  for (int lane = 0; lane < kCount; ++lane) even[lane] = 2 * lane;
+  return {__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)};
+#endif
+}
+
 // Both join the halves of what is left, until it is one lane. Unrolled, since GCC keeps these loops as loops.
 template <class Vector>
 SAMERGE_INLINE double sum(Vector v) {
@@ -182,6 +206,11 @@ struct BF16 {
   using Stored = uint16_t;
   using Vector = Float;
   static constexpr bool kWide = false;
+  // As split_pairs, of two vectors' numbers: an instruction each, where in order they take two.
+  static SAMERGE_INLINE Halves<Float> read_pairs(const uint16_t* p) {
+    const Bits pairs = load<Bits>(p);
+    return {(Float)(pairs << 16), (Float)(pairs & 0xffff0000u)};
+  }
   static SAMERGE_INLINE Float read(const uint16_t* p) {
     return (Float)(widen(load<HalfBits>(p)) << 16);
   }
