@@ -97,8 +97,10 @@ class Packed:
         return (OUR_TOLERANCE if is_ours else TOLERANCE)[self.dtype]
 
     def needed_bytes(self, device: str) -> int:
-        """Of the inputs and the output, three models in fp32 for what candidates allocate, and quantised task vectors."""
-        return self.layout.numel * ((self.tasks + 2) * self.dtype.itemsize + 3 * 4 + 2 * self.tasks + 3)
+        """Of the inputs and the output, three models in fp32 for what candidates allocate, and the most that stays: as much as
+        the task vectors, which malloc does not give back once the published graph is built (measured), or quantised ones."""
+        stored = self.dtype.itemsize
+        return self.layout.numel * ((self.tasks + 2) * stored + 3 * 4 + max(self.tasks * stored, 2 * self.tasks + 3))
 
     def build(self, device: str) -> PackedInputs:
         return PackedInputs(self, device)
