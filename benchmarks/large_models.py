@@ -1,7 +1,7 @@
 """A learned merge within a memory budget, by each way to hold it: planned and measured peak memory, seconds per SAM step.
 
     python benchmarks/large_models.py                         # ~300 M parameters, 8 experts, CPU; a few minutes, 6 GB of disk
-    python benchmarks/large_models.py --device cuda --shape 7B --cap 24GiB --ways host,file
+    python benchmarks/large_models.py --device cuda --shape 7B --cap 24GiB --task-vectors int4 --ways host,smallest
     python benchmarks/large_models.py --device cuda --shape 1B
 
 A model of Llama's shape with random weights. The packed file is written by this script (a real one is made from folders with
@@ -50,13 +50,14 @@ def llama(shape: str):
         return LlamaForCausalLM(config)
 
 
-def write_packed(path: Path, shape: str) -> None:
-    """Random weights as a packed file: base in fp32, task vectors in bf16, layer by layer."""
+def write_packed(path: Path, shape: str, form: str) -> None:
+    """Random weights as a packed file: base in fp32, task vectors in bf16 or quantised, layer by layer."""
     import torch
 
     from samerge_ext.checkpoint_files import SAFETENSORS_CODES
     from samerge_ext.layout import Layout
-    from samerge_ext.packed_file import PackedFileWriter
+    from samerge_ext.packed_file import PackedFileWriter, rows_of
+    from samerge_ext.quantised import QuantisedTaskVectors
 
     module = llama(shape)
     layers = dict(module.named_parameters())
@@ -66,6 +67,8 @@ def write_packed(path: Path, shape: str) -> None:
     of_tasks = {f"{kind}/{t}": {} for kind in ("buffers", "heads") for t in range(len(experts))}
     about = {
         "folder": str(path.parent),
+        "experts": {},
+        "form": None if form == "bf16" else form,
         "identity": {},
         "tasks": experts,
         "names": list(layers),
@@ -75,7 +78,8 @@ def write_packed(path: Path, shape: str) -> None:
         "aliases": {"lm_head.weight": "model.embed_tokens.weight"},
         "small": {"unchanged": {}, "buffers": {}, **of_tasks},
     }
-    writer = PackedFileWriter(path, layout, len(experts), (torch.float32, torch.bfloat16), {}, about)
+    rows = rows_of(len(experts), torch.float32, about["form"] or torch.bfloat16)
+    writer = PackedFileWriter(path, layout, rows, {}, about)
     generator = torch.Generator().manual_seed(0)
     for layer, parameter in enumerate(layers.values()):
         if parameter.dim() == 1:
@@ -84,7 +88,13 @@ def write_packed(path: Path, shape: str) -> None:
             base = torch.randn(parameter.shape, generator=generator).mul_(0.02)
         # Random numbers are dear: task vectors are one draw, turned, with a different sign pattern for every task.
         draw = torch.randn(parameter.numel(), generator=generator).mul_(0.004).to(torch.bfloat16)
-        writer.write(layer, [base, *(draw.roll(977 * t) * (-1) ** t for t in range(len(experts)))])
+        task_vectors = (draw.roll(977 * t) * (-1) ** t for t in range(len(experts)))
+        if about["form"]:
+            codes = QuantisedTaskVectors.zeros(len(experts), layout.extent(layer)[1], form)
+            for t, task_vector in enumerate(task_vectors):
+                codes.write(t, 0, task_vector)
+            task_vectors = [*codes.codes, *codes.scales]
+        writer.write(layer, [base, *task_vectors])
     writer.finish()
 
 
@@ -102,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     if device.type == "cuda" and arguments.cap:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(arguments.cap) / total))
-    packed = sm.PackedWeights.open(arguments.work / f"{arguments.shape}.packed", device=device, verify=False)
+    packed = sm.PackedWeights.open(packed_path(arguments), device=device, verify=False)
     generator = torch.Generator().manual_seed(1)
     vocabulary = SHAPES[arguments.shape][4]
     batches = {t: [torch.randint(vocabulary, (batch, tokens), generator=generator)] for t in packed.tasks}
@@ -153,8 +163,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     }
 
 
+def packed_path(arguments: argparse.Namespace) -> Path:
+    return arguments.work / f"{arguments.shape}-{arguments.task_vectors}.packed"
+
+
 def in_a_process(arguments: argparse.Namespace, **options) -> dict:
     command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device, "--work", str(arguments.work)]
+    command += ["--task-vectors", arguments.task_vectors]
     command += ["--cap", arguments.cap] if arguments.cap else []
     for key, value in options.items():
         command += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
@@ -169,6 +184,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="300M")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cap", help="the most memory that the process may take of a GPU, such as 24GiB")
+    parser.add_argument("--task-vectors", choices=("bf16", "int8", "int4"), default="bf16", help="how they are stored")
     parser.add_argument("--work", type=Path, default=Path(".cache-large-models"), help="folder of the packed file")
     parser.add_argument("--ways", default="resident,memory,quarter,smallest", help="which, and host")
     parser.add_argument("--out", type=Path, help="JSON to write; by default in benchmarks/results")
@@ -185,9 +201,9 @@ def main() -> None:
     from samerge_ext.plan import show
 
     arguments.work.mkdir(parents=True, exist_ok=True)
-    packed = arguments.work / f"{arguments.shape}.packed"
+    packed = packed_path(arguments)
     if not packed.exists():
-        write_packed(packed, arguments.shape)
+        write_packed(packed, arguments.shape, arguments.task_vectors)
     planned = in_a_process(arguments, plan_only=True)["ways"]
     resident = planned[0]["bytes"]
     slack = 1.03  # what the process takes before the plan is not the same to the byte from run to run
@@ -206,10 +222,11 @@ def main() -> None:
             f"{name:10} {show(row['planned_bytes']):>8} planned {show(row['measured_bytes']):>8} measured "
             f"{row['seconds_per_step']:8.2f} s/step  {row['plan']['store']} {row['plan']['piece'] or ''}", flush=True,
         )  # fmt: skip
-    out = arguments.out or RESULTS / f"large-models-{arguments.shape}-{arguments.device}.json"
+    out = arguments.out or RESULTS / f"large-models-{arguments.shape}-{arguments.task_vectors}-{arguments.device}.json"
     hidden = {} if arguments.shape == "test" else {"coefficients": None}
     content = {
         "shape": arguments.shape,
+        "task_vectors": arguments.task_vectors,
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "planned": planned,

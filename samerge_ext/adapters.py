@@ -82,15 +82,28 @@ class AdapterSource(Source):
             return self._file.dtype(self._whole[name])
         return torch.float32 if name in self._factors else self._base.dtype(name)
 
+    def change(self, name: str) -> tuple[Tensor, Tensor] | Tensor | None:
+        """What the adapter adds to a tensor of the base: the product of two factors [m, r] and [r, n], in fp32 and with the
+        scaling in the first; where it has a tensor of its own, the difference; None where it adds nothing."""
+        name = self.aliases.get(name, name)
+        if name in self._whole:
+            own = self._file.read(self._whole[name])
+            wide = torch.promote_types(own.dtype, torch.float32)
+            return own.to(wide) - self._base.read(name).to(wide)
+        if name not in self._factors:
+            return None
+        first, second, transposed = self._factors[name]
+        a, b = self._file.read(first).float(), self._file.read(second).float()  # [r, n], [m, r]
+        b = b * self._scaling(name.removesuffix(".weight"), a.shape[0])
+        return (a.T, b.T) if transposed else (b, a)
+
     def _read(self, name: str) -> Tensor:
         if name in self._whole:
             return self._file.read(self._whole[name])
         if name not in self._factors:
             return self._base.read(name)
-        first, second, transposed = self._factors[name]
-        a, b = self._file.read(first).float(), self._file.read(second).float()  # [r, n], [m, r]
-        change = (b @ a).mul_(self._scaling(name.removesuffix(".weight"), a.shape[0]))
-        return self._base.read(name).float() + (change.T if transposed else change)
+        left, right = self.change(name)
+        return torch.addmm(self._base.read(name).float(), left, right)
 
     def _scaling(self, module: str, rank: int) -> float:
         alpha = self._config["lora_alpha"]

@@ -52,7 +52,7 @@ def merge(
     max_length: Annotated[int | None, typer.Option(help="tokens of a calibration text")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of what is written too")] = None,
     task_vector_dtype: Annotated[
-        str | None, typer.Option(help="storage of the task vectors: float32 …, int8, int4 or int4-residual")
+        str | None, typer.Option(help="storage of the task vectors: float32 …, int8, int4, int4-residual or lora")
     ] = None,
     out_dtype: Annotated[str | None, typer.Option(help="of what is written, where that differs")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,

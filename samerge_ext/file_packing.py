@@ -11,9 +11,9 @@ import torch
 
 from samerge_ext.checkpoint_files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
 from samerge_ext.layout import Layout
-from samerge_ext.memory_packing import outline
-from samerge_ext.packed_file import PackedFile, PackedFileWriter, file_numbers
-from samerge_ext.quantised import empty_task_vectors
+from samerge_ext.memory_packing import check_form, empty_task_vectors, outline, quantise, stored_dtype
+from samerge_ext.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
+from samerge_ext.quantised import QuantisedTaskVectors
 from samerge_ext.validation import check_sources
 
 if TYPE_CHECKING:
@@ -54,14 +54,17 @@ def open_packed(
         expert_buffers={task: small[f"buffers/{t}"] for t, task in enumerate(tasks)},
         heads={task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
         folder=Path(about["folder"]),
+        experts={task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
     )
 
 
 def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dtype, heads) -> None:
     """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer."""
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    task_vector_dtype = task_vector_dtype or dtype
-    changed = check_sources(base, experts, heads, dtype, task_vector_dtype)
+    form = task_vector_dtype or dtype
+    check_form(form, experts)
+    quantised = not isinstance(form, torch.dtype)
+    changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, form))
     fields = outline(base, experts, heads, changed, dtype, "cpu")
     layout, tasks = fields["layout"], fields["tasks"]
     small = {key: fields[key] for key in ("unchanged", "buffers")}
@@ -70,6 +73,7 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
     about = {
         **about,
         "tasks": tasks,
+        "form": form if quantised else None,
         "names": layout.names,
         "shapes": [list(shape) for shape in layout.shapes],
         "dtypes": [SAFETENSORS_CODES[each] for each in layout.dtypes],
@@ -78,13 +82,18 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
         "small": {key: {name: f"{key}/{name}" for name in tensors} for key, tensors in small.items()},
     }
     bodies = {f"{key}/{name}": tensor for key, tensors in small.items() for name, tensor in tensors.items()}
-    writer = PackedFileWriter(path, layout, len(experts), (dtype, task_vector_dtype), bodies, about)
-    wide = torch.float64 if torch.float64 in (dtype, task_vector_dtype) else torch.float32
+    writer = PackedFileWriter(path, layout, rows_of(len(experts), dtype, form), bodies, about)
+    wide = torch.promote_types(dtype, torch.float32)
     try:
         for layer, name in enumerate(layout.names):
             if name in changed:
                 pretrained = base.read(name).to(wide)
-                task_vectors = (expert.read(name).to(wide) - pretrained for _, expert in experts)
+                if quantised:
+                    codes = QuantisedTaskVectors.zeros(len(experts), layout.extent(layer)[1], form)
+                    quantise(codes, name, pretrained, experts)
+                    task_vectors = itertools.chain(codes.codes, codes.scales)
+                else:
+                    task_vectors = (expert.read(name).to(wide) - pretrained for _, expert in experts)
                 writer.write(layer, itertools.chain([pretrained], task_vectors))
         writer.finish()
     except BaseException:
@@ -95,13 +104,14 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
 def described(kind: type[PackedWeights], base, experts, dtype, task_vector_dtype, heads, device) -> PackedWeights:
     """What packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
 
-    Every layer counts as changed. Values are read of heads and buffers alone.
+    Every layer counts as changed. Values are read of heads, buffers and LoRA factors alone.
     """
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     fields = outline(base, experts, heads, base.names, dtype, device)
-    numel = fields["layout"].numel
-    task_vectors = empty_task_vectors(len(experts), numel, task_vector_dtype or dtype, "meta")
-    return kind(**fields, base=torch.empty(numel, dtype=dtype, device="meta"), task_vectors=task_vectors)
+    form = task_vector_dtype or dtype
+    check_form(form, experts)
+    task_vectors = empty_task_vectors(experts, fields["layout"], dtype, form, "meta")
+    return kind(**fields, base=torch.empty(fields["layout"].numel, dtype=dtype, device="meta"), task_vectors=task_vectors)
 
 
 def identity_of(folders: Sequence[Path], **settings) -> dict:

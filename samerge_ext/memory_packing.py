@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from samerge_ext.factors import LORA, FactoredTaskVectors, require_adapters
 from samerge_ext.layout import Layout
-from samerge_ext.quantised import check_form, empty_task_vectors
+from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.sources import Source, matches
+from samerge_ext.stores import Numbers
 from samerge_ext.validation import check_sources, shared_names
 
 if TYPE_CHECKING:
@@ -29,20 +31,45 @@ def pack_into_memory(
     """Checks everything, then packs tensor by tensor: what is held beside the packed weights is one tensor of each model."""
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     task_vector_dtype = task_vector_dtype or dtype
-    quantised = isinstance(task_vector_dtype, str)
-    check_form(task_vector_dtype)
-    changed = check_sources(base, experts, heads, dtype, dtype if quantised else task_vector_dtype)
+    check_form(task_vector_dtype, experts)
+    changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, task_vector_dtype))
 
     fields = outline(base, experts, heads, changed, dtype, device)
-    numel = fields["layout"].numel
     packed = kind(
         **fields,
-        base=torch.zeros(numel, dtype=dtype, device=device),
-        task_vectors=empty_task_vectors(len(experts), numel, task_vector_dtype, device),
-        experts=dict(experts) if quantised else {},
+        base=torch.zeros(fields["layout"].numel, dtype=dtype, device=device),
+        task_vectors=empty_task_vectors(experts, fields["layout"], dtype, task_vector_dtype, device),
+        experts=dict(experts) if task_vector_dtype in FORMATS else {},
     )
     _fill(packed, base, experts)
     return packed
+
+
+def check_form(form: torch.dtype | str, experts: list[tuple[str, Source]]) -> None:
+    """Raises ValueError unless task vectors of these experts can be kept in it."""
+    if not isinstance(form, torch.dtype) and form not in (*FORMATS, LORA):
+        raise ValueError(
+            f"task_vector_dtype={form!r}; choose a torch.dtype or one of {', '.join(FORMATS)}, or {LORA} where all experts are "
+            "LoRA adapters"
+        )
+    if form == LORA:
+        require_adapters(experts)
+
+
+def stored_dtype(dtype: torch.dtype, form: torch.dtype | str) -> torch.dtype:
+    """The dtype whose range task vectors must fit."""
+    return form if isinstance(form, torch.dtype) else dtype
+
+
+def empty_task_vectors(
+    experts: list[tuple[str, Source]], layout: Layout, dtype: torch.dtype, form: torch.dtype | str, device: torch.device | str
+) -> Numbers:
+    """Room for the task vectors of the experts; factors are there already."""
+    if form == LORA:
+        return FactoredTaskVectors.of(experts, layout, torch.promote_types(dtype, torch.float32))
+    if form in FORMATS:
+        return QuantisedTaskVectors.zeros(len(experts), layout.numel, form, device)
+    return torch.zeros(len(experts), layout.numel, dtype=form, device=device)
 
 
 def outline(
@@ -84,24 +111,24 @@ def _fill(packed: PackedWeights, base: Source, experts: list[tuple[str, Source]]
         view.copy_(pretrained)
         for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
             torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
-        if not rows:
-            _quantise(packed, name, pretrained, experts)
+        if isinstance(stored, QuantisedTaskVectors):
+            extent = packed.layout.extent(packed.layout.names.index(name))
+            quantise(stored.narrow(*extent), name, pretrained, experts)
 
 
-def _quantise(packed: PackedWeights, name: str, pretrained: Tensor, experts: list[tuple[str, Source]]) -> None:
-    """Writes one tensor of all quantised task vectors; with an offset, which is their mean, experts are read twice."""
-    store, start = packed.task_vectors, packed.layout.offsets[packed.layout.names.index(name)]
+def quantise(layer: QuantisedTaskVectors, name: str, pretrained: Tensor, experts: list[tuple[str, Source]]) -> None:
+    """Writes one layer of all task vectors; with an offset, which is their mean, experts are read twice."""
     try:
         offset = None
-        if store.shared:
+        if layer.shared:
             at = "the experts' mean"
             mean = torch.zeros_like(pretrained)
             for _, expert in experts:
                 mean += (expert.read(name).to(pretrained) - pretrained) / len(experts)
-            offset = store.write_shared(start, mean.flatten()).view_as(mean)
+            offset = layer.write_shared(0, mean.flatten()).view_as(mean)
         for task, (_, expert) in enumerate(experts):
             at = expert.label
             task_vector = expert.read(name).to(pretrained) - pretrained
-            store.write(task, start, task_vector if offset is None else task_vector - offset)
+            layer.write(task, 0, task_vector if offset is None else task_vector - offset)
     except ValueError as error:
         raise ValueError(f"{at}: '{name}' minus the base's cannot be quantised: {error}") from error

@@ -1,8 +1,8 @@
 """Packed weights in a file: made once, layer by layer, and read some numbers at a time.
 
-A safetensors file. One flat body per role (`base`, and every task's vector) in the order of the layout, the small rest
-(unchanged layers, buffers, heads) tensor by tensor, and in the header's metadata the layout, the tasks and the CRC-32 of every
-body. Ranges are read with preadv: pages of a mapped file would count as this process's memory.
+A safetensors file. One flat body per role (`base`, and every task's vector, or its codes and its scales) in the order of the
+layout, the small rest (unchanged layers, buffers, heads) tensor by tensor, and in the header's metadata the layout, the tasks
+and the CRC-32 of every body. Ranges are read with preadv: pages of a mapped file would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -19,15 +19,28 @@ from torch import Tensor
 
 from samerge_ext.checkpoint_files import SAFETENSORS_CODES, CheckpointError, SafetensorsFile
 from samerge_ext.checkpoint_saving import require_space
+from samerge_ext.in_pieces import InPieces
 from samerge_ext.layout import Layout
+from samerge_ext.quantised import GROUP, QuantisedTaskVectors, is_shared, parts_of
 
-VERSION = 1
+VERSION = 2
 _CHUNK = 4 << 20  # bytes that are read at once to check a body
 
 
+class InFile(InPieces):
+    """What stays in a packed file."""
+
+    file: PackedFile
+    reads_to = torch.device("cpu")
+
+    @property
+    def where(self) -> str:
+        return f"stay in {self.file.path}"
+
+
 @dataclass(frozen=True, eq=False)
-class FileNumbers:
-    """Base [N] or task vectors [T, N] that stay in a packed file; ``device`` is where they are computed with."""
+class FileNumbers(InFile):
+    """Base [N] or task vectors [T, N] as numbers, a body per row."""
 
     file: PackedFile
     bodies: tuple[str, ...]
@@ -36,29 +49,55 @@ class FileNumbers:
     device: torch.device
 
     @property
+    def form(self) -> str:
+        return str(self.dtype)
+
+    @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> Tensor:
-        """Room for ``length`` of the numbers."""
         return torch.empty(*self.shape[:-1], length, dtype=self.dtype, device=device, pin_memory=pin_memory)
 
     def read_into(self, start: int, length: int, out: Tensor) -> None:
-        """Reads numbers ``start`` … into the first places of ``out`` [≥ length] or [T, ≥ length], on the CPU."""
         for body, row in zip(self.bodies, out.view(len(self.bodies), -1), strict=True):
             self.file.read_into(body, start, row[:length])
 
-    def __getitem__(self, index):
-        raise TypeError(f"these weights stay in {self.file.path}; what needs them whole takes packed.in_memory()")
 
-    def __iter__(self):
-        return self[:]
+@dataclass(frozen=True, eq=False)
+class FileCodes(InFile):
+    """Quantised task vectors: the bodies of their codes and of their scales. form: one of `quantised.FORMATS`."""
 
-    def in_memory(self) -> Tensor:
-        """All of them, on the device."""
-        numbers = self.empty(self.shape[-1], "cpu")
-        self.read_into(0, self.shape[-1], numbers)
-        return numbers.to(self.device)
+    codes: FileNumbers
+    scales: FileNumbers
+    form: str
+    shape: torch.Size
+
+    @property
+    def file(self) -> PackedFile:
+        return self.codes.file
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> QuantisedTaskVectors:
+        per_code = self._per_code
+        codes = self.codes.empty(length // per_code, device, pin_memory)
+        scales = self.scales.empty(length // GROUP, device, pin_memory)
+        return QuantisedTaskVectors(codes, scales, is_shared(self.form))
+
+    def read_into(self, start: int, length: int, out: QuantisedTaskVectors) -> None:
+        self.codes.read_into(start // self._per_code, length // self._per_code, out.codes)
+        self.scales.read_into(start // GROUP, length // GROUP, out.scales)
+
+    @property
+    def _per_code(self) -> int:
+        return self.shape[-1] // self.codes.shape[-1]
 
 
 class PackedFile(SafetensorsFile):
@@ -110,15 +149,14 @@ class PackedFileWriter:
         self,
         path: Path,
         layout: Layout,
-        num_tasks: int,
-        dtypes: tuple[torch.dtype, torch.dtype],
+        rows: dict[str, tuple[torch.dtype, int]],  # see `rows_of`
         small: dict[str, Tensor],
         about: dict,
     ):
         self.path, self.partial, self.layout = path, path.with_name(f"{path.name}.partial"), layout
         self._small = small
-        self._rows = dict(zip(body_names(num_tasks), [dtypes[0], *[dtypes[1]] * num_tasks], strict=True))
-        sizes = {name: (dtype, [layout.numel]) for name, dtype in self._rows.items()}
+        self._rows = rows
+        sizes = {name: (dtype, [layout.numel // per]) for name, (dtype, per) in rows.items()}
         sizes.update({name: (tensor.dtype, list(tensor.shape)) for name, tensor in small.items()})
         self._about = {"version": VERSION, **about, "checksums": dict.fromkeys(sizes, "0" * 8)}
         self._checksums = dict.fromkeys(sizes, 0)
@@ -135,10 +173,10 @@ class PackedFileWriter:
         self._written = dict.fromkeys(sizes, 0)
 
     def write(self, layer: int, tensors: Iterable[Tensor]) -> None:
-        """One layer of the base and of every task vector, in this order; layers in the order of the layout."""
+        """One layer of every row, in their order; layers in the order of the layout."""
         _, length = self.layout.extent(layer)
-        for (name, dtype), tensor in zip(self._rows.items(), tensors, strict=True):
-            flat = torch.zeros(length, dtype=dtype)
+        for (name, (dtype, per)), tensor in zip(self._rows.items(), tensors, strict=True):
+            flat = torch.zeros(length // per, dtype=dtype)
             flat[: tensor.numel()] = tensor.reshape(-1)
             self._append(name, flat)
 
@@ -171,16 +209,26 @@ class PackedFileWriter:
         return len(header).to_bytes(8, "little") + header
 
 
-def body_names(num_tasks: int) -> list[str]:
-    return ["base", *(f"task_vectors/{task}" for task in range(num_tasks))]
+def rows_of(num_tasks: int, dtype: torch.dtype, form: torch.dtype | str) -> dict[str, tuple[torch.dtype, int]]:
+    """The bodies of base and task vectors: name -> dtype and how many numbers an entry is for.
+
+    form: of the task vectors, a dtype or one of `quantised.FORMATS`.
+    """
+    parts = {"task_vectors": (num_tasks, form, 1)} if isinstance(form, torch.dtype) else parts_of(num_tasks, form)
+    rows = {f"{part}/{row}": (stored, per) for part, (count, stored, per) in parts.items() for row in range(count)}
+    return {"base": (dtype, 1), **rows}
 
 
-def file_numbers(file: PackedFile, num_tasks: int, device: torch.device) -> tuple[FileNumbers, FileNumbers]:
+def file_numbers(file: PackedFile, num_tasks: int, device: torch.device) -> tuple[FileNumbers, FileNumbers | FileCodes]:
     """Base [N] and task vectors [T, N] of a packed file."""
-    base, *tasks = body_names(num_tasks)
-    shape = file.shape(base)
-    rows = torch.Size((num_tasks, *shape))
-    return (
-        FileNumbers(file, (base,), shape, file.dtype(base), device),
-        FileNumbers(file, tuple(tasks), rows, file.dtype(tasks[0]), device),
-    )
+
+    def rows(kind: str) -> FileNumbers:
+        bodies = tuple(name for name in file.names if name.split("/")[0] == kind)
+        shape = file.shape(bodies[0])
+        rows = (len(bodies),) if kind != "base" else ()
+        return FileNumbers(file, bodies, torch.Size((*rows, *shape)), file.dtype(bodies[0]), device)
+
+    base = rows("base")
+    if file.about["form"] is None:
+        return base, rows("task_vectors")
+    return base, FileCodes(rows("codes"), rows("scales"), file.about["form"], torch.Size((num_tasks, *base.shape)))

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from samerge_ext.adapters import open_expert
 from samerge_ext.checkpoints import open_checkpoint
+from samerge_ext.factors import LORA, FactoredTaskVectors
 from samerge_ext.file_packing import described, identity_of, open_packed, pack_into_file
 from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.memory_packing import pack_into_memory
 from samerge_ext.ops.weighted_sum import weighted_sum
-from samerge_ext.quantised import QuantisedTaskVectors
+from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource
-from samerge_ext.stores import StagedStore, Store, on_host, parts, pin
+from samerge_ext.stores import StagedStore, Store, empty_like, on_host, parts, pin
 
 Buffers = dict[str, Tensor]
 PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
@@ -31,7 +32,7 @@ class PackedWeights:
     layout: where each of the L layers lies.
     tasks: T names; row t of everything belongs to ``tasks[t]``.
     base: [N], the pretrained weights.
-    task_vectors: [T, N], expert minus base; or QuantisedTaskVectors.
+    task_vectors: [T, N], expert minus base; or QuantisedTaskVectors, or FactoredTaskVectors.
     unchanged: layers that no expert changed, in the base's dtype of storage.
     aliases: names of tied tensors -> the layer they share.
     buffers: the base's buffers, float and not.
@@ -40,14 +41,14 @@ class PackedWeights:
     folder: the base's folder, where the weights came from one.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
 
-    Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`): they are then `packed_file.FileNumbers`,
-    read some numbers at a time by what streams them.
+    Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`), task vectors may be factors: they are then
+    `InPieces`, read some numbers at a time by what streams them.
     """
 
     layout: Layout
     tasks: tuple[str, ...]
     base: Tensor
-    task_vectors: Tensor | QuantisedTaskVectors
+    task_vectors: Tensor | QuantisedTaskVectors | FactoredTaskVectors
     unchanged: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: Buffers = field(default_factory=dict)
@@ -110,6 +111,8 @@ class PackedWeights:
     ) -> PackedWeights:
         """As `from_state_dicts`, from model folders (safetensors or .bin, sharded or not) read tensor by tensor. An expert may
         be a LoRA adapter of the base, as PEFT saves it; its factors are multiplied one tensor at a time.
+        task_vector_dtype="lora", where all experts are adapters, keeps the factors: a streamed merge multiplies them out piece
+        by piece, the resident way once and for all. Base plus product is not rounded in between, as it is otherwise.
 
         Peak memory is the packed store plus one tensor of each model.
         file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
@@ -117,8 +120,8 @@ class PackedWeights:
             and checked.
         """
         if file is not None:
-            if isinstance(task_vector_dtype, str):
-                raise ValueError(f"task_vector_dtype={task_vector_dtype!r}: a packed file holds no codes; leave out file=")
+            if task_vector_dtype == LORA:
+                raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
             settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads}
             identity = identity_of(
                 [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
@@ -129,7 +132,8 @@ class PackedWeights:
                     return packed
         with _sources(base, experts) as (base_source, sources):
             if file is not None:
-                about = {"folder": str(base), "identity": identity}
+                experts_at = {task: str(path) for task, path in _pairs(experts)}
+                about = {"folder": str(base), "experts": experts_at, "identity": identity}
                 pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
                 return cls.open(file, device=device, verify=False)
             packed = pack_into_memory(cls, base_source, sources, dtype, task_vector_dtype, device, heads)
@@ -171,13 +175,19 @@ class PackedWeights:
         piece: numbers that are staged at a time, a multiple of 1,024; 64 MiB of them by default. Not for what is there already.
         """
         device = torch.device(device or self.base.device)
-        if on_host(self.base) and self.base.device == device:
+        if self.is_whole and self.base.device == device:
             return Store(self.base, self.task_vectors)
-        if on_host(self.base) and device.type == "cuda":
-            for part in (self.base, *parts(self.task_vectors).values()):
-                pin(part)
+        for numbers in (self.base, self.task_vectors) if device.type == "cuda" else ():
+            for part in parts(numbers).values() if on_host(numbers) else ():
+                if part.device.type == "cpu":
+                    pin(part)
         default = PIECE_BYTES // ((self.num_tasks + 1) * self.base.dtype.itemsize)
         return StagedStore(self.base, self.task_vectors, device, piece or max(BLOCK, default // BLOCK * BLOCK))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether base and task vectors are in memory, and not read or multiplied out in pieces."""
+        return on_host(self.base) and on_host(self.task_vectors)
 
     @property
     def num_tasks(self) -> int:
@@ -190,14 +200,12 @@ class PackedWeights:
 
     @property
     def task_vector_form(self) -> str:
-        """How task vectors are stored: "torch.float32" …, "int8", "int4" or "int4-residual"."""
-        stored = self.task_vectors
-        return stored.form if isinstance(stored, QuantisedTaskVectors) else str(stored.dtype)
+        """How task vectors are stored: "torch.float32" …, "int8", "int4", "int4-residual", or "lora"."""
+        return str(self.task_vectors.dtype) if isinstance(self.task_vectors, Tensor) else self.task_vectors.form
 
     def require_exact(self, what: str) -> None:
         """Raises ValueError where task vectors are quantised, and so cannot be changed number by number."""
-        if isinstance(self.task_vectors, QuantisedTaskVectors):
-            form = self.task_vector_form
+        if (form := self.task_vector_form) in FORMATS:
             raise ValueError(f"{what} needs task vectors that are not quantised; pack them without task_vector_dtype={form!r}")
 
     def coefficients(self, value: float | Sequence[float] | Tensor) -> Tensor:
@@ -223,9 +231,9 @@ class PackedWeights:
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
         coefficients = coefficients.to(self.base.device)
-        if on_host(self.base):
+        if self.is_whole:
             return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
-        out = self.base.empty(self.layout.numel, self.base.device) if out is None else out
+        out = empty_like(self.base, self.layout.numel, self.base.device) if out is None else out
         store = self.store()
         for start in range(0, self.layout.numel, store.piece):
             length = min(store.piece, self.layout.numel - start)
@@ -234,9 +242,10 @@ class PackedWeights:
 
     def in_memory(self) -> PackedWeights:
         """The same with base and task vectors as tensors on the device, for what needs them whole."""
-        return (
-            self if on_host(self.base) else replace(self, base=self.base.in_memory(), task_vectors=self.task_vectors.in_memory())
-        )
+        if self.is_whole:
+            return self
+        base, task_vectors = (x if on_host(x) else x.in_memory() for x in (self.base, self.task_vectors))
+        return replace(self, base=base, task_vectors=task_vectors)
 
     @contextmanager
     def expert_source(self, task: str) -> Iterator[Source | None]:

@@ -14,13 +14,13 @@ from torch import nn
 
 from samerge_ext.checkpoints import atomic_write
 from samerge_ext.dry_run import DryRun, dry_run
+from samerge_ext.factors import LORA
 from samerge_ext.layout import BLOCK
 from samerge_ext.memory import resident_bytes
 from samerge_ext.merged import MergedModel
 from samerge_ext.nested import map_tensors
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits
-from samerge_ext.quantised import QuantisedTaskVectors
 from samerge_ext.stores import on_host
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SMALLEST_PIECE = 1 << 18  # numbers; below, reading a piece costs more than its 
 # What the process takes beyond tensors once the model has run: libraries' workspaces, memory that the allocator keeps.
 OVERHEAD = 96 << 20
 
-PLACES = {"device": "memory", "host": "host memory", "file": "a packed file"}
+PLACES = {"device": "memory", "host": "host memory", "file": "a packed file", "factors": "LoRA factors"}
 
 
 class MemoryBudgetError(ValueError):
@@ -43,7 +43,8 @@ class MemoryBudgetError(ValueError):
 class Way:
     """A way to hold base, task vectors and merged model, and what it takes.
 
-    store: where base and task vectors are: "device", "host" (pinned memory beside a GPU) or "file".
+    store: where base and task vectors are: "device", "host" (pinned memory beside a GPU) or "file"; "factors" are on the
+        device, and multiplied out piece by piece.
     streamed: merged unit by unit. piece: numbers that are staged at a time.
     device_bytes, host_bytes: predicted peaks; on the CPU one and the same, the whole process's resident memory.
     moved: bytes that come to the device from host memory or the file, per step.
@@ -65,9 +66,9 @@ class Way:
 
     def make(self, module: nn.Module, packed: PackedWeights, coefficients: float, device: torch.device) -> MergedModel:
         """The model, held this way."""
-        if self.store != "file":
+        if self.store in ("device", "host"):
             packed = packed.in_memory()
-        if self.store == "device" and packed.base.device != device:
+        if self.store in ("device", "factors") and packed.base.device != device:
             packed = packed.to(device)
         store = packed.store(device=device, piece=self.piece) if self.streamed else None
         return MergedModel(module, packed, coefficients, streamed=self.streamed, store=store)
@@ -130,7 +131,7 @@ def plan(
         kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
     passes = 2 if config.sam == "paper" else 1
     # What is only described can be packed either way.
-    available = {"device", "host", *(("file",) if not on_host(packed.base) or packed.base.is_meta else ())}
+    available = {"device", "host", "factors", *(("file",) if not on_host(packed.base) or packed.base.is_meta else ())}
     return Plan(tuple(_ways(module, packed, device, resident, streamed, kept, passes)), device, frozenset(available))
 
 
@@ -160,6 +161,8 @@ def planned_way(
 
 def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryRun, kept: int, passes: int):
     stored = packed.base.nbytes + packed.task_vectors.nbytes
+    factored = packed.task_vector_form == LORA
+    bytes_per_number = -(-_whole_bytes(packed) // max(1, packed.layout.numel))
     in_memory = on_host(packed.base) and not packed.base.is_meta
     on_cpu = device.type == "cpu"
     # On the CPU the process's memory counts: what it holds, without the module's weights, which make room.
@@ -168,21 +171,28 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
 
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
         staged = 2 * (piece or 0) * bytes_per_number
-        on_device = peak + kept + staged + (stored if store == "device" else 0) + (held if on_cpu else 0)
+        staged += (piece or 0) * packed.task_vectors.dtype.itemsize if factored else 0  # a product, before it is in its place
+        there = {"device": _whole_bytes(packed), "factors": stored}.get(store, 0)
+        on_device = peak + kept + staged + there + (held if on_cpu else 0)
         between = staged if store == "file" and not on_cpu else 0
         on_host_too = on_device if on_cpu else held + between + (stored if store == "host" else 0)
         return Way(store, is_streamed, piece, on_device, on_host_too, moved)
 
-    bytes_per_number = packed.base.dtype.itemsize + -(-packed.task_vectors.nbytes // max(1, packed.layout.numel))
-    stores = ("file",) if on_cpu else ("host", "file")
-    if isinstance(packed.task_vectors, QuantisedTaskVectors):
-        stores = stores[:-1]  # a packed file holds no codes
+    stores = ("factors",) if factored else ("file",) if on_cpu else ("host", "file")
     yield way("device", False, resident.peak)
     yield way("device", True, streamed.peak)
     for store in stores:
         for piece in _pieces(max((length for length, _ in streamed.fetched), default=BLOCK)):
             numbers = sum(length * (1 + (again and length > piece)) for length, again in streamed.fetched)
-            yield way(store, True, streamed.peak, piece, passes * numbers * bytes_per_number)
+            yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * bytes_per_number)
+
+
+def _whole_bytes(packed: PackedWeights) -> int:
+    """Of base and task vectors where they are whole."""
+    task_vectors = packed.task_vectors
+    if packed.task_vector_form == LORA:
+        return packed.base.nbytes + task_vectors.shape.numel() * task_vectors.dtype.itemsize
+    return packed.base.nbytes + task_vectors.nbytes
 
 
 def _pieces(largest: int):

@@ -41,12 +41,9 @@ class QuantisedTaskVectors:
     @classmethod
     def zeros(cls, num_tasks: int, numel: int, form: str, device: torch.device | str = "cpu") -> QuantisedTaskVectors:
         """T task vectors of zeros, to be written; form is one of `FORMATS`."""
-        shared = form.endswith("-residual")
-        rows = num_tasks + 2 * shared
-        wide = FORMATS[form] == 8
-        codes = torch.zeros(rows, numel if wide else numel // 2, dtype=torch.int8 if wide else torch.uint8, device=device)
-        scales = torch.zeros(rows, numel // GROUP, dtype=torch.bfloat16, device=device)
-        return cls(codes, scales, shared)
+        parts = parts_of(num_tasks, form).items()
+        tensors = {name: torch.zeros(rows, numel // per, dtype=dtype, device=device) for name, (rows, dtype, per) in parts}
+        return cls(**tensors, shared=is_shared(form))
 
     @classmethod
     def of(cls, task_vectors: Tensor, form: str) -> QuantisedTaskVectors:  # [T, N]
@@ -156,19 +153,16 @@ class QuantisedTaskVectors:
         self.scales[row, start // GROUP : start // GROUP + len(scales)] = scales
 
 
-def empty_task_vectors(
-    num_tasks: int, numel: int, dtype: torch.dtype | str, device: torch.device | str
-) -> Tensor | QuantisedTaskVectors:
-    """T task vectors of N numbers, all 0, in a torch.dtype or one of `FORMATS`."""
-    if isinstance(dtype, torch.dtype):
-        return torch.zeros(num_tasks, numel, dtype=dtype, device=device)
-    return QuantisedTaskVectors.zeros(num_tasks, numel, dtype, device)
+def is_shared(form: str) -> bool:
+    """Whether the tasks of a format share an offset."""
+    return form.endswith("-residual")
 
 
-def check_form(dtype: torch.dtype | str) -> None:
-    """Raises ValueError unless task vectors can be stored in it."""
-    if not isinstance(dtype, torch.dtype) and dtype not in FORMATS:
-        raise ValueError(f"task_vector_dtype={dtype!r}; choose a torch.dtype or one of {', '.join(FORMATS)}")
+def parts_of(num_tasks: int, form: str) -> dict[str, tuple[int, torch.dtype, int]]:
+    """The tensors that hold T task vectors in one of `FORMATS`: name -> rows, dtype, and how many numbers an entry is for."""
+    rows = num_tasks + 2 * is_shared(form)
+    codes = (torch.int8, 1) if FORMATS[form] == 8 else (torch.uint8, 2)
+    return {"codes": (rows, *codes), "scales": (rows, torch.bfloat16, GROUP)}
 
 
 def _quantised(numbers: Tensor, largest: int) -> Iterator[tuple[int, Tensor, Tensor]]:  # [n]

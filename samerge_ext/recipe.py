@@ -29,7 +29,7 @@ LEARNED = {
     "adamerging": (adamerging, AdaMergingConfig),
     "statsmerging": (statsmerging, StatsMergingConfig),
 }
-TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual"]
+TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
 PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks for it
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +67,7 @@ class Recipe(_Strict):
         one value, a gradient over the layers or values by name; and seed (dare), trim: tensor or vector (ties), align_norms.
         Of learned methods their configuration's fields.
     task_vector_dtype: of learned methods, how task vectors are stored while merging: the packed weights' dtype by default; int8,
-        int4 and int4-residual quantise them.
+        int4 and int4-residual quantise them; lora keeps the factors, where all models are LoRA adapters.
     tasks: names of the models without the base, in their order; the folders' names by default.
     heads: patterns of tensors that belong to a task and are kept per task.
     calibration: for learned methods.

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Numbers = "Tensor | FileNumbers"
+from samerge_ext.in_pieces import InPieces
+
+Numbers = "Tensor | QuantisedTaskVectors | InPieces"
 
 
 class Store:
@@ -33,7 +35,7 @@ class Store:
 
 
 class StagedStore(Store):
-    """Base and task vectors in host memory or in a packed file, brought to the device through two buffers.
+    """Base and task vectors in host memory or in pieces, brought to the device through two buffers.
 
     While one piece is used, the next is fetched by a thread of its own, and where the device is a GPU on a stream of its own;
     which one comes next is known from the last pass. Memory: two pieces of base and task vectors on the device, and two more
@@ -89,7 +91,7 @@ class StagedStore(Store):
         sources = zip((self.base, self.task_vectors), (slot.base, slot.task_vectors), slot.pinned, strict=True)
         if self._stream is None:
             for source, target, _ in sources:
-                source.read_into(start, length, target)
+                _fill(target, source, start, length)
             return None
         if slot.copied is not None:
             slot.copied.synchronize()  # the pinned buffers are read until then
@@ -97,10 +99,10 @@ class StagedStore(Store):
             self._stream.wait_event(free)
             for source, target, pinned in sources:
                 if pinned is not None:
-                    source.read_into(start, length, pinned)
+                    _fill(pinned, source, start, length)
                     copy_rows(narrow(pinned, 0, length), narrow(target, 0, length))
                 else:
-                    copy_rows(narrow(source, start, length), narrow(target, 0, length))
+                    _fill(target, source, start, length)
             slot.copied = self._stream.record_event()
         return slot.copied
 
@@ -118,7 +120,9 @@ class _Slot:
         self.base, self.task_vectors = (empty_like(source, store.piece, store.device) for source in sources)
         staged = store.device.type == "cuda"
         self.pinned = [
-            empty_like(source, store.piece, "cpu", pin_memory=True) if staged and not on_host(source) else None
+            empty_like(source, store.piece, "cpu", pin_memory=True)
+            if staged and not on_host(source) and source.reads_to.type == "cpu"
+            else None
             for source in sources
         ]
 
@@ -141,8 +145,8 @@ def narrow(numbers: Numbers, start: int, length: int) -> Numbers:
 
 
 def on_host(numbers: Numbers) -> bool:
-    """Whether they are in memory: what is not lies in a packed file."""
-    return not hasattr(numbers, "read_into")
+    """Whether they are in memory whole."""
+    return not isinstance(numbers, InPieces)
 
 
 def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_memory: bool = False) -> Numbers:
@@ -152,6 +156,14 @@ def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_me
     return map_parts(
         lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pin_memory), narrow(numbers, 0, length)
     )
+
+
+def _fill(target: Numbers, source: Numbers, start: int, length: int) -> None:
+    """Puts numbers ``start`` … of the source into the first places of the target."""
+    if on_host(source):
+        copy_rows(narrow(source, start, length), narrow(target, 0, length))
+    else:
+        source.read_into(start, length, target)
 
 
 def copy_rows(source: Numbers, target: Numbers) -> None:

@@ -20,6 +20,7 @@ from streaming import Model, logits
 import samerge_ext as sm
 from samerge_ext.memory import PeakMemory, resident_bytes
 from samerge_ext.plan import MemoryBudgetError, plan
+from samerge_ext.quantised import FORMATS
 
 # λ of two ways to hold a model, relative: sums in another order, over steps that amplify it.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -42,7 +43,7 @@ def problem(seed: int, folder: Path):
         save(expert, folder / f"{task}.safetensors")
     settings = {"dtype": dtype}
     if dtype == torch.float32 and draw.random() < 0.5:
-        settings["task_vector_dtype"] = draw.choice([torch.bfloat16, torch.float16])
+        settings["task_vector_dtype"] = draw.choice([torch.bfloat16, torch.float16, *FORMATS])
     batches = {t: [torch.randint(37, (draw.randint(1, 64), 5)) for _ in range(draw.randint(1, 3))] for t in tasks}
     module = Model(width, blocks).to(dtype).eval()
     experts = {task: folder / f"{task}.safetensors" for task in tasks}

@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 import samerge_ext as sm
 from samerge_ext.checkpoints import CheckpointError
 from samerge_ext.memory import PeakMemory
+from samerge_ext.quantised import FORMATS
+from samerge_ext.stores import parts
+
+QUANTISED = [{"task_vector_dtype": form} for form in FORMATS]
 
 
 @pytest.fixture
@@ -32,15 +36,17 @@ def pack(folders, **settings):
     return sm.PackedWeights.from_folders(*folders, heads="head.*", **settings)
 
 
-@pytest.mark.parametrize("dtypes", [{}, {"task_vector_dtype": torch.bfloat16}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("dtypes", [{}, {"task_vector_dtype": torch.bfloat16}, {"dtype": torch.float64}, *QUANTISED])
 def test_a_packed_file_holds_what_packing_in_memory_gives(folders, tmp_path, dtypes):
     expected = pack(folders, **dtypes)
     for packed in (pack(folders, file=tmp_path / "packed", **dtypes), sm.PackedWeights.open(tmp_path / "packed")):
         assert packed.layout == expected.layout and packed.tasks == expected.tasks and packed.folder == expected.folder
         assert torch.equal(packed.layout.block_layer, expected.layout.block_layer)
         whole = packed.in_memory()
-        assert torch.equal(whole.base, expected.base) and torch.equal(whole.task_vectors, expected.task_vectors)
-        assert whole.task_vectors.dtype == expected.task_vectors.dtype
+        assert torch.equal(whole.base, expected.base) and whole.experts == expected.experts
+        assert packed.task_vector_form == whole.task_vector_form == expected.task_vector_form
+        for part, held in parts(expected.task_vectors).items():
+            assert torch.equal(parts(whole.task_vectors)[part], held)
         for field in ("unchanged", "aliases", "buffers", "expert_buffers", "heads"):
             torch.testing.assert_close(getattr(packed, field), getattr(expected, field), rtol=0, atol=0)
         coefficients = torch.rand(3, packed.layout.num_layers, dtype=packed.coefficient_dtype)

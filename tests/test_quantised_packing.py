@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import samerge_ext as sm
 from samerge_ext.calibration import Calibration, teacher_logits
 from samerge_ext.features import weights_digest
+from samerge_ext.plan import plan
 from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 
 FORMS = tuple(FORMATS)
@@ -29,6 +30,15 @@ def experts(base):
     return tiny.make_experts(base)
 
 
+def save(base, experts, folder):
+    """Base and experts as model folders."""
+    for name, module in {"base": base, **experts}.items():
+        (folder / name).mkdir()
+        tensors = {n: t.clone() for n, t in module.state_dict().items() if n != "tied.weight"}
+        save_file(tensors, folder / name / "model.safetensors")
+    return folder / "base", {task: folder / task for task in experts}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_packing_quantises_what_packing_in_fp32_holds(base, experts, form):
     exact = sm.PackedWeights.from_modules(base, experts)
@@ -42,21 +52,17 @@ def test_packing_quantises_what_packing_in_fp32_holds(base, experts, form):
 def test_teachers_are_the_experts_themselves(base, experts, form, tmp_path):
     """Not their quantised task vectors: packed from modules, from state dicts and from folders."""
     heads, batches = tiny.make_heads(torch.float32), tiny.make_batches(dtype=torch.float32)
-    (tmp_path / "base").mkdir()
-    save_file({n: t.clone() for n, t in base.state_dict().items() if n != "tied.weight"}, tmp_path / "base/model.safetensors")
-    for task, expert in experts.items():
-        (tmp_path / task).mkdir()
-        tensors = {n: t.clone() for n, t in expert.state_dict().items() if n != "tied.weight"}
-        save_file(tensors, tmp_path / task / "model.safetensors")
     states = {task: expert.state_dict() for task, expert in experts.items()}
-    folders = {task: tmp_path / task for task in experts}
+    folders = save(base, experts, tmp_path)
     for weights in (
         sm.PackedWeights.from_modules(base, experts, task_vector_dtype=form),
         sm.PackedWeights.from_state_dicts(base.state_dict(), states, task_vector_dtype=form),
-        sm.PackedWeights.from_folders(tmp_path / "base", folders, task_vector_dtype=form),
+        sm.PackedWeights.from_folders(*folders, task_vector_dtype=form),
+        sm.PackedWeights.from_folders(*folders, task_vector_dtype=form, file=tmp_path / "packed"),
     ):
         for streamed in (False, True):
-            model = sm.MergedModel(tiny.make(1, torch.float32), weights, streamed=streamed)
+            held = weights if streamed else weights.in_memory()
+            model = sm.MergedModel(tiny.make(1, torch.float32), held, streamed=streamed)
             before = model(batches["red"][0])
             found = teacher_logits(model, Calibration(batches, weights.tasks), tiny.plain(heads), "fp32")
             for task, expert in experts.items():
@@ -75,12 +81,7 @@ def test_without_its_expert_a_teacher_is_what_is_stored(base, experts):
 
 
 def test_an_expert_that_is_no_longer_there_is_named(base, experts, tmp_path):
-    for task, module in {"base": base, **experts}.items():
-        (tmp_path / task).mkdir()
-        tensors = {n: t.clone() for n, t in module.state_dict().items() if n != "tied.weight"}
-        save_file(tensors, tmp_path / task / "model.safetensors")
-    folders = {task: tmp_path / task for task in experts}
-    packed = sm.PackedWeights.from_folders(tmp_path / "base", folders, task_vector_dtype="int8")
+    packed = sm.PackedWeights.from_folders(*save(base, experts, tmp_path), task_vector_dtype="int8")
     model = sm.MergedModel(tiny.make(1, torch.float32), packed)
     shape = {n: torch.zeros(2) for n in base.state_dict()}
     save_file(shape, tmp_path / "red/model.safetensors")
@@ -106,6 +107,21 @@ def test_learned_methods_run_and_learn_nearly_the_same(base, experts, form, meth
         result = getattr(sm, method)(tiny.make(1, torch.float32), packed, batches, logits, config=settings)
         found[dtype] = result.history[-1]["loss"]
     assert abs(found[form] - found[torch.float32]) < QUANTISED_LOSS[form] * abs(found[torch.float32])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_in_a_file_give_the_merge_of_codes_in_memory(base, experts, form, tmp_path):
+    folders, heads = save(base, experts, tmp_path), tiny.make_heads(torch.float32)
+    batches, logits = tiny.make_batches(dtype=torch.float32), tiny.shared_encoder(heads)
+    config = sm.SAMergingConfig(steps=4, learning_rate=1e-2, progress=False, streamed=True)
+    found = []
+    for file in (None, tmp_path / "packed"):
+        packed = sm.PackedWeights.from_folders(*folders, task_vector_dtype=form, file=file)
+        found.append(sm.samerging(tiny.make(1, torch.float32), packed, batches, logits, config=config).coefficients)
+    assert torch.equal(*found) and not torch.equal(found[0], packed.coefficients(0.3))
+    assert packed.task_vectors.nbytes == packed.in_memory().task_vectors.nbytes
+    ways = plan(tiny.make(1, torch.float32), packed, batches, logits, config).ways
+    assert "file" in [way.store for way in ways]
 
 
 def test_a_run_does_not_continue_on_task_vectors_of_another_form(base, experts, tmp_path):

@@ -78,6 +78,45 @@ void coefficient_grad_case(int64_t num_tasks, int64_t gap, DType grad_dtype, DTy
   });
 }
 
+// Weights are powers of two: products are exact, whatever they are rounded to, and so elect the same sign here.
+void elected_sum_case(int64_t num_tasks, int64_t gap, DType base_dtype, DType task_dtype, bool normalize) {
+  const int64_t blocks = 3, n = blocks * kBlock, stride = n + gap;
+  const double scale = 0.7;
+  Numbers out(base_dtype, n), base(base_dtype, n), tasks(task_dtype, (num_tasks - 1) * stride + n);
+  Numbers weights(computed_in(base_dtype), num_tasks);
+  fill(base, 0, n);
+  fill_rows(tasks, stride, n);
+  for (int64_t t = 0; t < num_tasks; ++t) {
+    weights.set(t, std::ldexp(1, t % 3 - 1));
+    tasks.set(t * stride + 5, 0);  // nobody is elected
+    tasks.set(t * stride + n - 1, t % 2 ? -1 / weights[t] : 1 / weights[t]);  // a tie where T is even
+  }
+  std::vector<double> truth(n);
+  for (int64_t i = 0; i < n; ++i) {
+    double total = 0, sum = 0, divisor = 0;
+    for (int64_t t = 0; t < num_tasks; ++t) total += weights[t] * tasks[t * stride + i];
+    for (int64_t t = 0; t < num_tasks; ++t) {
+      const double product = weights[t] * tasks[t * stride + i];
+      if (total >= 0 ? product <= 0 : product >= 0) continue;
+      sum += product;
+      divisor += weights[t];
+    }
+    truth[i] = base[i] + scale * (normalize && divisor ? sum / divisor : sum);
+  }
+  const ElectedSum a = {out.data(), base.data(), tasks.data(), weights.data(), scale,
+                        normalize,  num_tasks,   stride,       base_dtype,     task_dtype};
+  at_work = std::string("elected_sum, base ") + name_of(base_dtype) + ", task vectors " + name_of(task_dtype) +
+            ", T = " + std::to_string(num_tasks) + (normalize ? ", normalised" : "");
+  on_every_level([&] {
+    out.poison();
+    loops().elected_sum(a, 1, 2);
+    CHECK(out.poisoned(0, kBlock) && out.poisoned(2 * kBlock, kBlock));
+    loops().elected_sum(a, 2, blocks);
+    loops().elected_sum(a, 0, 1);
+    CHECK(close(truth, base_dtype, [&](int64_t i) { return out[i]; }));
+  });
+}
+
 // Codes of T task vectors, rows apart, in memory that ends where they end, and the numbers that they stand for.
 struct Codes {
   const int64_t bytes_of_row, stride, scale_stride;
@@ -168,6 +207,15 @@ void test_coefficient_grad() {
   }
 }
 
+void test_elected_sum() {
+  for (const int64_t num_tasks : {1, 2, 8, 11})
+    for (const bool normalize : {false, true}) {
+      elected_sum_case(num_tasks, 7, DType::f64, DType::f64, normalize);
+      for (const DType base : kNarrow)
+        for (const DType task : kNarrow) elected_sum_case(num_tasks, 7, base, task, normalize);
+    }
+}
+
 void test_codes() {
   for (const int64_t num_tasks : {1, 2, 3, 8, 11})
     for (const DType task : {DType::i8, DType::i4})
@@ -186,6 +234,7 @@ int main() {
     }
   test_weighted_sum();
   test_coefficient_grad();
+  test_elected_sum();
   test_codes();
   test_softmax_kl();
   test_moments();

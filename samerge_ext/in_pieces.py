@@ -1,0 +1,40 @@
+"""Base or task vectors that are no tensors: numbers that are read, or computed, some at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InPieces:
+    """Base [N] or task vectors [T, N] that come in pieces.
+
+    device: where they are computed with. reads_to: where `read_into` writes.
+    where: for messages, how they are kept. form: of task vectors, see `PackedWeights.task_vector_form`.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    reads_to: torch.device
+    where: str
+    form: str
+
+    def empty(self, length: int, device: torch.device | str, pin_memory: bool = False):
+        """Room for ``length`` of the numbers: [length] or [T, length], a tensor or QuantisedTaskVectors."""
+        raise NotImplementedError
+
+    def read_into(self, start: int, length: int, out) -> None:
+        """Puts numbers ``start`` … into the first places of ``out``, room for as many or more."""
+        raise NotImplementedError
+
+    def in_memory(self):
+        """All of them, on the device."""
+        numbers = self.empty(self.shape[-1], self.reads_to)
+        self.read_into(0, self.shape[-1], numbers)
+        return numbers.to(self.device)
+
+    def __getitem__(self, index) -> Tensor:
+        raise TypeError(f"these weights {self.where}; what needs them whole takes packed.in_memory()")
+
+    def __iter__(self):
+        return self[:]

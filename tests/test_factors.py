@@ -1,0 +1,133 @@
+"""LoRA experts kept as factors: the numbers that multiplying them out gives, in any pieces, and the same merges."""
+
+import copy
+import json
+
+import pytest
+import streaming
+import torch
+from helpers import assert_close
+from safetensors.torch import save_file
+
+import samerge_ext as sm
+from samerge_ext.adapters import PREFIX
+from samerge_ext.factors import FactoredTaskVectors
+from samerge_ext.plan import plan
+
+WIDTH, BLOCKS, RANK, ALPHA = 48, 10, 3, 4
+
+
+def adapter(base, seed, dtype):
+    """Factors of all blocks' linear layers and of the tied embedding; the second one has a bias of its own."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for name in (f"blocks.{block}.{layer}" for block in range(BLOCKS) for layer in ("wide", "narrow")):
+        out, width = base.get_parameter(f"{name}.weight").shape
+        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, width, dtype=dtype)
+        tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(out, RANK, dtype=dtype)
+    vocabulary = base.embedding.num_embeddings
+    tensors["embedding.lora_embedding_A"] = torch.randn(RANK, vocabulary, dtype=dtype)
+    tensors["embedding.lora_embedding_B"] = 0.1 * torch.randn(WIDTH, RANK, dtype=dtype)
+    if seed:
+        tensors["blocks.1.wide.bias"] = torch.randn(2 * WIDTH, dtype=dtype)
+    return {PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture(params=[torch.float32, torch.float64])
+def folders(request, tmp_path):
+    base = streaming.make(width=WIDTH, blocks=BLOCKS, dtype=request.param)
+    for folder in ("base", *streaming.TASKS):
+        (tmp_path / folder).mkdir()
+    save_file({n: t.clone() for n, t in base.state_dict().items() if n != "head.weight"}, tmp_path / "base/model.safetensors")
+    for seed, task in enumerate(streaming.TASKS):
+        # Factors are computed with in fp32, whatever the base: in fp64 these are the same numbers.
+        save_file(adapter(base, seed, torch.float32), tmp_path / task / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
+        (tmp_path / task / "adapter_config.json").write_text(json.dumps(settings))
+    return tmp_path / "base", {task: tmp_path / task for task in streaming.TASKS}
+
+
+def dtype_of(folders):
+    tensors = sm.PackedWeights.describe(*folders).layout.dtypes
+    return tensors[0]
+
+
+def pack(folders, **settings):
+    return sm.PackedWeights.from_folders(*folders, dtype=dtype_of(folders), **settings)
+
+
+def test_factors_are_the_task_vectors(folders):
+    dense, factored = pack(folders), pack(folders, task_vector_dtype="lora")
+    assert factored.layout == dense.layout and torch.equal(factored.base, dense.base)
+    whole = factored.in_memory()
+    assert isinstance(factored.task_vectors, FactoredTaskVectors) and factored.task_vector_form == "lora"
+    assert whole.task_vectors.shape == factored.task_vectors.shape == dense.task_vectors.shape
+    # Rounded to the base plus the product in the dense ones.
+    tolerance = torch.finfo(torch.float32).eps * (dense.base.abs() + dense.task_vectors.abs()).max()
+    assert (whole.task_vectors - dense.task_vectors).abs().max() <= 2 * tolerance
+    assert factored.task_vectors.nbytes < dense.task_vectors.nbytes / 3
+    coefficients = torch.rand(2, dense.layout.num_layers, dtype=dense.coefficient_dtype)
+    assert (factored.merge(coefficients) - dense.merge(coefficients)).abs().max() <= 4 * tolerance
+    one_by_one = dict(factored.tensors(coefficients))
+    for name, tensor in dense.state_dict(dense.merge(coefficients)).items():
+        if name in one_by_one:
+            assert (one_by_one[name] - tensor).abs().max() <= 4 * tolerance, name
+
+
+def test_any_piece_is_that_of_the_whole(folders):
+    factors = pack(folders, task_vector_dtype="lora").task_vectors
+    whole, blocks = factors.in_memory(), factors.shape[1] // 1024
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        start = int(torch.randint(blocks, (), generator=generator))
+        length = 1024 * int(torch.randint(1, blocks - start + 1, (), generator=generator))
+        piece = torch.full((2, length + 1024), torch.nan, dtype=whole.dtype)
+        factors.read_into(1024 * start, length, piece)
+        torch.testing.assert_close(piece[:, :length], whole[:, 1024 * start : 1024 * start + length], rtol=1e-6, atol=1e-7)
+        assert piece[:, length:].isnan().all()
+
+
+@pytest.mark.parametrize("piece", [1024, None])
+def test_a_learned_merge_takes_the_same_path(folders, piece):
+    factored = pack(folders, task_vector_dtype="lora")
+    paths = []
+    for weights, store in ((factored.in_memory(), None), (factored, factored.store(piece=piece))):
+        module = streaming.make(1, dtype=factored.base.dtype, width=WIDTH, blocks=BLOCKS)
+        model = sm.MergedModel(module, weights, 0.4, train=True, streamed=store is not None, store=store)
+        path = []
+        for step in range(3):
+            model.merge()
+            path.append(streaming.gradient(model, streaming.make_batches()["red"][step % 3], seed=step)[1])
+            model.coefficients.data -= 1e-5 * path[-1]
+        paths.append(torch.stack(path))
+    if factored.base.dtype == torch.float64:
+        torch.testing.assert_close(paths[1], paths[0], rtol=1e-10, atol=1e-10)
+    else:
+        assert_close(paths[1], paths[0].double(), at_least=paths[0].abs().max())
+
+
+def test_a_budget_that_dense_task_vectors_exceed_is_met(folders):
+    factored = pack(folders, task_vector_dtype="lora")
+    module, batches = streaming.make(1, dtype=factored.base.dtype, width=WIDTH, blocks=BLOCKS), streaming.make_batches()
+    ways = plan(module, factored, batches, streaming.logits, sm.SAMergingConfig()).ways
+    assert {way.store for way in ways} == {"device", "factors"} and all(way.streamed for way in ways[1:])
+    least = min(ways, key=lambda way: way.device_bytes)
+    assert least.store == "factors" and "streamed from LoRA factors" in least.name
+
+    def learned(**how):
+        config = sm.SAMergingConfig(progress=False, steps=3, learning_rate=1e-3, **how)
+        return sm.samerging(copy.deepcopy(module), factored, batches, streaming.logits, config=config).coefficients
+
+    results = [learned(memory_budget=2 * least.device_bytes), learned(streamed=True), learned(streamed=False)]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_kept_as_factors_is_said(folders, tmp_path):
+    base, experts = folders
+    with pytest.raises(ValueError, match=r"expert 'whole' .* is no LoRA adapter, and task_vector_dtype='lora' keeps factors"):
+        pack((base, {**experts, "whole": base}), task_vector_dtype="lora")
+    with pytest.raises(ValueError, match="factors are kept in memory, not in a packed file; leave out file="):
+        pack(folders, task_vector_dtype="lora", file=tmp_path / "packed")
+    with pytest.raises(TypeError, match=r"these weights are kept as LoRA factors; .* takes packed.in_memory\(\)"):
+        sm.layer_stats(pack(folders, task_vector_dtype="lora"))
