@@ -20,7 +20,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make soak    two hundred random memory budgets and a hundred kills"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
-	@echo "make bench   time the operators and a SAM step beside their baselines (half an hour); bench-quick in two minutes"
+	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
 	@echo "make clean   remove the environment and all that was built"
 
