@@ -23,6 +23,8 @@ SKETCH_TOLERANCE = 0.3  # of svd_lowrank, which promises nothing; its error stan
 SHAPES = {
     "tiny": [(30, 20), (200, 180)],
     "ViT-B/32": [(768, 768), (3072, 768), (768, 3072), (2304, 768), (768, 768), (512, 768), (3072, 768), (768, 3072)],
+    # Of each of eight experts. Their whole models would take the baseline minutes a call.
+    "8 x a block of ViT-L/14": 8 * [*4 * [(1024, 1024)], (4096, 1024), (1024, 4096)],
 }
 
 
@@ -85,7 +87,8 @@ def svd_lowrank(x: Problem):
 
 
 def matrices_cases(device: str, size: str) -> list[Matrices]:
-    return [Matrices(name) for name in {"tiny": ["tiny"], "quick": ["ViT-B/32"]}.get(size, ["ViT-B/32", "MiniLM experts"])]
+    full = ["ViT-B/32", "MiniLM experts", *(["8 x a block of ViT-L/14"] if device == "cuda" else [])]
+    return [Matrices(name) for name in {"tiny": ["tiny"], "quick": ["ViT-B/32"]}.get(size, full)]
 
 
 CASES = matrices_cases
