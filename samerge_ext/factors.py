@@ -24,14 +24,13 @@ Change = tuple[Tensor, Tensor] | Tensor | None
 class FactoredTaskVectors(InPieces):
     """T task vectors of N numbers, multiplied out piece by piece where they are read.
 
-    changes: packed layer -> one `Change` per task, on the device. dtype: of the products.
+    changes: packed layer -> one `Change` per task, on the layout's device. dtype: of the products.
     """
 
     layout: Layout
     changes: dict[int, tuple[Change, ...]]
     num_tasks: int
     dtype: torch.dtype
-    device: torch.device
 
     form = LORA
     where = "are kept as LoRA factors"
@@ -44,12 +43,16 @@ class FactoredTaskVectors(InPieces):
         for layer, name in enumerate(layout.names):
             if layout.offsets[layer] is not None:
                 changes[layer] = tuple(_moved(expert.change(name), device, dtype) for _, expert in experts)
-        return cls(layout, changes, len(experts), dtype, device)
+        return cls(layout, changes, len(experts), dtype)
 
     @property
     def shape(self) -> torch.Size:
         """[T, N]."""
         return torch.Size((self.num_tasks, self.layout.numel))
+
+    @property
+    def device(self) -> torch.device:
+        return self.layout.block_layer.device
 
     @property
     def reads_to(self) -> torch.device:
@@ -79,7 +82,7 @@ class FactoredTaskVectors(InPieces):
         """The same on another device."""
         changes = {i: tuple(_moved(c, device, self.dtype) for c in changes) for i, changes in self.changes.items()}
         layout = replace(self.layout, block_layer=self.layout.block_layer.to(device))
-        return replace(self, layout=layout, changes=changes, device=torch.device(device))
+        return replace(self, layout=layout, changes=changes)
 
     @staticmethod
     def _write(row: Tensor, change: Change, start: int, numel: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 
-class InPieces:
+class InPieces(ABC):
     """Base [N] or task vectors [T, N] that come in pieces.
 
     device: where they are computed with. reads_to: where `read_into` writes.
@@ -19,13 +21,13 @@ class InPieces:
     where: str
     form: str
 
+    @abstractmethod
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False):
         """Room for ``length`` of the numbers: [length] or [T, length], a tensor or QuantisedTaskVectors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_into(self, start: int, length: int, out) -> None:
         """Puts numbers ``start`` … into the first places of ``out``, room for as many or more."""
-        raise NotImplementedError
 
     def in_memory(self):
         """All of them, on the device."""

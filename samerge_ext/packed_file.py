@@ -222,13 +222,12 @@ def rows_of(num_tasks: int, dtype: torch.dtype, form: torch.dtype | str) -> dict
 def file_numbers(file: PackedFile, num_tasks: int, device: torch.device) -> tuple[FileNumbers, FileNumbers | FileCodes]:
     """Base [N] and task vectors [T, N] of a packed file."""
 
-    def rows(kind: str) -> FileNumbers:
-        bodies = tuple(name for name in file.names if name.split("/")[0] == kind)
-        shape = file.shape(bodies[0])
-        rows = (len(bodies),) if kind != "base" else ()
-        return FileNumbers(file, bodies, torch.Size((*rows, *shape)), file.dtype(bodies[0]), device)
+    def numbers(part: str) -> FileNumbers:
+        bodies = tuple(name for name in file.names if name.split("/")[0] == part)
+        rows = () if part == "base" else (len(bodies),)
+        return FileNumbers(file, bodies, torch.Size((*rows, *file.shape(bodies[0]))), file.dtype(bodies[0]), device)
 
-    base = rows("base")
+    base = numbers("base")
     if file.about["form"] is None:
-        return base, rows("task_vectors")
-    return base, FileCodes(rows("codes"), rows("scales"), file.about["form"], torch.Size((num_tasks, *base.shape)))
+        return base, numbers("task_vectors")
+    return base, FileCodes(numbers("codes"), numbers("scales"), file.about["form"], torch.Size((num_tasks, *base.shape)))

@@ -93,6 +93,17 @@ def gradient(model, tokens, seed=9, **autocast):
     return outputs.detach(), model.coefficient_gradient()
 
 
+def path_of_gradients(module, packed, store, steps=4):
+    """∂loss/∂λ [steps, T, L] of a merged model that moves against it: resident without a store, streamed from one."""
+    model = sm.MergedModel(module, packed, 0.4, train=True, streamed=store is not None, store=store)
+    path = []
+    for step in range(steps):
+        model.merge()
+        path.append(gradient(model, make_batches()["red"][step % 3], seed=step)[1])
+        model.coefficients.data -= 1e-5 * path[-1]
+    return torch.stack(path)
+
+
 def packed_twice(folder):
     """The same packed weights in memory, and in a file."""
     base = make()

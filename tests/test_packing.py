@@ -1,11 +1,8 @@
 """Layout and PackedWeights: what is stored, where, and what is refused."""
 
 import copy
-import os
-import subprocess
-import sys
-import textwrap
 
+import packing_memory
 import pytest
 import tiny
 import torch
@@ -131,32 +128,9 @@ def test_a_head_of_the_base_alone_is_left_out(base, experts):
 
 def test_folders_are_read_tensor_by_tensor(tmp_path):
     """Peak memory is the packed store plus one tensor of the base, of an expert, and their difference."""
-    script = textwrap.dedent("""
-        import sys, torch
-        from pathlib import Path
-        from safetensors.torch import save_file
-        import samerge_ext as sm
-        from samerge_ext.memory import PeakMemory
-
-        MEGA = 1024 * 1024
-        root = Path(sys.argv[1])
-        if sys.argv[2] == "write":
-            for seed, name in enumerate(("base", "a", "b", "c")):
-                torch.manual_seed(seed)
-                (root / name).mkdir()
-                save_file({f"layer{i}": torch.randn(2 * MEGA) for i in range(8)}, root / name / "model.safetensors")
-        else:
-            sm.PackedWeights  # imported before the first measure
-            with PeakMemory() as peak:
-                packed = sm.PackedWeights.from_folders(root / "base", {t: root / t for t in "abc"}, dtype=torch.bfloat16)
-            print((peak.rise - packed.base.nbytes - packed.task_vectors.nbytes) / MEGA)
-    """)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed tensors go back to the system at once
-    for mode in ("write", "read"):
-        command = [sys.executable, "-c", script, tmp_path, mode]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    beyond_store = float(run.stdout)
-    assert beyond_store < 5 * 8, f"{beyond_store:.0f} MiB beyond the store; a tensor is 8 MiB, a model 64"
+    packing_memory.write_models(tmp_path)
+    beyond = packing_memory.beyond_the_store(tmp_path, "bfloat16")
+    assert beyond < 5 * packing_memory.TENSOR, f"{beyond:.0f} MiB beyond the store; a model has 128"
 
 
 def test_a_missing_and_an_extra_tensor_are_named_with_the_pattern(base, experts):

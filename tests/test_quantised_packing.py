@@ -1,10 +1,7 @@
 """Quantised task vectors from packing to a merge: what is stored, teachers, methods, memory."""
 
-import os
-import subprocess
-import sys
-import textwrap
 
+import packing_memory
 import pytest
 import tiny
 import torch
@@ -168,32 +165,7 @@ def test_what_cannot_be_packed_is_named(base, experts):
 
 def test_packing_never_holds_the_task_vectors_in_fp32(tmp_path):
     """Peak memory is the quantised store, the base, and a few tensors."""
-    script = textwrap.dedent("""
-        import sys, torch
-        from pathlib import Path
-        from safetensors.torch import save_file
-        import samerge_ext as sm
-        from samerge_ext.memory import PeakMemory
-
-        MEGA = 1024 * 1024
-        root = Path(sys.argv[1])
-        if sys.argv[2] == "write":
-            for seed, name in enumerate(("base", "a", "b", "c")):
-                torch.manual_seed(seed)
-                (root / name).mkdir()
-                save_file({f"layer{i}": torch.randn(2 * MEGA) for i in range(16)}, root / name / "model.safetensors")
-        else:
-            sm.PackedWeights  # imported before the first measure
-            with PeakMemory() as peak:
-                folders = {t: root / t for t in "abc"}
-                dtypes = {"dtype": torch.bfloat16, "task_vector_dtype": sys.argv[2]}
-                packed = sm.PackedWeights.from_folders(root / "base", folders, **dtypes)
-            print((peak.rise - packed.base.nbytes - packed.task_vectors.nbytes) / MEGA)
-    """)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed tensors go back to the system at once
-    for mode in ("write", "int8", "int4-residual"):
-        command = [sys.executable, "-c", script, tmp_path, mode]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        if mode != "write":
-            beyond_store = float(run.stdout)
-            assert beyond_store < 11 * 8, f"{mode}: {beyond_store:.0f} MiB beyond the store; a tensor is 8 MiB, a task vector 128"
+    packing_memory.write_models(tmp_path)
+    for form in ("int8", "int4-residual"):
+        beyond = packing_memory.beyond_the_store(tmp_path, form)
+        assert beyond < 11 * packing_memory.TENSOR, f"{form}: {beyond:.0f} MiB beyond the store; a task vector has 128"

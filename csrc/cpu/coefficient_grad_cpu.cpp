@@ -11,7 +11,6 @@
 namespace samerge {
 
 constexpr int64_t kSegmentBlocks = 64;  // whose sums are added: fixed, so that they do not depend on the number of threads
-constexpr int64_t kLeastSegments = 1;   // fewer do not pay for a thread
 constexpr int64_t kPieceSegments = 8;
 
 // The first block of every segment, then the number of blocks. A segment has at most kSegmentBlocks, all of one layer, whose
@@ -49,7 +48,7 @@ at::Tensor coefficient_grad_cpu(
   a.segment_begin = segment_begin.data();
   a.grad_dtype = dtype_of(grad);
   const auto loop = loops().coefficient_grad;
-  share_out(segments, kLeastSegments, kPieceSegments, [&](int64_t first, int64_t last) { loop(a, first, last); });
+  share_out(segments, 1, kPieceSegments, [&](int64_t first, int64_t last) { loop(a, first, last); });
 
   std::vector<double> sums(out.numel());  // [T, L]
   for (int64_t segment = 0; segment < segments; ++segment) {
