@@ -198,6 +198,11 @@ def test_task_vectors_are_stored_as_the_recipe_says(models, write, tmp_path, for
     assert options.exit_code == 1 and "task_vector_dtype: Input should be 'float32'" in options.output
 
 
+def test_factors_are_kept_of_adapters_alone(models, write, tmp_path):
+    with pytest.raises(ValueError, match="expert 'mood' .* is no LoRA adapter"):
+        run_recipe(load_recipe(write(**learned(models, task_vector_dtype="lora")), {}), tmp_path / "out")
+
+
 @pytest.mark.parametrize("method", ["samerging", "adamerging", "statsmerging"])
 def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method):
     result = run_recipe(load_recipe(write(**learned(models, merge_method=method)), {}), tmp_path / "out")
