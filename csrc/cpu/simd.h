@@ -17,6 +17,7 @@ typedef float Float __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kBytes)));
 typedef uint16_t HalfBits __attribute__((vector_size(kBytes / 2)));
+typedef float HalfFloat __attribute__((vector_size(kBytes / 2)));
 typedef double Double __attribute__((vector_size(kBytes)));
 
 template <class Vector>
@@ -119,27 +120,37 @@ SAMERGE_INLINE Halves<Vector> split_pairs(Vector a, Vector b) {
 #endif
 }
 
-// Both join the halves of what is left, until it is one lane. Unrolled, since GCC keeps these loops as loops.
-template <class Vector>
-SAMERGE_INLINE double sum(Vector v) {
-  double lanes[kLanes<Vector>];
-  for (int i = 0; i < kLanes<Vector>; ++i) lanes[i] = v[i];
-#pragma GCC unroll 4
+// The lanes joined pairwise, then the pairs, until one is left.
+template <class Vector, class Join>
+SAMERGE_INLINE lane_t<Vector> joined(Vector v, const Join& join) {
+#ifdef __clang__
+  lane_t<Vector> lanes[kLanes<Vector>];
+  store(lanes, v);
   for (int width = kLanes<Vector> / 2; width; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < width; ++i) lanes[i] = join(lanes[i], lanes[i + width]);
   return lanes[0];
+#else
+  decltype(v < v) lane;
+  for (int i = 0; i < kLanes<Vector>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int width = kLanes<Vector> / 2; width; width /= 2) v = join(v, __builtin_shuffle(v, lane ^ width));
+  return v[0];
+#endif
+}
+
+SAMERGE_INLINE double sum(Double v) {
+  return joined(v, [](auto a, auto b) SAMERGE_INLINE_BODY { return a + b; });
+}
+
+SAMERGE_INLINE double sum(Float v) {
+  HalfFloat halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return sum(__builtin_convertvector(halves[0], Double) + __builtin_convertvector(halves[1], Double));
 }
 
 template <class Vector>
 SAMERGE_INLINE lane_t<Vector> max_lane(Vector v) {
-  lane_t<Vector> lanes[kLanes<Vector>];
-  store(lanes, v);
-#pragma GCC unroll 4
-  for (int width = kLanes<Vector> / 2; width; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  return joined(v, [](auto a, auto b) SAMERGE_INLINE_BODY { return a > b ? a : b; });
 }
 
 // exp(x * scale) for x * scale <= 88; 0 below -87.0 and at -inf; NaN stays NaN. Relative error at most 2^-23 for the
