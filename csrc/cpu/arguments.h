@@ -19,6 +19,13 @@ inline void check_block_layer(const at::Tensor& block_layer, int64_t num_layers)
                       num_layers - 1);
 }
 
+// Whether writing past the caches pays and is possible: a result this large is not found in them again.
+inline bool is_streamed(const at::Tensor& out) {  // contiguous; its rows must be aligned to 64 bytes
+  constexpr size_t kLarge = size_t(32) << 20;
+  const auto row_bytes = out.dim() > 1 ? out.size(-1) * out.itemsize() : 0;
+  return out.nbytes() >= kLarge && (reinterpret_cast<uintptr_t>(out.const_data_ptr()) | row_bytes) % 64 == 0;
+}
+
 // Asks for large pages under a new large tensor: its first touch then costs a fault per 2 MiB instead of one per 4 KiB.
 inline void use_huge_pages(const at::Tensor& tensor) {
 #ifdef __linux__

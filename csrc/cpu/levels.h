@@ -16,8 +16,8 @@ struct Loops {
   void (*weighted_sum)(const WeightedSum&, int64_t first_block, int64_t last_block, bool streamed);
   void (*coefficient_grad)(const CoefficientGrad&, int64_t first_segment, int64_t last_segment);
   // scratch: room for exponentials, [rows, chunks * kSoftmaxKlChunk] and [rows, chunks] for their maxima, where a row is the
-  // student's or a teacher's; or null.
-  void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row, void* scratch);
+  // student's or a teacher's; or null. streamed: as above; needs every row of grad aligned to 64 bytes.
+  void (*softmax_kl)(const SoftmaxKl&, int64_t first_row, int64_t last_row, void* scratch, bool streamed);
   void (*moments)(const MomentsCall&, int64_t first_segment, int64_t last_segment);
   // Returns the bytes of scratch, at a multiple of 64, that a range needs; an empty range may pass none.
   int64_t (*gram_product)(const GramProduct&, int64_t first_chunk, int64_t last_chunk, void* scratch);

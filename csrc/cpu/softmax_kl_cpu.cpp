@@ -29,13 +29,14 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     TORCH_CHECK_VALUE(a.num_classes[r] >= 1 && a.num_classes[r] <= a.num_columns, "num_classes[", r, "] is ", a.num_classes[r],
                       "; num_classes must lie in 1 ... ", a.num_columns, ", the number of columns of student");
   const auto loop = loops().softmax_kl;
+  const bool streamed = call.grad && is_streamed(*call.grad);
   const int64_t chunks = (a.num_columns + kSoftmaxKlChunk - 1) / kSoftmaxKlChunk;
   const int64_t numbers = (1 + a.num_teachers) * chunks * (kSoftmaxKlChunk + 1);
   const auto rows = [&](int64_t numbers) { return std::max<int64_t>(1, numbers / a.num_columns); };
   share_out(a.num_rows, rows(kLeastNumbers), rows(kPieceNumbers), [&](int64_t first, int64_t last) {
     at::Tensor scratch;
     if (numbers <= kLargestScratch) scratch = at::empty({numbers}, call.losses.options());
-    loop(a, first, last, scratch.defined() ? scratch.mutable_data_ptr() : nullptr);
+    loop(a, first, last, scratch.defined() ? scratch.mutable_data_ptr() : nullptr, streamed);
   });
   return {call.losses, call.grad};
 }

@@ -9,7 +9,6 @@ namespace samerge {
 
 constexpr int64_t kLeastBlocks = 32;  // fewer do not pay for a thread
 constexpr int64_t kPieceBlocks = 512;
-constexpr size_t kStreamedBytes = size_t(64) << 20;  // an output this large is not found in the caches again
 
 void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                       const at::Tensor& coefficients, const at::Tensor& block_layer,
@@ -22,7 +21,7 @@ void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::T
   const auto dense_scales = dense_rows(scales);
   const WeightedSum a = weighted_sum_call(out, dense_base, tasks, lambda, layer, dense_scales);
   const auto loop = loops().weighted_sum;
-  const bool streamed = out.nbytes() >= kStreamedBytes && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+  const bool streamed = is_streamed(out);
   share_out(layer.numel(), kLeastBlocks, kPieceBlocks,
             [&](int64_t first, int64_t last) { loop(a, first, last, streamed); });
 }
