@@ -34,6 +34,10 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
 
 at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 
+void count_digits_cpu(const at::Tensor& counts, const at::Tensor& numbers, int64_t shift, int64_t prefix);
+
+int64_t trim_cpu(const at::Tensor& numbers, int64_t key, int64_t ties);
+
 #ifdef SAMERGE_CUDA
 void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                        const at::Tensor& coefficients, const at::Tensor& block_layer,
@@ -66,6 +70,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("lanczos_cpu", samerge::lanczos_cpu, without_gil());
   module.def("moments_cpu", samerge::moments_cpu, without_gil());
   module.def("elected_sum_cpu", samerge::elected_sum_cpu, without_gil());
+  module.def("count_digits_cpu", samerge::count_digits_cpu, without_gil());
+  module.def("trim_cpu", samerge::trim_cpu, without_gil());
 #ifdef SAMERGE_CUDA
   module.def("weighted_sum_cuda", samerge::weighted_sum_cuda, without_gil());
   module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());

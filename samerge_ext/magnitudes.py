@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from samerge_ext import backend
+
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> the integers that its bits are read as
 DIGITS = 1 << 16
 PART = 1 << 18  # numbers handled at once: what is made of them stays in the processor's caches
@@ -41,7 +43,12 @@ class LargestMagnitudes:
         self._counts: Tensor | None = None  # [65536]
 
     def look(self, numbers: Tensor) -> None:
-        """Counts the digits of ``numbers`` [n]."""
+        """Counts the digits of ``numbers`` [n], contiguous."""
+        if self._counts is None:
+            self._counts = torch.zeros(DIGITS, dtype=torch.int64, device=numbers.device)
+        if count := backend.fused("count_digits", numbers):
+            count(self._counts, numbers, self._shift, -1 if self._first else self.key)
+            return
         for part in numbers.split(2 * PART):
             self._count(part)
 
@@ -53,16 +60,13 @@ class LargestMagnitudes:
             keys = keys >> self._shift
         if not self._first:
             keys = keys & (DIGITS - 1)
-        counts = torch.bincount(keys, minlength=DIGITS // 2 if self._first else DIGITS)  # the first digit lacks the sign
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+        self._counts += torch.bincount(keys, minlength=DIGITS)
 
     def next_round(self) -> None:
         """Raises ValueError where one of the numbers is NaN or infinite."""
         if self.ties is None:  # all are kept
             return
-        counts = torch.zeros(DIGITS, dtype=torch.int64)
-        if self._counts is not None:
-            counts[: len(self._counts)] = self._counts.cpu()
+        counts = torch.zeros(DIGITS, dtype=torch.int64) if self._counts is None else self._counts.cpu()
         if self._first and counts[self._infinity :].any():
             raise ValueError("a task vector holds NaN or Inf")
         largest_first = counts.flip(0).cumsum(0)
@@ -80,6 +84,10 @@ class LargestMagnitudes:
 
     def trim_(self, numbers: Tensor) -> None:
         """Zeroes what is not kept of ``numbers`` [n], contiguous, in place; pieces come in order."""
+        if trim := backend.fused("trim", numbers):
+            ties = trim(numbers, self.key, -1 if self.ties is None else self.ties)
+            self.ties = None if self.ties is None else ties
+            return
         for part in numbers.split(PART):
             keys, bits = _keys(part), part.view(BITS[part.dtype.itemsize])
             smallest = self.key + 1 if self.ties == 0 else self.key

@@ -50,7 +50,8 @@ def select(numbers, count, piece):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 5, 1000, 300_000])
 @pytest.mark.parametrize("piece", [777, 1 << 20])
-def test_exactly_the_largest_are_kept(dtype, size, piece):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_exactly_the_largest_are_kept(dtype, size, piece, backend):
     """Also where many are equal: rounded numbers, and one value at every seventh place."""
     torch.manual_seed(size)
     numbers = torch.randn(size, dtype=torch.float64).to(dtype)
@@ -58,7 +59,8 @@ def test_exactly_the_largest_are_kept(dtype, size, piece):
     numbers[numbers == 0] = 1
     for density in (0.01, 0.2, 0.99):
         count = kept_count(density, size)
-        trimmed = select(numbers, count, piece)
+        with sm.use_backend(backend):
+            trimmed = select(numbers, count, piece)
         assert int(trimmed.count_nonzero()) == count
         assert torch.equal(trimmed, torch.where(kept(numbers, count), numbers, 0))
 

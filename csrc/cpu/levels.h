@@ -23,7 +23,15 @@ struct Loops {
   int64_t (*gram_product)(const GramProduct&, int64_t first_chunk, int64_t last_chunk, void* scratch);
   int64_t (*orthogonalise)(const Lanczos&, int64_t first_matrix, int64_t last_matrix, void* scratch);  // likewise
   void (*elected_sum)(const ElectedSum&, int64_t first_block, int64_t last_block);
+  // Magnitudes are compared as bits, sign aside, of numbers of 2, 4 or 8 bytes. Adds to counts, [kDigits], how often every digit
+  // occurs, the 16 bits from `shift` on; of numbers whose higher bits are `prefix`, or of all where that is negative.
+  void (*count_digits)(const void* numbers, int64_t count, int bytes, int shift, int64_t prefix, int64_t* counts);
+  // Zeroes what is smaller than key, and what equals it after the first `ties`, or nothing of that where ties is negative.
+  // Returns what is left of ties.
+  int64_t (*trim)(void* numbers, int64_t count, int bytes, uint64_t key, int64_t ties);
 };
+
+constexpr int64_t kDigits = 1 << 16;
 
 constexpr int64_t kSoftmaxKlChunk = 1024;
 

@@ -6,6 +6,7 @@
 #include "gram_product_loops.h"
 #include "lanczos_loops.h"
 #include "levels.h"
+#include "magnitudes_loops.h"
 #include "moments_loops.h"
 #include "softmax_kl_loops.h"
 #include "weighted_sum_loops.h"
@@ -18,6 +19,7 @@ namespace samerge {
 const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,
                                                      SAMERGE_LEVEL::softmax_kl,   SAMERGE_LEVEL::moments,
                                                      SAMERGE_LEVEL::gram_product, SAMERGE_LEVEL::orthogonalise,
-                                                     SAMERGE_LEVEL::elected_sum};
+                                                     SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,
+                                                     SAMERGE_LEVEL::trim};
 
 }  // namespace samerge

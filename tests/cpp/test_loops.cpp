@@ -117,6 +117,50 @@ void elected_sum_case(int64_t num_tasks, int64_t gap, DType base_dtype, DType ta
   });
 }
 
+// Rounded to quarters, so that many are equal: digits are counted one by one, and trimmed are all but the first 5 of the numbers
+// that equal the tenth.
+void magnitudes_case(DType dtype, int64_t n) {
+  const int bytes = int(bytes_of(dtype)), shift = 8 * bytes - 16;
+  Numbers numbers(dtype, n), trimmed(dtype, n);
+  fill(numbers, 0, n, 2);
+  for (int64_t i = 0; i < n; ++i) numbers.set(i, std::round(4 * numbers[i]) / 4);
+  const auto bits = [&](int64_t i) {
+    uint64_t all = 0;
+    std::memcpy(&all, static_cast<const char*>(numbers.data()) + i * bytes, bytes);  // little-endian
+    return all & ((uint64_t(1) << (8 * bytes - 1)) - 1);
+  };
+  const uint64_t key = bits(std::min<int64_t>(9, n - 1));
+  const int64_t prefix = shift ? int64_t(key >> shift) : -1;
+  std::vector<int64_t> first(kDigits), second(kDigits), counts(kDigits);
+  std::vector<double> kept[3];  // with 5 of the equal ones, none, all
+  int64_t equal = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    ++first[bits(i) >> shift];
+    if (shift && int64_t(bits(i) >> shift) == prefix) ++second[bits(i) >> (shift - 16) & 0xffff];
+    equal += bits(i) == key;
+    const int64_t most[] = {5, 0, n};
+    for (int k = 0; k < 3; ++k) kept[k].push_back(bits(i) > key || (bits(i) == key && equal <= most[k]) ? numbers[i] : 0);
+  }
+  at_work = std::string("magnitudes, ") + name_of(dtype) + ", n = " + std::to_string(n);
+  on_every_level([&] {
+    std::fill(counts.begin(), counts.end(), 0);
+    loops().count_digits(numbers.data(), n, bytes, shift, -1, counts.data());
+    CHECK(counts == first);
+    if (shift) {
+      std::fill(counts.begin(), counts.end(), 0);
+      loops().count_digits(numbers.data(), n, bytes, shift - 16, prefix, counts.data());
+      CHECK(counts == second);
+    }
+    const int64_t ties[] = {5, 0, -1};
+    for (int k = 0; k < 3; ++k) {
+      std::memcpy(trimmed.data(), numbers.data(), n * bytes);
+      const int64_t left = loops().trim(trimmed.data(), n, bytes, key, ties[k]);
+      CHECK(left == (k ? ties[k] : std::max<int64_t>(0, 5 - equal)));
+      for (int64_t i = 0; i < n; ++i) CHECK(trimmed[i] == kept[k][i]);
+    }
+  });
+}
+
 // Codes of T task vectors, rows apart, in memory that ends where they end, and the numbers that they stand for.
 struct Codes {
   const int64_t bytes_of_row, stride, scale_stride;
@@ -216,6 +260,11 @@ void test_elected_sum() {
     }
 }
 
+void test_magnitudes() {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64})
+    for (const int64_t n : {1, 17, 1024, 2500}) magnitudes_case(dtype, n);
+}
+
 void test_codes() {
   for (const int64_t num_tasks : {1, 2, 3, 8, 11})
     for (const DType task : {DType::i8, DType::i4})
@@ -235,6 +284,7 @@ int main() {
   test_weighted_sum();
   test_coefficient_grad();
   test_elected_sum();
+  test_magnitudes();
   test_codes();
   test_softmax_kl();
   test_moments();
