@@ -12,8 +12,8 @@ PackedWeights.from_folders(file=)); then every way runs in a process of its own,
     quarter              a quarter of what the resident way needs
     smallest             what the least way needs: only a packed file, in small pieces, fits
 
-On the CPU the peak is the process's largest resident memory (ru_maxrss), Python, torch and transformers included; on a GPU that
-of torch's allocator, which --cap limits.
+On the CPU the peak is the process's largest resident memory (VmHWM), Python, torch and transformers included; on a GPU that of
+torch's allocator, which --cap limits.
 """
 
 from __future__ import annotations
@@ -100,11 +100,10 @@ def write_packed(path: Path, shape: str, form: str) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """One way, in this process."""
-    import resource
-
     import torch
 
     import samerge_ext as sm
+    from samerge_ext.memory import peak_resident_bytes
     from samerge_ext.plan import PLAN_FILE, parse_bytes, plan
 
     *_, experts, batch, tokens, steps = SHAPES[arguments.shape]
@@ -149,7 +148,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_resident_bytes()  # rusage would count the parent's, from before the exec
     way = json.loads((state / PLAN_FILE).read_text())["way"]
     return {
         "way": arguments.way,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from samerge_ext.calibration import Calibration
 from samerge_ext.graphed import GraphedPasses, Passes, check_fixed_shapes
+from samerge_ext.memory import give_back_freed_memory
 from samerge_ext.merged import MergedModel
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import PRECISIONS, Logits, Objective, losses_and_gradient
@@ -54,6 +55,7 @@ class LearningConfig:
     streamed: merge the weights unit by unit while the model runs (MergedModel): less memory, one more forward per pass.
     memory_budget: the most memory to take, in bytes or as "16GB": of the GPU, or of the whole process where the model runs on
         the CPU. The fastest way that fits is planned before anything starts (`samerge_ext.plan`), in place of ``streamed``.
+        On the CPU malloc is told to return large blocks when they are freed, for the rest of the process.
     device: where the model runs; where the packed weights are by default.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
         never waits for the device.
@@ -138,6 +140,8 @@ def make_model(
     """
     device = torch.device(config.device or packed.base.device)
     if config.memory_budget is not None:
+        if device.type == "cpu":
+            give_back_freed_memory()  # it would count
         way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, device=device)
         return way.make(module, packed, config.initial_coefficient, device)
     if config.streamed:

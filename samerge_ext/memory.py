@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class PeakMemory:
@@ -49,6 +52,23 @@ def _reset_peak() -> None:
 def resident_bytes() -> int:
     """The process's resident memory now."""
     return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The process's highest resident memory since it started, or since a `PeakMemory` did."""
+    return _status("VmHWM")
+
+
+def give_back_freed_memory() -> None:
+    """Has glibc return freed memory to the system: what it holds now, and from now on every block of 1 MiB and more at once.
+
+    By itself it keeps what a program frees and allocates again, blocks of up to 32 MiB, in a heap that grows with the gaps
+    between them: 0.4 GB beyond the 9.3 GB of tensors in a merge of nine models of 290 M parameters.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
 def _status(key: str) -> int:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from samerge_ext.memory import give_back_freed_memory
+
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
@@ -14,6 +16,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     `torch.device("meta")` would leave buffers without values, also those that no checkpoint has (rotary frequencies, say).
     """
+    give_back_freed_memory()  # a parameter that is dropped leaves no gap in malloc's heap
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
