@@ -3,12 +3,16 @@
     python benchmarks/files.py --folder DIR [--mergekit .../bin/mergekit-yaml] [--rounds 3] [--method ties …] [--save-to FILE]
 
 Makes a base and four experts, a Llama of 317 M random numbers in bf16, 3.2 GB in all; they are used again where they are there.
-The commands take turns, and every one finds the files in the page cache. Time is from start to end of the process, memory its peak
-resident set, in which mapped and touched files count. mergekit is no dependency: without it only ours is timed.
+The commands take turns, and every one finds the files in the page cache. Time is from start to end of the process, memory
+its peak resident set, in which mapped and touched files count. mergekit is no dependency: without it only ours is timed.
 
 Values agree where they differ by at most one rounding to bf16 of the largest of the numbers they are made from. mergekit
 breaks ties with TIES's threshold by the order of a sort; numbers that lie on it are counted apart. mergekit also rounds weights,
 products and sums to bf16: how many numbers of each are off the sum in fp64 by more than one rounding is counted too.
+
+What DARE drops is random: there the change of the weights is compared with what it is on average, the change without dropping.
+slope: its regression on that, 1 where the mean is kept. spread: the mean square of what remains, over that which independent
+draws at this density have, 1 where every number is dropped by itself. unchanged: the share of numbers that are the base's.
 """
 
 from __future__ import annotations
@@ -143,6 +147,29 @@ def agreement(folder: Path, method: str, ours: Path, theirs: Path) -> dict[str, 
     return counts
 
 
+def statistics(folder: Path, method: str, outs: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Slope, spread and unchanged share of DARE's results by command."""
+    weight = RECIPES[method]["weight"]
+    models = [open_checkpoint(path) for path in (folder / "base", *(folder / name for name in EXPERTS))]
+    merged = {command: open_checkpoint(out) for command, out in outs.items()}
+    found = {command: dict.fromkeys(("slope", "spread", "unchanged"), 0.0) for command in outs}
+    numbers, squares, variance = 0, 0.0, 0.0
+    for name in models[0].names:
+        base, *experts = (model.read(name).flatten() for model in models)
+        task_vectors = torch.stack([expert - base for expert in experts]).float()  # [T, n], rounded to bf16 by both
+        mean = weight * task_vectors.sum(0)
+        numbers += mean.numel()
+        squares += float(mean.square().sum(dtype=torch.float64))
+        variance += weight**2 * (1 / DENSITY - 1) * float(task_vectors.square().sum(dtype=torch.float64))
+        for command, sums in found.items():
+            change = merged[command].read(name).flatten().float() - base.float()
+            sums["slope"] += float((change * mean).sum(dtype=torch.float64))
+            sums["spread"] += float((change - mean).square().sum(dtype=torch.float64))
+            sums["unchanged"] += float((change == 0).sum())
+    totals = {"slope": squares, "spread": variance, "unchanged": numbers}
+    return {command: {key: sums[key] / totals[key] for key in totals} for command, sums in found.items()}
+
+
 def on_threshold(changes: Tensor) -> Tensor:  # [T, n] -> [n]
     count = kept_count(DENSITY, changes.shape[1])
     magnitudes = changes.abs().float()
@@ -174,7 +201,10 @@ def main() -> None:
                 found[name].append(run([*command, str(out)], out))
         seconds = {name: median(time for time, _ in runs) for name, runs in found.items()}
         outs = [folder / f"{method}-{name}" for name in commands]
-        agrees = agreement(folder, method, *outs) if len(outs) == 2 and not method.startswith("dare") else None
+        if method.startswith("dare"):
+            agrees = statistics(folder, method, dict(zip(commands, outs, strict=True)))
+        else:
+            agrees = agreement(folder, method, *outs) if len(outs) == 2 else None
         for name, runs in found.items():
             peak = max(megabytes for _, megabytes in runs)
             row = {"method": method, "command": name, "seconds": f"{seconds[name]:.1f}", "peak MB": f"{peak:.0f}"}
@@ -182,7 +212,7 @@ def main() -> None:
             results.append({"method": method, "command": name, "seconds": [t for t, _ in runs], "peak_mb": peak})
         if agrees:
             print(f"{method}: {agrees}")
-            results[-1]["agreement"] = agrees
+            results[-1]["statistics" if method.startswith("dare") else "agreement"] = agrees
     print(table(rows))
     if options.save_to:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
