@@ -33,7 +33,7 @@ class DryRun:
 
     peak: bytes on the device beyond base and task vectors: merged weights, gradients, activations.
     logits: bytes of each task's logits.
-    fetched: of a streamed pass, (numbers, whether they are needed again for gradients) of every run that is fetched.
+    fetched: of a streamed pass, (start, numbers, whether they are needed again for gradients) of every run that is fetched.
     """
 
     peak: int = 0
@@ -104,14 +104,13 @@ class _DryStore(Store):
 
     def __init__(self, packed: PackedWeights, fetched: list[list]):
         super().__init__(packed.base, packed.task_vectors)
-        self._fetched, self._last = fetched, None
+        self._fetched = fetched
 
     def fetch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        if self._last == (start, length):
-            self._fetched[-1][1] = True
+        if self._fetched and self._fetched[-1][:2] == [start, length]:
+            self._fetched[-1][2] = True
         else:
-            self._fetched.append([length, False])
-        self._last = (start, length)
+            self._fetched.append([start, length, False])
         return super().fetch(start, length)
 
 

@@ -140,10 +140,14 @@ def make_model(
     """
     device = torch.device(config.device or packed.base.device)
     if config.memory_budget is not None:
-        if device.type == "cpu":
+        on_cpu = device.type == "cpu"
+        if on_cpu:
             give_back_freed_memory()  # it would count
         way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, device=device)
-        return way.make(module, packed, config.initial_coefficient, device)
+        model = way.make(module, packed, config.initial_coefficient, device)
+        if on_cpu:
+            give_back_freed_memory()  # the weights that the module came with
+        return model
     if config.streamed:
         store = packed.store(device=device)
         return MergedModel(module, packed, config.initial_coefficient, streamed=True, store=store)

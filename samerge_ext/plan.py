@@ -170,7 +170,8 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
     held = resident_bytes() - freed + OVERHEAD - (stored if in_memory and packed.base.device.type == "cpu" else 0)
 
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
-        staged = 2 * (piece or 0) * bytes_per_number
+        buffers = 0 if piece is None else _touched(streamed.fetched, piece) if on_cpu else 2 * piece
+        staged = buffers * bytes_per_number
         staged += (piece or 0) * packed.task_vectors.dtype.itemsize if factored else 0  # a product, before it is in its place
         there = {"device": _whole_bytes(packed), "factors": stored}.get(store, 0)
         on_device = peak + kept + staged + there + (held if on_cpu else 0)
@@ -182,9 +183,23 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
     yield way("device", False, resident.peak)
     yield way("device", True, streamed.peak)
     for store in stores:
-        for piece in _pieces(max((length for length, _ in streamed.fetched), default=BLOCK)):
-            numbers = sum(length * (1 + (again and length > piece)) for length, again in streamed.fetched)
+        for piece in _pieces(max((length for _, length, _ in streamed.fetched), default=BLOCK)):
+            numbers = sum(length * (1 + (again and length > piece)) for _, length, again in streamed.fetched)
             yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * bytes_per_number)
+
+
+def _touched(fetched: Sequence[Sequence[int]], piece: int) -> int:
+    """Numbers of the two buffers that are ever written: in the process's memory nothing else counts.
+
+    Runs go into one and the other in turn, and whole ones are the same in every pass: where there are evenly many, those of one
+    buffer may all be short.
+    """
+    lengths = [length for _, length, _ in fetched]
+    if len(fetched) > 1 and fetched[-1][:2] == fetched[0][:2]:
+        lengths.pop()  # it is still there when the next pass begins
+    if piece < max(lengths, default=0) or len(lengths) % 2:
+        return 2 * piece
+    return sum(max(lengths[slot::2], default=0) for slot in (0, 1))
 
 
 def _whole_bytes(packed: PackedWeights) -> int:

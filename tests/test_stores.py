@@ -8,7 +8,30 @@ import torch
 
 import samerge_ext as sm
 from samerge_ext.checkpoints import CheckpointError
+from samerge_ext.plan import _touched
 from samerge_ext.stores import StagedStore
+
+
+LONG, A, B, C = ([start * 1024, length * 1024, False] for start, length in ((0, 8), (8, 1), (9, 2), (11, 1)))
+
+
+@pytest.mark.parametrize(
+    ("runs", "blocks"),
+    [([LONG, A, B, C], 9), ([LONG, A, B], 16), ([LONG, A, B, A, LONG], 9), ([LONG, A, B, LONG], 16), ([LONG], 16)],
+    ids=["even", "odd", "even, and around", "odd, and around", "one"],
+)
+def test_what_is_written_of_the_buffers_is_planned(runs, blocks):
+    store = StagedStore(torch.zeros(12 * 1024), torch.zeros(1, 12 * 1024), torch.device("cpu"), 8 * 1024)
+    for slot in store._slots:
+        slot.base.fill_(torch.nan)
+    for _ in range(4):
+        store.begin_pass()
+        for start, length, _ in runs:
+            store.fetch(start, length)
+    store._reader.shutdown()
+    written = sum(int(slot.base.isfinite().sum()) for slot in store._slots)
+    assert written <= _touched(runs, 8 * 1024) == blocks * 1024
+    assert len(runs) == 1 or written == blocks * 1024
 
 
 @pytest.mark.parametrize("piece", [1024, 3072, 1 << 20])
