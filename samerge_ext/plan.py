@@ -170,7 +170,7 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
     held = resident_bytes() - freed + OVERHEAD - (stored if in_memory and packed.base.device.type == "cpu" else 0)
 
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
-        buffers = 0 if piece is None else _touched(streamed.fetched, piece) if on_cpu else 2 * piece
+        buffers = 0 if piece is None else written_of_buffers(streamed.fetched, piece) if on_cpu else 2 * piece
         staged = buffers * bytes_per_number
         staged += (piece or 0) * packed.task_vectors.dtype.itemsize if factored else 0  # a product, before it is in its place
         there = {"device": _whole_bytes(packed), "factors": stored}.get(store, 0)
@@ -188,7 +188,7 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
             yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * bytes_per_number)
 
 
-def _touched(fetched: Sequence[Sequence[int]], piece: int) -> int:
+def written_of_buffers(fetched: Sequence[Sequence[int]], piece: int) -> int:
     """Numbers of the two buffers that are ever written: in the process's memory nothing else counts.
 
     Runs go into one and the other in turn, and whole ones are the same in every pass: where there are evenly many, those of one

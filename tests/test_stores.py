@@ -8,9 +8,8 @@ import torch
 
 import samerge_ext as sm
 from samerge_ext.checkpoints import CheckpointError
-from samerge_ext.plan import _touched
+from samerge_ext.plan import written_of_buffers
 from samerge_ext.stores import StagedStore
-
 
 LONG, A, B, C = ([start * 1024, length * 1024, False] for start, length in ((0, 8), (8, 1), (9, 2), (11, 1)))
 
@@ -30,7 +29,7 @@ def test_what_is_written_of_the_buffers_is_planned(runs, blocks):
             store.fetch(start, length)
     store._reader.shutdown()
     written = sum(int(slot.base.isfinite().sum()) for slot in store._slots)
-    assert written <= _touched(runs, 8 * 1024) == blocks * 1024
+    assert written <= written_of_buffers(runs, 8 * 1024) == blocks * 1024
     assert len(runs) == 1 or written == blocks * 1024
 
 
