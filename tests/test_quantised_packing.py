@@ -1,6 +1,5 @@
 """Quantised task vectors from packing to a merge: what is stored, teachers, methods, memory."""
 
-
 import packing_memory
 import pytest
 import tiny
@@ -168,4 +167,4 @@ def test_packing_never_holds_the_task_vectors_in_fp32(tmp_path):
     packing_memory.write_models(tmp_path)
     for form in ("int8", "int4-residual"):
         beyond = packing_memory.beyond_the_store(tmp_path, form)
-        assert beyond < 11 * packing_memory.TENSOR, f"{form}: {beyond:.0f} MiB beyond the store; a task vector has 128"
+        assert beyond < 10 * packing_memory.TENSOR, f"{form}: {beyond:.0f} MiB beyond the store; a task vector has 128"
