@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import takes_part
-from ceiling import Yardstick, ceiling, machine_roofs
+from ceiling import Yardstick, ceiling, compiler, machine_roofs
 from inputs import free_bytes, give_back_memory, poisoned_memory
 from report import Results, environment, record, summary
 from turns import Stopwatch, Turns, seconds_on
@@ -53,6 +53,8 @@ def pytest_configure(config):
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     about = {**environment(device), "size": config.option.size, **machine_roofs(device)}
+    if device == "cpu":
+        about["C loops in the ceiling"] = "yes" if compiler() else "no: cc is not installed"
     config.stash[RESULTS] = Results(about, config.option.save_to)
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from report import table
+from report import environment, table
 from torch import Tensor
 
 from samerge_ext.checkpoints import open_checkpoint, save_checkpoint
@@ -200,11 +199,12 @@ def main() -> None:
                 out = folder / f"{method}-{name}"
                 found[name].append(run([*command, str(out)], out))
         seconds = {name: median(time for time, _ in runs) for name, runs in found.items()}
-        outs = [folder / f"{method}-{name}" for name in commands]
-        if method.startswith("dare"):
-            agrees = statistics(folder, method, dict(zip(commands, outs, strict=True)))
+        outs = {name: folder / f"{method}-{name}" for name in commands}
+        is_random = method.startswith("dare")
+        if is_random:
+            agrees = statistics(folder, method, outs)
         else:
-            agrees = agreement(folder, method, *outs) if len(outs) == 2 else None
+            agrees = agreement(folder, method, *outs.values()) if len(outs) == 2 else None
         for name, runs in found.items():
             peak = max(megabytes for _, megabytes in runs)
             row = {"method": method, "command": name, "seconds": f"{seconds[name]:.1f}", "peak MB": f"{peak:.0f}"}
@@ -212,18 +212,12 @@ def main() -> None:
             results.append({"method": method, "command": name, "seconds": [t for t, _ in runs], "peak_mb": peak})
         if agrees:
             print(f"{method}: {agrees}")
-            results[-1]["statistics" if method.startswith("dare") else "agreement"] = agrees
+            results[-1]["statistics" if is_random else "agreement"] = agrees
     print(table(rows))
     if options.save_to:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-        environment = {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "commit": commit,
-        }
-        content = {"benchmark": f"{len(EXPERTS)} experts of {numbers / 1e6:.0f} M numbers, bf16", "environment": environment}
-        options.save_to.write_text(json.dumps({**content, "rows": results}, indent=1) + "\n")
+        about = f"{len(EXPERTS)} experts of {numbers / 1e6:.0f} M numbers, bf16"
+        content = {"benchmark": about, "environment": environment("cpu"), "rows": results}
+        options.save_to.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

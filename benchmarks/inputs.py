@@ -6,7 +6,6 @@ A case is a frozen description, known before anything is allocated; `build` make
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from samerge_ext import reference
 from samerge_ext.layout import BLOCK, Layout
+from samerge_ext.memory import trim_heap
 from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 
 # Relative L2 error of a result in fp32, from inputs of the given storage, beyond which a candidate is wrong. In bf16 the
@@ -44,10 +44,9 @@ def free_bytes(device: str) -> int:
 
 
 def give_back_memory() -> None:
-    """Returns what has been freed to the system (glibc), so that using it again shows as a rise of the peak."""
+    """Returns what has been freed to the system, so that using it again shows as a rise of the peak."""
     gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    trim_heap()
 
 
 def random_normal(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:

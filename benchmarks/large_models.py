@@ -10,6 +10,7 @@ PackedWeights.from_folders(file=)); then every way runs in a process of its own,
     resident             none
     memory, host         what its plan says it needs: everything in memory, merged unit by unit
     quarter              a quarter of what the resident way needs
+    own-weights          the same, for a model that comes with weights in memory; the others have none before they are merged
     smallest             what the least way needs: only a packed file, in small pieces, fits
 
 On the CPU the peak is the process's largest resident memory (VmHWM), Python, torch and transformers included; on a GPU that of
@@ -20,10 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 SHAPES = {  # hidden, intermediate, layers, heads, vocabulary; experts, batch, tokens, steps
@@ -35,8 +36,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, vocabulary; experts, batch, t
 RESULTS = Path(__file__).parent / "results"
 
 
-def llama(shape: str):
-    """The model without memory for its weights."""
+def llama(shape: str, with_weights: bool = False):
+    """The model, by default without memory for its weights."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from samerge_ext.models import parameters_on_meta
@@ -46,7 +48,9 @@ def llama(shape: str):
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, vocab_size=vocabulary, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
-    with parameters_on_meta():
+    if with_weights:
+        torch.ones(32 << 20, dtype=torch.uint8)  # freed: from now on malloc puts weights up to this size into its heap
+    with nullcontext() if with_weights else parameters_on_meta():
         return LlamaForCausalLM(config)
 
 
@@ -144,7 +148,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     (state / PLAN_FILE).unlink(missing_ok=True)
     (state / "state.pt").unlink(missing_ok=True)
     config = sm.SAMergingConfig(**settings, memory_budget=arguments.budget, checkpoint_dir=state)
-    result = sm.samerging(llama(arguments.shape), packed, batches, logits, config=config)
+    module = llama(arguments.shape, with_weights=arguments.way == "own-weights")
+    result = sm.samerging(module, packed, batches, logits, config=config)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -172,7 +177,7 @@ def in_a_process(arguments: argparse.Namespace, **options) -> dict:
     command += ["--cap", arguments.cap] if arguments.cap else []
     for key, value in options.items():
         command += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
@@ -185,7 +190,7 @@ def main() -> None:
     parser.add_argument("--cap", help="the most memory that the process may take of a GPU, such as 24GiB")
     parser.add_argument("--task-vectors", choices=("bf16", "int8", "int4"), default="bf16", help="how they are stored")
     parser.add_argument("--work", type=Path, default=Path(".cache-large-models"), help="folder of the packed file")
-    parser.add_argument("--ways", default="resident,memory,quarter,smallest", help="which, and host")
+    parser.add_argument("--ways", default="resident,memory,quarter,own-weights,smallest", help="which, and host")
     parser.add_argument("--out", type=Path, help="JSON to write; by default in benchmarks/results")
     for internal in ("--budget", "--way"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -195,7 +200,7 @@ def main() -> None:
         print(json.dumps(measure(arguments)))
         return
 
-    import torch
+    from report import environment
 
     from samerge_ext.plan import show
 
@@ -211,6 +216,7 @@ def main() -> None:
         "memory": int(slack * next(way["bytes"] for way in planned if way["name"] == "streamed from memory")),
         "host": int(slack * next((way["bytes"] for way in planned if way["store"] == "host"), 1)),
         "quarter": resident // 4,
+        "own-weights": resident // 4,
         "smallest": int(slack * planned[-1]["bytes"]),
     }
     rows = []
@@ -218,7 +224,7 @@ def main() -> None:
         row = in_a_process(arguments, way=name, budget=budgets[name])
         rows.append(row)
         print(
-            f"{name:10} {show(row['planned_bytes']):>8} planned {show(row['measured_bytes']):>8} measured "
+            f"{name:11} {show(row['planned_bytes']):>8} planned {show(row['measured_bytes']):>8} measured "
             f"{row['seconds_per_step']:8.2f} s/step  {row['plan']['store']} {row['plan']['piece'] or ''}", flush=True,
         )  # fmt: skip
     out = arguments.out or RESULTS / f"large-models-{arguments.shape}-{arguments.task_vectors}-{arguments.device}.json"
@@ -226,8 +232,7 @@ def main() -> None:
     content = {
         "shape": arguments.shape,
         "task_vectors": arguments.task_vectors,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+        "environment": environment(arguments.device),
         "planned": planned,
         "ways": [{key: value for key, value in row.items() if key not in hidden} for row in rows],
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from ceiling import Yardstick, compiler
+from ceiling import Yardstick
 
 Record = dict[str, str | float | None]
 
@@ -101,7 +101,7 @@ def environment(device: str) -> dict[str, str | int]:
         "date": f"{date.today():%Y-%m-%d}",
     }
     if device == "cpu":
-        return {**about, "C loops in the ceiling": "yes" if compiler() else "no: cc is not installed"}
+        return about
     modules = {"triton": "triton", "liger-kernel": "liger_kernel"}
     versions = {p: importlib.metadata.version(p) if importlib.util.find_spec(m) else "not installed" for p, m in modules.items()}
     return {**about, "cuda": torch.version.cuda, **versions}

@@ -38,6 +38,8 @@ void count_digits_cpu(const at::Tensor& counts, const at::Tensor& numbers, int64
 
 int64_t trim_cpu(const at::Tensor& numbers, int64_t key, int64_t ties);
 
+bool map_large_tensors(bool on);
+
 #ifdef SAMERGE_CUDA
 void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                        const at::Tensor& coefficients, const at::Tensor& block_layer,
@@ -72,6 +74,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("elected_sum_cpu", samerge::elected_sum_cpu, without_gil());
   module.def("count_digits_cpu", samerge::count_digits_cpu, without_gil());
   module.def("trim_cpu", samerge::trim_cpu, without_gil());
+  module.def("map_large_tensors", samerge::map_large_tensors,
+             "Whether CPU tensors of 1 MiB and more get memory of their own from now on; returns whether they did.");
 #ifdef SAMERGE_CUDA
   module.def("weighted_sum_cuda", samerge::weighted_sum_cuda, without_gil());
   module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from samerge_ext.calibration import Calibration
 from samerge_ext.graphed import GraphedPasses, Passes, check_fixed_shapes
-from samerge_ext.memory import give_back_freed_memory
+from samerge_ext.memory import large_tensors_mapped, trim_heap
 from samerge_ext.merged import MergedModel
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import PRECISIONS, Logits, Objective, losses_and_gradient
@@ -55,7 +57,6 @@ class LearningConfig:
     streamed: merge the weights unit by unit while the model runs (MergedModel): less memory, one more forward per pass.
     memory_budget: the most memory to take, in bytes or as "16GB": of the GPU, or of the whole process where the model runs on
         the CPU. The fastest way that fits is planned before anything starts (`samerge_ext.plan`), in place of ``streamed``.
-        On the CPU malloc is told to return large blocks when they are freed, for the rest of the process.
     device: where the model runs; where the packed weights are by default.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
         never waits for the device.
@@ -131,6 +132,17 @@ class FreeCoefficients(nn.Module):
         return self.values
 
 
+def within_budget(method: Callable) -> Callable:
+    """A learning method; where its configuration has a memory budget, large CPU tensors leave nothing behind when freed."""
+
+    @functools.wraps(method)
+    def run(*args: Any, config: LearningConfig | None = None, **others: Any):
+        with large_tensors_mapped() if config and config.memory_budget is not None else nullcontext():
+            return method(*args, config=config, **others)
+
+    return run
+
+
 def make_model(
     module: nn.Module, packed: PackedWeights, config: LearningConfig, calibration: Calibration, logits: Logits, *, teachers: bool
 ) -> MergedModel:
@@ -142,11 +154,11 @@ def make_model(
     if config.memory_budget is not None:
         on_cpu = device.type == "cpu"
         if on_cpu:
-            give_back_freed_memory()  # it would count
+            trim_heap()  # it would count
         way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, device=device)
         model = way.make(module, packed, config.initial_coefficient, device)
         if on_cpu:
-            give_back_freed_memory()  # the weights that the module came with
+            trim_heap()  # the weights that the module came with
         return model
     if config.streamed:
         store = packed.store(device=device)

@@ -1,19 +1,23 @@
 """Memory as the process sees it."""
 
+import platform
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import torch
+
+from samerge_ext.memory import large_tensors_mapped
 
 HELD = """
+    import contextlib
     import torch
-    from samerge_ext.memory import give_back_freed_memory, resident_bytes
+    from samerge_ext.memory import large_tensors_mapped, resident_bytes
     BLOCK = 4 << 20
-    if {call}:
-        give_back_freed_memory()
     torch.ones(4 * BLOCK, dtype=torch.uint8) # freed: now malloc takes blocks up to this size from its heap
-    held = [(torch.ones(BLOCK, dtype=torch.uint8), torch.ones(BLOCK // 40)) for _ in range(50)]
+    with {context}():
+        held = [(torch.ones(BLOCK, dtype=torch.uint8), torch.ones(BLOCK // 40)) for _ in range(50)]
     small = [b for _, b in held]             # between the blocks, so that the heap cannot shrink
     before = resident_bytes()
     del held
@@ -21,10 +25,25 @@ HELD = """
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-@pytest.mark.parametrize("call", [False, True])
-def test_freed_blocks_go_back_to_the_system(call):
-    """Which they do not by themselves: without the call the test would prove nothing."""
-    script = textwrap.dedent(HELD.format(call=call))
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize("context", ["contextlib.nullcontext", "large_tensors_mapped"])
+def test_freed_tensors_go_back_to_the_system(context):
+    """Which they do not by themselves: without that the test would prove nothing."""
+    script = textwrap.dedent(HELD.format(context=context))
     blocks = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
-    assert blocks > 45 if call else blocks < 5
+    assert blocks > 45 if context == "large_tensors_mapped" else blocks < 5
+
+
+def test_tensors_are_mapped_inside_the_context_alone():
+    """At the start of a page, where malloc keeps its own words."""
+
+    def at_page_start() -> bool:
+        return torch.empty(3 << 20, dtype=torch.uint8).data_ptr() % 4096 == 0
+
+    with large_tensors_mapped():
+        with large_tensors_mapped():
+            kept = torch.arange(1 << 20)
+        assert at_page_start()
+    assert not at_page_start()
+    assert torch.equal(kept, torch.arange(1 << 20)), "a tensor outlives the context"
+    assert kept.resize_(1 << 21)[: 1 << 20].equal(torch.arange(1 << 20))

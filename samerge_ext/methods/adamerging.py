@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model
+from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model, within_budget
 from samerge_ext.ops.softmax_kl import entropy_with_grad
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits
@@ -23,6 +23,7 @@ class AdaMergingConfig(LearningConfig):
     weight_decay: float = 0.0
 
 
+@within_budget
 def adamerging(
     module: nn.Module,
     packed: PackedWeights,

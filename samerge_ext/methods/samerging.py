@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from samerge_ext.calibration import teacher_logits
-from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model
+from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model, within_budget
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
 from samerge_ext.packing import PackedWeights
 from samerge_ext.passes import Logits
@@ -38,6 +38,7 @@ class SAMergingConfig(LearningConfig):
                 raise ValueError(f"{key}={value!r}; expected a number > 0")
 
 
+@within_budget
 def samerging(
     module: nn.Module,
     packed: PackedWeights,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from samerge_ext.calibration import teacher_logits
 from samerge_ext.features import FEATURES_FILE, Features
 from samerge_ext.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
-from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model
+from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model, within_budget
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, softmax_kl_with_grad
 from samerge_ext.packing import PackedWeights
@@ -85,6 +85,7 @@ class StatsMergingConfig(LearningConfig):
         )
 
 
+@within_budget
 def statsmerging(
     module: nn.Module,
     packed: PackedWeights,

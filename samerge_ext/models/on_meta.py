@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from samerge_ext.memory import give_back_freed_memory
+from samerge_ext.memory import large_tensors_mapped
 
 
 @contextmanager
@@ -16,7 +16,6 @@ def parameters_on_meta() -> Iterator[None]:
 
     `torch.device("meta")` would leave buffers without values, also those that no checkpoint has (rotary frequencies, say).
     """
-    give_back_freed_memory()  # a parameter that is dropped leaves no gap in malloc's heap
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -26,6 +25,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta
     try:
-        yield
+        with large_tensors_mapped():  # a parameter that is dropped leaves no gap in malloc's heap
+            yield
     finally:
         nn.Module.register_parameter = register
