@@ -11,6 +11,7 @@ import random
 import signal
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -112,6 +113,8 @@ def in_a_process(function, argument, seconds: float | None = None) -> int:
         try:
             function(argument)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     if seconds is not None:

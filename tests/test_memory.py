@@ -47,3 +47,11 @@ def test_tensors_are_mapped_inside_the_context_alone():
     assert not at_page_start()
     assert torch.equal(kept, torch.arange(1 << 20)), "a tensor outlives the context"
     assert kept.resize_(1 << 21)[: 1 << 20].equal(torch.arange(1 << 20))
+
+
+def test_onednn_allocates_through_the_context():
+    """It asks for memory without a tensor around it, and frees it through whatever allocator is in force by then."""
+    x = torch.randn(1 << 20)
+    expected = torch.nn.functional.gelu(x)
+    with large_tensors_mapped():
+        assert torch.equal(torch.nn.functional.gelu(x), expected)
