@@ -13,7 +13,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 
 GPU_TESTS := $(patsubst %,tests/test_%.py,weighted_sum coefficient_grad quantised softmax_kl gram_product lanczos svd_topk layer_stats gpu)
 
-.PHONY: help setup data demo test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu clean
+.PHONY: help setup data demo test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -22,6 +22,7 @@ help:
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
+	@echo "make bench-gpu-large   eight models of 1B and 7B numbers merged within 24 GiB of a GPU"
 	@echo "make clean   remove the environment and all that was built"
 
 setup: $(VENV)/ready
@@ -93,6 +94,14 @@ test-gpu: gpu-build
 
 bench-gpu: gpu-build
 	$(PYTHON) -m pytest benchmarks --device cuda --save-to benchmarks/results
+
+# Eight experts of 1B and of 7B numbers within 24 GiB of the GPU: 80 GB of host memory and 45 GB of disk.
+LARGE := $(PYTHON) benchmarks/large_models.py --device cuda --cap 24GiB
+bench-gpu-large: gpu-build
+	$(LARGE) --shape 1B --ways memory,host,file
+	$(LARGE) --shape 7B --task-vectors int8 --ways host
+	$(LARGE) --shape 7B --task-vectors int4 --ways host,file
+	rm -f .cache-large-models/*.packed
 
 clean:
 	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo

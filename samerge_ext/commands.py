@@ -100,8 +100,9 @@ def plan(
     try:
         recipe = load_recipe(config, {})
         found = plan_recipe(recipe)
-        budget = memory_budget or recipe.method_settings().memory_budget
-        chosen = found.choose(budget) if budget else None
+        settings = recipe.method_settings()
+        budget = memory_budget or settings.memory_budget
+        chosen = found.choose(budget, settings.host_memory_budget) if budget else None
     except MISTAKES as error:
         _fail(error)
     for way in found.ways:

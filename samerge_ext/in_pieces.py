@@ -29,12 +29,6 @@ class InPieces(ABC):
     def read_into(self, start: int, length: int, out) -> None:
         """Puts numbers ``start`` … into the first places of ``out``, room for as many or more."""
 
-    def in_memory(self):
-        """All of them, on the device."""
-        numbers = self.empty(self.shape[-1], self.reads_to)
-        self.read_into(0, self.shape[-1], numbers)
-        return numbers.to(self.device)
-
     def __getitem__(self, index) -> Tensor:
         raise TypeError(f"these weights {self.where}; what needs them whole takes packed.in_memory()")
 

@@ -25,6 +25,7 @@ from samerge_ext.prefetch import Inputs, inputs_of_steps
 from samerge_ext.run_state import RunState
 from samerge_ext.sam import sam_gradient
 from samerge_ext.step_log import StepLog
+from samerge_ext.stores import indexed
 
 CHOICES = {
     "granularity": ("layer", "task"),
@@ -57,6 +58,7 @@ class LearningConfig:
     streamed: merge the weights unit by unit while the model runs (MergedModel): less memory, one more forward per pass.
     memory_budget: the most memory to take, in bytes or as "16GB": of the GPU, or of the whole process where the model runs on
         the CPU. The fastest way that fits is planned before anything starts (`samerge_ext.plan`), in place of ``streamed``.
+    host_memory_budget: beside a GPU, the most that the process may take on the host; by default what the machine has.
     device: where the model runs; where the packed weights are by default.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
         never waits for the device.
@@ -84,6 +86,7 @@ class LearningConfig:
     log_every: int = 10
     streamed: bool = False
     memory_budget: int | str | None = None
+    host_memory_budget: int | str | None = None
     device: str | None = None
     cuda_graph: bool = False
 
@@ -107,6 +110,10 @@ class LearningConfig:
 
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
+        if self.host_memory_budget is not None:
+            parse_bytes(self.host_memory_budget, "host_memory_budget")
+            if self.memory_budget is None:
+                raise ValueError("host_memory_budget goes with a memory_budget, for the GPU beside that host")
 
     def weights(self, tasks: tuple[str, ...]) -> dict[str, float]:
         """α_t of every task."""
@@ -150,9 +157,11 @@ def make_model(
 
     teachers: the experts' logits will be kept too. Raises MemoryBudgetError where nothing fits the budget.
     """
-    device = torch.device(config.device or packed.base.device)
+    device = indexed(config.device or packed.base.device)
     if config.memory_budget is not None:
         on_cpu = device.type == "cpu"
+        if on_cpu and config.host_memory_budget is not None:
+            raise ValueError("host_memory_budget is for a merge on a GPU; on the CPU memory_budget is for the whole process")
         if on_cpu:
             trim_heap()  # it would count
         way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, device=device)

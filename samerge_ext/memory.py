@@ -1,8 +1,9 @@
-"""Peak memory of a piece of work."""
+"""Memory of the machine and of this process."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,16 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """The process's highest resident memory since it started, or since a `PeakMemory` did."""
     return _status("VmHWM")
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or of the container where that is less."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(installed, int(limit)) if limit != "max" else installed
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from samerge_ext.memory_packing import pack_into_memory
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.sources import CheckpointSource, ModuleSource, Source, StateDictSource
-from samerge_ext.stores import StagedStore, Store, empty_like, on_host, parts, pin
+from samerge_ext.stores import StagedStore, Store, empty_like, in_memory, indexed, on_host, parts, pin
 
 Buffers = dict[str, Tensor]
 PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
@@ -174,7 +174,7 @@ class PackedWeights:
 
         piece: numbers that are staged at a time, a multiple of 1,024; 64 MiB of them by default. Not for what is there already.
         """
-        device = torch.device(device or self.base.device)
+        device = indexed(device or self.base.device)
         if self.is_whole and self.base.device == device:
             return Store(self.base, self.task_vectors)
         for numbers in (self.base, self.task_vectors) if device.type == "cuda" else ():
@@ -240,12 +240,13 @@ class PackedWeights:
             weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length), out=out[start : start + length])
         return out
 
-    def in_memory(self) -> PackedWeights:
-        """The same with base and task vectors as tensors on the device, for what needs them whole."""
-        if self.is_whole:
+    def in_memory(self, device: torch.device | str | None = None) -> PackedWeights:
+        """The same with base and task vectors as tensors, on the device that they are computed on or on another."""
+        device = indexed(device or self.layout.block_layer.device)
+        if self.is_whole and self.base.device == device:
             return self
-        base, task_vectors = (x if on_host(x) else x.in_memory() for x in (self.base, self.task_vectors))
-        return replace(self, base=base, task_vectors=task_vectors)
+        base, task_vectors = (in_memory(numbers, device) for numbers in (self.base, self.task_vectors))
+        return replace(self, base=base, task_vectors=task_vectors).to(device)
 
     @contextmanager
     def expert_source(self, task: str) -> Iterator[Source | None]:

@@ -16,7 +16,7 @@ from samerge_ext.checkpoints import atomic_write
 from samerge_ext.dry_run import DryRun, dry_run
 from samerge_ext.factors import LORA
 from samerge_ext.layout import BLOCK
-from samerge_ext.memory import resident_bytes
+from samerge_ext.memory import machine_bytes, resident_bytes
 from samerge_ext.merged import MergedModel
 from samerge_ext.nested import map_tensors
 from samerge_ext.packing import PackedWeights
@@ -67,8 +67,8 @@ class Way:
     def make(self, module: nn.Module, packed: PackedWeights, coefficients: float, device: torch.device) -> MergedModel:
         """The model, held this way."""
         if self.store in ("device", "host"):
-            packed = packed.in_memory()
-        if self.store in ("device", "factors") and packed.base.device != device:
+            packed = packed.in_memory(device if self.store == "device" else "cpu")
+        elif self.store == "factors" and packed.base.device != device:
             packed = packed.to(device)
         store = packed.store(device=device, piece=self.piece) if self.streamed else None
         return MergedModel(module, packed, coefficients, streamed=self.streamed, store=store)
@@ -82,27 +82,37 @@ class Plan:
     device: torch.device
     available: frozenset[str]
 
-    def choose(self, budget: int | str) -> Way:
-        """The fastest way whose peak on the device fits; raises MemoryBudgetError where none does."""
+    def choose(self, budget: int | str, host_budget: int | str | None = None) -> Way:
+        """The fastest way whose peaks fit: on the device and, beside a GPU, on the host, by default the memory that it has.
+
+        Raises MemoryBudgetError where none does.
+        """
         limit = parse_bytes(budget)
-        fitting = [way for way in self.ways if way.device_bytes <= limit]
+        host_limit = machine_bytes() if host_budget is None else parse_bytes(host_budget, "host_memory_budget")
+        excess = {way: self._excess(way, limit, host_limit) for way in self.ways}
+        fitting = [way for way in self.ways if not excess[way]]
         chosen = next((way for way in fitting if way.store in self.available), None)
         if chosen is not None:
             return chosen
-        least = min(self.ways, key=lambda way: way.device_bytes)
-        lines = [
-            f"  {way.name}: {show(way.device_bytes)}, {show(way.device_bytes - limit)} too much"
-            for way in self.ways
-            if way.device_bytes > limit
-        ]
         if fitting:
             advice = f"{fitting[0].name} would: keep the weights in a packed file, PackedWeights.from_folders(..., file=PATH)"
         else:
+            least = min(self.ways, key=lambda way: way.device_bytes)
             advice = (
                 f"the least is {show(least.device_bytes)}; smaller batches, fewer tasks_per_batch, or task vectors in fewer bits "
                 "(task_vector_dtype=) take less"
             )
-        raise MemoryBudgetError("\n".join([f"memory_budget={show(limit)} is not enough for this merge:", *lines, advice]))
+        lines = [f"  {way.name}: {text} too much" for way, text in excess.items() if text]
+        beside = "" if self.device.type == "cpu" else f" with {show(host_limit)} on the host"
+        raise MemoryBudgetError("\n".join([f"memory_budget={show(limit)}{beside} is not enough for this merge:", *lines, advice]))
+
+    def _excess(self, way: Way, limit: int, host_limit: int) -> str:
+        """What a way takes, and by how much it misses; empty where it fits."""
+        if way.device_bytes > limit:
+            return f"{show(way.device_bytes)}, {show(way.device_bytes - limit)}"
+        if self.device.type != "cpu" and way.host_bytes > host_limit:
+            return f"{show(way.host_bytes)} of the host's memory, {show(way.host_bytes - host_limit)}"
+        return ""
 
 
 def plan(
@@ -152,7 +162,8 @@ def planned_way(
         begun = json.loads(path.read_text())
         if begun["memory_budget"] == config.memory_budget:
             return Way(**begun["way"])
-    way = plan(module, packed, batches, logits, config, teachers=teachers, device=device).choose(config.memory_budget)
+    found = plan(module, packed, batches, logits, config, teachers=teachers, device=device)
+    way = found.choose(config.memory_budget, config.host_memory_budget)
     if path is not None:
         with atomic_write(path, "w") as file:
             json.dump({"memory_budget": config.memory_budget, "way": asdict(way)}, file)
@@ -225,11 +236,11 @@ def _numel(batch: Any) -> int:
     return sum(sizes)
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
     """A number of bytes, or a text such as "16GB" (powers of 1000) or "512MiB" (of 1024)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
     if not found or float(found[1]) <= 0:
-        raise ValueError(f"memory_budget={size!r}; give a number of bytes, or a text such as '16GB' or '512MiB'")
+        raise ValueError(f"{name}={size!r}; give a number of bytes, or a text such as '16GB' or '512MiB'")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -169,9 +169,7 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     require_target(out, overwrite=overwrite)
     experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)]
     state = out.with_name(f"{out.name}.state")
-    budget = recipe.method_settings().memory_budget
-    in_file = (state / PACKED_FILE).exists() or (budget is not None and plan_recipe(recipe).choose(budget).store == "file")
-    file = state / PACKED_FILE if in_file else None
+    file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
     packed = PackedWeights.from_folders(recipe.base_model, experts, file=file, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
@@ -182,6 +180,14 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     if state.exists() and not any(state.iterdir()):
         state.rmdir()
     return result
+
+
+def _plans_a_file(recipe: Recipe) -> bool:
+    """Whether the recipe has a memory budget that only a packed file fits."""
+    settings = recipe.method_settings()
+    if settings.memory_budget is None:
+        return False
+    return plan_recipe(recipe).choose(settings.memory_budget, settings.host_memory_budget).store == "file"
 
 
 def _packing(recipe: Recipe) -> dict[str, Any]:

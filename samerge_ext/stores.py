@@ -12,6 +12,7 @@ from torch import Tensor
 from samerge_ext.in_pieces import InPieces
 
 Numbers = "Tensor | QuantisedTaskVectors | InPieces"
+READ_AT_ONCE = 1 << 22  # numbers of all rows, where all are read into memory
 
 
 class Store:
@@ -127,6 +128,12 @@ class _Slot:
         ]
 
 
+def indexed(device: torch.device | str) -> torch.device:
+    """A device as its tensors name it: "cuda" is the current one, "cuda:0" say."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def parts(numbers: Numbers) -> dict[str, Tensor]:
     """The tensors, a row per task (or alone), that hold base or task vectors: one, or codes and scales."""
     return {"numbers": numbers} if isinstance(numbers, Tensor) else numbers.tensors()
@@ -156,6 +163,22 @@ def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_me
     return map_parts(
         lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pin_memory), narrow(numbers, 0, length)
     )
+
+
+def in_memory(numbers: Numbers, device: torch.device | str) -> Numbers:
+    """All of them on a device; what is in a file and goes to a GPU takes no more of the host than some of them."""
+    if on_host(numbers):
+        return numbers.to(device)
+    numel = numbers.shape[-1]
+    whole = empty_like(numbers, numel, device)
+    buffer = None if numbers.reads_to.type == torch.device(device).type else empty_like(numbers, READ_AT_ONCE, numbers.reads_to)
+    for start in range(0, numel, READ_AT_ONCE):
+        length = min(READ_AT_ONCE, numel - start)
+        place = narrow(whole, start, length)
+        numbers.read_into(start, length, place if buffer is None else buffer)
+        if buffer is not None:
+            copy_rows(narrow(buffer, 0, length), place)
+    return whole
 
 
 def _fill(target: Numbers, source: Numbers, start: int, length: int) -> None:

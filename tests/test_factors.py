@@ -13,6 +13,7 @@ import samerge_ext as sm
 from samerge_ext.adapters import PREFIX
 from samerge_ext.factors import FactoredTaskVectors
 from samerge_ext.plan import plan
+from samerge_ext.stores import in_memory
 
 WIDTH, BLOCKS, RANK, ALPHA = 48, 10, 3, 4
 
@@ -72,7 +73,7 @@ def test_factors_are_the_task_vectors(folders):
 
 def test_any_piece_is_that_of_the_whole(folders):
     factors = pack(folders, task_vector_dtype="lora").task_vectors
-    whole, blocks = factors.in_memory(), factors.shape[1] // 1024
+    whole, blocks = in_memory(factors, "cpu"), factors.shape[1] // 1024
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         start = int(torch.randint(blocks, (), generator=generator))

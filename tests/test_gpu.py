@@ -1,5 +1,6 @@
 """What only a GPU can show: methods on the device, graph capture, huge tensors, long rows, repeats, sanitised runs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -116,6 +117,26 @@ def test_quantised_task_vectors_stream_from_pinned_memory(problem, form):
     config = sm.SAMergingConfig(**settings, streamed=True, device="cuda")
     result = sm.samerging(tiny.make(1), packed_weights, device_batches, tiny.plain(device_heads), config=config)
     assert (result.coefficients.cpu() - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_a_gpu_stays_within_its_plan(tmp_path):
+    """A model of 9 M parameters with six experts in a process of its own, by each way: measured beside predicted."""
+    script = Path(__file__).parents[1] / "benchmarks" / "large_models.py"
+    options = ["--shape", "test", "--device", "cuda", "--ways", "resident,memory,host,smallest"]
+    subprocess.run([sys.executable, script, *options, "--work", tmp_path, "--out", tmp_path / "out.json"], check=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["ways"]
+    assert [row["plan"]["streamed"] for row in rows] == [False, True, True, True]
+    assert [row["plan"]["store"] for row in rows[:3]] == ["device", "device", "host"]
+    expected = torch.tensor(rows[0]["coefficients"])
+    for row in rows:
+        assert row["measured_bytes"] <= min(1.15 * row["planned_bytes"], row["memory_budget"]), row["way"]
+        assert (torch.tensor(row["coefficients"]) - expected).norm() <= 1e-5 * expected.norm(), row["way"]
+
+
+def test_a_device_without_an_index_is_the_current_one():
+    packed_weights = sm.PackedWeights.from_modules(tiny.make(0), tiny.make_experts(tiny.make(0)), device="cuda")
+    assert packed_weights.store(device="cuda").piece is None, "what is there already is not staged"
+    assert packed_weights.in_memory("cuda") is packed_weights
 
 
 def test_adamerging_follows_the_literal_loop(on_gpu_by_name, problem):

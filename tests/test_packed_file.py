@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
+from samerge_ext import stores
 from samerge_ext.checkpoints import CheckpointError
 from samerge_ext.memory import PeakMemory
 from samerge_ext.quantised import FORMATS
@@ -37,11 +38,12 @@ def pack(folders, **settings):
 
 
 @pytest.mark.parametrize("dtypes", [{}, {"task_vector_dtype": torch.bfloat16}, {"dtype": torch.float64}, *QUANTISED])
-def test_a_packed_file_holds_what_packing_in_memory_gives(folders, tmp_path, dtypes):
+def test_a_packed_file_holds_what_packing_in_memory_gives(folders, tmp_path, monkeypatch, dtypes):
     expected = pack(folders, **dtypes)
     for packed in (pack(folders, file=tmp_path / "packed", **dtypes), sm.PackedWeights.open(tmp_path / "packed")):
         assert packed.layout == expected.layout and packed.tasks == expected.tasks and packed.folder == expected.folder
         assert torch.equal(packed.layout.block_layer, expected.layout.block_layer)
+        monkeypatch.setattr(stores, "READ_AT_ONCE", 2048)
         whole = packed.in_memory()
         assert torch.equal(whole.base, expected.base) and whole.experts == expected.experts
         assert packed.task_vector_form == whole.task_vector_form == expected.task_vector_form
@@ -55,6 +57,16 @@ def test_a_packed_file_holds_what_packing_in_memory_gives(folders, tmp_path, dty
         whole = expected.state_dict(expected.merge(coefficients))
         assert all(torch.equal(one_by_one[name], tensor) for name, tensor in whole.items())
     assert os.listdir(tmp_path).count("packed.partial") == 0
+
+
+def test_weights_are_read_into_the_memory_that_is_asked_for(folders, tmp_path):
+    """A GPU's, or the host's where they do not fit the GPU; `meta` stands for it, and comes last: it holds no numbers."""
+    packed, expected = pack(folders, file=tmp_path / "packed"), pack(folders)
+    for device in ("cpu", "meta"):
+        found = packed.in_memory(device)
+        for tensor in (found.base, found.task_vectors, found.layout.block_layer):
+            assert tensor.device.type == device
+        assert found.task_vectors.shape == expected.task_vectors.shape
 
 
 def test_safetensors_reads_it_too(folders, tmp_path):

@@ -98,6 +98,28 @@ def test_the_fastest_way_that_fits_is_chosen_or_it_is_said_what_would():
         Plan((resident, memory, file), CPU, frozenset({"device"})).choose(100)
 
 
+def test_beside_a_gpu_the_hosts_memory_counts_too(monkeypatch):
+    host, file = Way("host", True, 1024, 90, 800, 1), Way("file", True, 1024, 90, 200, 1)
+    found = Plan((host, file), torch.device("cuda"), frozenset({"host", "file"}))
+    assert found.choose(90) == host, "this machine has more than 800 bytes"
+    assert [found.choose(90, budget) for budget in (800, 799, 200)] == [host, file, file]
+    with pytest.raises(MemoryBudgetError, match="memory_budget=90 B with 199 B on the host is not enough") as error:
+        found.choose(90, 199)
+    assert "200 B of the host's memory, 1 B too much" in str(error.value)
+    monkeypatch.setattr("samerge_ext.plan.machine_bytes", lambda: 700)
+    assert found.choose(90) == file
+
+
+def test_a_host_budget_is_for_a_gpu_and_goes_with_a_budget(packed_twice):
+    with pytest.raises(ValueError, match="host_memory_budget goes with a memory_budget"):
+        sm.SAMergingConfig(host_memory_budget="1GB")
+    with pytest.raises(ValueError, match="host_memory_budget='much'"):
+        sm.SAMergingConfig(memory_budget="1GB", host_memory_budget="much")
+    config = sm.SAMergingConfig(memory_budget="1GB", host_memory_budget="1GB")
+    with pytest.raises(ValueError, match="is for a merge on a GPU"):
+        sm.samerging(streaming.make(1), packed_twice[0], streaming.make_batches(), streaming.logits, config=config)
+
+
 def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(packed_twice, tmp_path, monkeypatch):
     in_file = packed_twice[1]
     made = []
@@ -198,7 +220,7 @@ def test_a_merge_from_a_packed_file_writes_the_same_model(llama_folders, tmp_pat
     written = []
     for budget, keep in (("1TB", None), ("1TB", "file")):
         if keep:  # a model this small fits every budget that it can be planned for
-            monkeypatch.setattr(Plan, "choose", lambda self, _: next(way for way in self.ways if way.store == "file"))
+            monkeypatch.setattr(Plan, "choose", lambda self, *_: next(way for way in self.ways if way.store == "file"))
         out = tmp_path / str(keep)
         recipe = load_recipe(llama_folders / "merge.yaml", {"parameters": {"memory_budget": budget}})
         result = run_recipe(recipe, out)
