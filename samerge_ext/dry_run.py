@@ -165,5 +165,6 @@ def _packed_without_memory(packed: PackedWeights, base: Numbers, task_vectors: N
     def all_of(tensors: dict) -> dict:
         return {name: fake(tensor) if isinstance(tensor, Tensor) else all_of(tensor) for name, tensor in tensors.items()}
 
-    fields = ("unchanged", "buffers", "expert_buffers", "heads")
-    return replace(packed, base=base, task_vectors=task_vectors, **{name: all_of(getattr(packed, name)) for name in fields})
+    others = {name: all_of(getattr(packed, name)) for name in ("unchanged", "buffers", "expert_buffers", "heads")}
+    layout = replace(packed.layout, block_layer=fake(packed.layout.block_layer))
+    return replace(packed, layout=layout, base=base, task_vectors=task_vectors, **others)

@@ -164,7 +164,7 @@ def make_model(
             raise ValueError("host_memory_budget is for a merge on a GPU; on the CPU memory_budget is for the whole process")
         if on_cpu:
             trim_heap()  # it would count
-        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, device=device)
+        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers)
         model = way.make(module, packed, config.initial_coefficient, device)
         if on_cpu:
             trim_heap()  # the weights that the module came with

@@ -210,7 +210,7 @@ class PackedWeights:
 
     def coefficients(self, value: float | Sequence[float] | Tensor) -> Tensor:
         """A new [T, L] matrix of merging coefficients from one number, one per task [T], or a whole [T, L]."""
-        value = torch.as_tensor(value, dtype=self.coefficient_dtype, device=self.base.device)
+        value = torch.as_tensor(value, dtype=self.coefficient_dtype)
         shape = (self.num_tasks, self.layout.num_layers)
         if value.shape == shape[:1]:
             value = value[:, None]
@@ -220,7 +220,7 @@ class PackedWeights:
             )
         if not torch.isfinite(value).all():
             raise ValueError("coefficients hold NaN or Inf")
-        return value.detach().expand(shape).clone()
+        return value.detach().to(self.base.device).expand(shape).clone()
 
     def one_hot(self, task: str) -> Tensor:
         """The [T, L] coefficients at which the merged model is expert ``task``."""
@@ -241,10 +241,10 @@ class PackedWeights:
         return out
 
     def in_memory(self, device: torch.device | str | None = None) -> PackedWeights:
-        """The same with base and task vectors as tensors, on the device that they are computed on or on another."""
-        device = indexed(device or self.layout.block_layer.device)
-        if self.is_whole and self.base.device == device:
+        """The same with base and task vectors as tensors, on ``device``; by default where they are, or a file's are computed."""
+        if self.is_whole and (device is None or self.base.device == indexed(device)):
             return self
+        device = indexed(device or self.layout.block_layer.device)
         base, task_vectors = (in_memory(numbers, device) for numbers in (self.base, self.task_vectors))
         return replace(self, base=base, task_vectors=task_vectors).to(device)
 

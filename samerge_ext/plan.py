@@ -123,16 +123,18 @@ def plan(
     config: LearningConfig,
     *,
     teachers: bool = True,
-    device: torch.device | None = None,
 ) -> Plan:
     """Predicts what every way to learn coefficients takes.
 
     Activations are those of a dry run on tensors without memory, with each task's largest batch. On the CPU a peak is that of
     the process, what it holds already included.
 
-    packed: on any device, or in a file. batches: task -> its calibration batches. teachers: their logits are kept.
+    packed: on any device, or in a file. batches: task -> its calibration batches. config.device: where the model will run, by
+    default where packed is. teachers: their logits are kept. Raises ValueError for a GPU where torch is built without it.
     """
-    device = torch.device(device or packed.layout.block_layer.device)
+    device = torch.device(config.device or packed.layout.block_layer.device)
+    if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
+        raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
     options = {"device": device, "tasks_per_batch": config.tasks_per_batch, "precision": config.precision}
     resident, streamed = (dry_run(module, packed, largest, logits, streamed=s, **options) for s in (False, True))
@@ -153,7 +155,6 @@ def planned_way(
     config: LearningConfig,
     *,
     teachers: bool,
-    device: torch.device,
 ) -> Way:
     """The way for ``config.memory_budget``. A run that continues from its checkpoint_dir goes on the way it began: another one
     would sum in another order, and end at other last digits."""
@@ -162,7 +163,7 @@ def planned_way(
         begun = json.loads(path.read_text())
         if begun["memory_budget"] == config.memory_budget:
             return Way(**begun["way"])
-    found = plan(module, packed, batches, logits, config, teachers=teachers, device=device)
+    found = plan(module, packed, batches, logits, config, teachers=teachers)
     way = found.choose(config.memory_budget, config.host_memory_budget)
     if path is not None:
         with atomic_write(path, "w") as file:
@@ -173,7 +174,7 @@ def planned_way(
 def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryRun, kept: int, passes: int):
     stored = packed.base.nbytes + packed.task_vectors.nbytes
     factored = packed.task_vector_form == LORA
-    bytes_per_number = -(-_whole_bytes(packed) // max(1, packed.layout.numel))
+    whole, numel = _whole_bytes(packed), max(1, packed.layout.numel)
     in_memory = on_host(packed.base) and not packed.base.is_meta
     on_cpu = device.type == "cpu"
     # On the CPU the process's memory counts: what it holds, without the module's weights, which make room.
@@ -182,9 +183,9 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
 
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
         buffers = 0 if piece is None else written_of_buffers(streamed.fetched, piece) if on_cpu else 2 * piece
-        staged = buffers * bytes_per_number
+        staged = -(-buffers * whole // numel)
         staged += (piece or 0) * packed.task_vectors.dtype.itemsize if factored else 0  # a product, before it is in its place
-        there = {"device": _whole_bytes(packed), "factors": stored}.get(store, 0)
+        there = {"device": whole, "factors": stored}.get(store, 0)
         on_device = peak + kept + staged + there + (held if on_cpu else 0)
         between = staged if store == "file" and not on_cpu else 0
         on_host_too = on_device if on_cpu else held + between + (stored if store == "host" else 0)
@@ -196,7 +197,7 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
     for store in stores:
         for piece in _pieces(max((length for _, length, _ in streamed.fetched), default=BLOCK)):
             numbers = sum(length * (1 + (again and length > piece)) for _, length, again in streamed.fetched)
-            yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * bytes_per_number)
+            yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * whole // numel)
 
 
 def written_of_buffers(fetched: Sequence[Sequence[int]], piece: int) -> int:

@@ -153,7 +153,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     module, logits, calibration = _model_and_calibration(recipe)
     settings = recipe.method_settings()
     teachers = recipe.merge_method != "adamerging"
-    return plan(module, packed, calibration, logits, settings, teachers=teachers, device=settings.device)
+    return plan(module, packed, calibration, logits, settings, teachers=teachers)
 
 
 def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result | None:

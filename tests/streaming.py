@@ -104,9 +104,9 @@ def path_of_gradients(module, packed, store, steps=4):
     return torch.stack(path)
 
 
-def packed_twice(folder):
+def packed_twice(folder, base=None):
     """The same packed weights in memory, and in a file."""
-    base = make()
+    base = base or make()
     in_memory = make_packed(base)
     experts = {}
     for task in in_memory.tasks:
@@ -116,5 +116,6 @@ def packed_twice(folder):
         save_file({n: t.clone() for n, t in tensors.items() if n not in in_memory.aliases}, experts[task])
     tensors = {n: t.clone() for n, t in base.state_dict().items() if n not in in_memory.aliases}
     save_file(tensors, folder / "base.safetensors")
-    in_file = sm.PackedWeights.from_folders(folder / "base.safetensors", experts, dtype=torch.float64, file=folder / "packed")
+    dtype = next(base.parameters()).dtype
+    in_file = sm.PackedWeights.from_folders(folder / "base.safetensors", experts, dtype=dtype, file=folder / "packed")
     return in_file.in_memory(), in_file

@@ -1,0 +1,96 @@
+"""Plans for a GPU, without one: they are made on tensors that have no memory, and a stand-in answers for the device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch needs no stand-in; make test-gpu plans too")
+
+TORCH = Path(torch.__file__).parent
+BUILD = """
+import sys
+from torch.utils.cpp_extension import load
+load("stand_in_cuda", [sys.argv[1]], build_directory=sys.argv[2], is_python_module=False)
+"""
+PLAN = """
+import json, sys
+import streaming, torch
+import samerge_ext as sm
+from dataclasses import asdict
+from pathlib import Path
+from samerge_ext.plan import plan
+
+base = streaming.make(dtype=torch.float32, width=64)
+weights = {
+    "fp32": streaming.make_packed(base),
+    "int4": streaming.make_packed(base, task_vector_dtype="int4"),
+    "file": sm.PackedWeights.open(Path(sys.argv[1])),
+}
+shared = sm.models.SharedEncoder(lambda module, batch: module(batch), lambda rows, task: rows)
+cases = {
+    "fp32": ("fp32", streaming.logits, {}), "int4": ("int4", streaming.logits, {}), "file": ("file", streaming.logits, {}),
+    "shared": ("fp32", shared, {"tasks_per_batch": 1}), "bf16": ("fp32", streaming.logits, {"precision": "bf16"}),
+}
+found = {"numbers": weights["fp32"].layout.numel}
+for name, (packed, logits, settings) in cases.items():
+    config = sm.SAMergingConfig(device="cuda", **settings)
+    module = streaming.make(1, dtype=base.position.dtype, width=64)
+    found[name] = [asdict(way) for way in plan(module, weights[packed], streaming.make_batches(), logits, config).ways]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    import streaming
+
+    folder = tmp_path_factory.mktemp("stand_in")
+    source = Path(__file__).with_name("stand_in_cuda.cpp")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # ninja
+    subprocess.run([sys.executable, "-c", BUILD, source, folder], check=True, env=environment, capture_output=True)
+    base = streaming.make(dtype=torch.float32, width=64)
+    streaming.packed_twice(folder, base)
+    environment |= {
+        "LD_PRELOAD": str(folder / "stand_in_cuda.so"),
+        "LD_LIBRARY_PATH": str(TORCH / "lib"),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run([sys.executable, "-c", PLAN, folder / "packed"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", ["fp32", "int4", "file", "shared", "bf16"])
+def test_every_place_for_the_weights_is_planned(planned, case):
+    ways = planned[case]
+    whole = [way for way in ways if way["store"] == "device"]
+    host, file = ([way for way in ways if way["store"] == store] for store in ("host", "file"))
+    assert [way["streamed"] for way in whole] == [False, True] and len(host) == len(file) > 0
+    assert whole[0]["device_bytes"] > whole[1]["device_bytes"] > host[0]["device_bytes"]
+    assert [way["device_bytes"] for way in host] == [way["device_bytes"] for way in file]
+    assert [way["moved"] for way in host] == [way["moved"] for way in file] and host[0]["moved"] > 0
+    assert whole[0]["moved"] == whole[1]["moved"] == 0
+
+
+def test_the_host_holds_what_the_file_would(planned):
+    """Beside the pinned buffers between a file and the GPU."""
+    for case, per_number in {"fp32": 4 + 2 * 4, "int4": 4 + 2 * (0.5 + 2 / 128)}.items():
+        host, file = (next(way for way in planned[case] if way["store"] == store) for store in ("host", "file"))
+        held = host["host_bytes"] - file["host_bytes"] + 2 * file["piece"] * per_number
+        assert held / per_number == pytest.approx(planned["numbers"], rel=0.01)
+
+
+def test_a_plan_says_where_torch_has_no_gpu():
+    import streaming
+
+    import samerge_ext as sm
+    from samerge_ext.plan import plan
+
+    with pytest.raises(ValueError, match="device='cuda': torch is built without GPUs here"):
+        config = sm.SAMergingConfig(device="cuda")
+        plan(streaming.make(1), streaming.make_packed(streaming.make()), streaming.make_batches(), streaming.logits, config)
