@@ -172,8 +172,7 @@ def make_model(
     if config.streamed:
         store = packed.store(device=device)
         return MergedModel(module, packed, config.initial_coefficient, streamed=True, store=store)
-    packed = packed if packed.base.device == device else packed.to(device)
-    return MergedModel(module, packed, config.initial_coefficient)
+    return MergedModel(module, packed.in_memory(device), config.initial_coefficient)
 
 
 def calibration_set(
