@@ -1,4 +1,7 @@
-"""Plans for a GPU, without one: they are made on tensors that have no memory, and a stand-in answers for the device."""
+"""What of the GPU's code is not kernels, without a GPU: where tensors lie, what is copied and read, and plans.
+
+A device is emulated on the CPU (emulated_cuda.cpp): its tensors mix with the CPU's as little as a GPU's do.
+"""
 
 import json
 import os
@@ -7,15 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import streaming
 import torch
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch needs no stand-in; make test-gpu plans too")
+import samerge_ext as sm
+from samerge_ext.plan import plan
 
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: make test-gpu runs these on a GPU")
+
+TESTS = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 BUILD = """
 import sys
 from torch.utils.cpp_extension import load
-load("stand_in_cuda", [sys.argv[1]], build_directory=sys.argv[2], is_python_module=False)
+load("emulated_cuda", [sys.argv[1]], build_directory=sys.argv[2], extra_cflags=["-O0"], is_python_module=False)
 """
 PLAN = """
 import json, sys
@@ -43,26 +51,43 @@ for name, (packed, logits, settings) in cases.items():
     found[name] = [asdict(way) for way in plan(module, weights[packed], streaming.make_batches(), logits, config).ways]
 print(json.dumps(found))
 """
+# Of test_gpu.py; the others are about kernels, captured graphs, or a GPU's memory.
+EMULATED = (
+    "the_literal_loop or stream_from_pinned_memory or continues_from_its_checkpoint or batches_are_fetched "
+    "or names_the_step_that_went_wrong or bf16_autocast_learns or without_an_index"
+)
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    import streaming
-
-    folder = tmp_path_factory.mktemp("stand_in")
-    source = Path(__file__).with_name("stand_in_cuda.cpp")
+def emulated(tmp_path_factory):
+    """A function that runs Python with the device in place, and returns what it prints."""
+    folder = tmp_path_factory.mktemp("emulated")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # ninja
-    subprocess.run([sys.executable, "-c", BUILD, source, folder], check=True, env=environment, capture_output=True)
-    base = streaming.make(dtype=torch.float32, width=64)
-    streaming.packed_twice(folder, base)
-    environment |= {
-        "LD_PRELOAD": str(folder / "stand_in_cuda.so"),
-        "LD_LIBRARY_PATH": str(TORCH / "lib"),
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    done = subprocess.run([sys.executable, "-c", PLAN, folder / "packed"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    build = [sys.executable, "-c", BUILD, TESTS / "emulated_cuda.cpp", folder]
+    built = subprocess.run(build, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    environment |= {"LD_PRELOAD": str(folder / "emulated_cuda.so"), "LD_LIBRARY_PATH": str(TORCH / "lib")}
+    environment |= {"PYTHONPATH": str(TESTS)}
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_methods_run_on_the_device(emulated):
+    chosen = ["-m", "gpu", "-k", f"not triton and ({EMULATED})", TESTS / "test_gpu.py"]
+    printed = emulated("-m", "pytest", "-q", "-p", "emulated_cuda", *chosen)
+    assert " passed" in printed and "skipped" not in printed, printed
+
+
+@pytest.fixture(scope="module")
+def planned(emulated, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    streaming.packed_twice(folder, streaming.make(dtype=torch.float32, width=64))
+    return json.loads(emulated("-c", PLAN, folder / "packed").splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", ["fp32", "int4", "file", "shared", "bf16"])
@@ -86,11 +111,6 @@ def test_the_host_holds_what_the_file_would(planned):
 
 
 def test_a_plan_says_where_torch_has_no_gpu():
-    import streaming
-
-    import samerge_ext as sm
-    from samerge_ext.plan import plan
-
     with pytest.raises(ValueError, match="device='cuda': torch is built without GPUs here"):
         config = sm.SAMergingConfig(device="cuda")
         plan(streaming.make(1), streaming.make_packed(streaming.make()), streaming.make_batches(), streaming.logits, config)
