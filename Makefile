@@ -99,9 +99,10 @@ bench-gpu: gpu-build
 LARGE := $(PYTHON) benchmarks/large_models.py --device cuda --cap 24GiB
 bench-gpu-large: gpu-build
 	$(LARGE) --shape 1B --ways memory,host,file
+	rm -f .cache-large-models/*.packed
 	$(LARGE) --shape 7B --task-vectors int8 --ways host
 	$(LARGE) --shape 7B --task-vectors int4 --ways host,file
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models

@@ -183,10 +183,12 @@ def main() -> None:
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     names = arguments.ways.split(",")
-    if set(names) - {"host"} and not packed_path(arguments).exists():
-        write_packed(packed_path(arguments), SHAPES[arguments.shape], arguments.task_vectors, arguments.device)
     planned = [Way(**way) for way in in_a_process(arguments, plan_only=True)["ways"]]
     budgets = budgets_of(planned, arguments.device == "cuda")
+    if unknown := set(names) - budgets.keys():
+        parser.error(f"--ways names {', '.join(sorted(unknown))}; on this device there are {', '.join(budgets)}")
+    if set(names) - {"host"} and not packed_path(arguments).exists():
+        write_packed(packed_path(arguments), SHAPES[arguments.shape], arguments.task_vectors, arguments.device)
     moved = next(way.moved for way in planned if way.moved)  # whole units
     rows = []
     for name in names:

@@ -98,10 +98,9 @@ def plan(
     from samerge_ext.recipe import load_recipe, plan_recipe
 
     try:
-        recipe = load_recipe(config, {})
-        found = plan_recipe(recipe)
-        settings = recipe.method_settings()
-        budget = memory_budget or settings.memory_budget
+        recipe = load_recipe(config, {"parameters": {"memory_budget": memory_budget}} if memory_budget else {})
+        found, settings = plan_recipe(recipe), recipe.method_settings()
+        budget = settings.memory_budget
         chosen = found.choose(budget, settings.host_memory_budget) if budget else None
     except MISTAKES as error:
         _fail(error)

@@ -160,8 +160,6 @@ def make_model(
     device = indexed(config.device or packed.base.device)
     if config.memory_budget is not None:
         on_cpu = device.type == "cpu"
-        if on_cpu and config.host_memory_budget is not None:
-            raise ValueError("host_memory_budget is for a merge on a GPU; on the CPU memory_budget is for the whole process")
         if on_cpu:
             trim_heap()  # it would count
         way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers)

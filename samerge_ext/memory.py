@@ -76,9 +76,8 @@ def machine_bytes() -> int:
 def large_tensors_mapped() -> Iterator[None]:
     """Inside, a CPU tensor of 1 MiB and more gets memory of its own, which is the system's again when the tensor is freed.
 
-    malloc takes such blocks from a heap that grows with the gaps between them: 0.4 GB beyond the 9.3 GB of tensors in a merge of
-    nine models of 290 M parameters, and 0.6 GB where the model's own weights, of that size, had been in that heap before.
-    Without the C++ extension, or on Windows, nothing changes.
+    malloc takes such blocks from a heap that grows with the gaps between them, and keeps that which a model's own weights leave.
+    Without the C++ extension nothing changes.
     """
     before = _C.map_large_tensors(True) if _C else None
     try:

@@ -85,8 +85,10 @@ class Plan:
     def choose(self, budget: int | str, host_budget: int | str | None = None) -> Way:
         """The fastest way whose peaks fit: on the device and, beside a GPU, on the host, by default the memory that it has.
 
-        Raises MemoryBudgetError where none does.
+        Raises MemoryBudgetError where none does, ValueError for a host_budget where the model runs on the host itself.
         """
+        if host_budget is not None and self.device.type == "cpu":
+            raise ValueError("host_memory_budget is for a merge on a GPU; on the CPU memory_budget is for the whole process")
         limit = parse_bytes(budget)
         host_limit = machine_bytes() if host_budget is None else parse_bytes(host_budget, "host_memory_budget")
         excess = {way: self._excess(way, limit, host_limit) for way in self.ways}
@@ -97,14 +99,17 @@ class Plan:
         if fitting:
             advice = f"{fitting[0].name} would: keep the weights in a packed file, PackedWeights.from_folders(..., file=PATH)"
         else:
-            least = min(self.ways, key=lambda way: way.device_bytes)
+            least = min(self.ways, key=lambda way: (way.device_bytes, way.host_bytes))
             advice = (
-                f"the least is {show(least.device_bytes)}; smaller batches, fewer tasks_per_batch, or task vectors in fewer bits "
-                "(task_vector_dtype=) take less"
+                f"the least is {self._with_host(least.device_bytes, least.host_bytes)}; smaller batches, fewer tasks_per_batch, "
+                "or task vectors in fewer bits (task_vector_dtype=) take less"
             )
         lines = [f"  {way.name}: {text} too much" for way, text in excess.items() if text]
-        beside = "" if self.device.type == "cpu" else f" with {show(host_limit)} on the host"
-        raise MemoryBudgetError("\n".join([f"memory_budget={show(limit)}{beside} is not enough for this merge:", *lines, advice]))
+        given = self._with_host(limit, host_limit)
+        raise MemoryBudgetError("\n".join([f"memory_budget={given} is not enough for this merge:", *lines, advice]))
+
+    def _with_host(self, on_device: int, on_host: int) -> str:
+        return show(on_device) if self.device.type == "cpu" else f"{show(on_device)} with {show(on_host)} on the host"
 
     def _excess(self, way: Way, limit: int, host_limit: int) -> str:
         """What a way takes, and by how much it misses; empty where it fits."""
@@ -159,15 +164,15 @@ def planned_way(
     """The way for ``config.memory_budget``. A run that continues from its checkpoint_dir goes on the way it began: another one
     would sum in another order, and end at other last digits."""
     path = Path(config.checkpoint_dir) / PLAN_FILE if config.checkpoint_dir else None
+    budgets = {name: getattr(config, name) for name in ("memory_budget", "host_memory_budget")}
     if path is not None and path.exists():
         begun = json.loads(path.read_text())
-        if begun["memory_budget"] == config.memory_budget:
+        if all(begun.get(name) == budget for name, budget in budgets.items()):
             return Way(**begun["way"])
-    found = plan(module, packed, batches, logits, config, teachers=teachers)
-    way = found.choose(config.memory_budget, config.host_memory_budget)
+    way = plan(module, packed, batches, logits, config, teachers=teachers).choose(*budgets.values())
     if path is not None:
         with atomic_write(path, "w") as file:
-            json.dump({"memory_budget": config.memory_budget, "way": asdict(way)}, file)
+            json.dump({**budgets, "way": asdict(way)}, file)
     return way
 
 

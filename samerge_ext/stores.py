@@ -170,10 +170,10 @@ def in_memory(numbers: Numbers, device: torch.device | str) -> Numbers:
     if on_host(numbers):
         return numbers.to(device)
     numel = numbers.shape[-1]
-    whole = empty_like(numbers, numel, device)
-    buffer = None if numbers.reads_to.type == torch.device(device).type else empty_like(numbers, READ_AT_ONCE, numbers.reads_to)
+    whole, at_once = empty_like(numbers, numel, device), min(READ_AT_ONCE, numel)
+    buffer = None if numbers.reads_to.type == torch.device(device).type else empty_like(numbers, at_once, numbers.reads_to)
     for start in range(0, numel, READ_AT_ONCE):
-        length = min(READ_AT_ONCE, numel - start)
+        length = min(at_once, numel - start)
         place = narrow(whole, start, length)
         numbers.read_into(start, length, place if buffer is None else buffer)
         if buffer is not None:

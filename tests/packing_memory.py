@@ -34,7 +34,7 @@ def beyond_the_store(folder: Path, form: str) -> float:
 
 
 def main(folder: str, form: str) -> None:
-    """The second time: by then the code that runs is in memory, which is 9 to 16 MiB of the libraries' files."""
+    """The second time: what the libraries map of their files when code first runs is there by then."""
     experts = {task: Path(folder) / task for task in "abc"}
     dtypes = {"dtype": torch.bfloat16, "task_vector_dtype": torch.bfloat16 if form == "bfloat16" else form}
     for _ in range(2):

@@ -25,7 +25,10 @@ HELD = """
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what malloc does by itself is known of glibc's alone")
+
+
+@GLIBC
 @pytest.mark.parametrize("context", ["contextlib.nullcontext", "large_tensors_mapped"])
 def test_freed_tensors_go_back_to_the_system(context):
     """Which they do not by themselves: without that the test would prove nothing."""
@@ -34,6 +37,7 @@ def test_freed_tensors_go_back_to_the_system(context):
     assert blocks > 45 if context == "large_tensors_mapped" else blocks < 5
 
 
+@GLIBC
 def test_tensors_are_mapped_inside_the_context_alone():
     """At the start of a page, where malloc keeps its own words."""
 

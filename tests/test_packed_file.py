@@ -66,7 +66,7 @@ def test_weights_are_read_into_the_memory_that_is_asked_for(folders, tmp_path):
         found = packed.in_memory(device)
         for tensor in (found.base, found.task_vectors, found.layout.block_layer):
             assert tensor.device.type == device
-        assert found.task_vectors.shape == expected.task_vectors.shape
+        assert device == "meta" or torch.equal(found.task_vectors, expected.task_vectors)
 
 
 def test_safetensors_reads_it_too(folders, tmp_path):

@@ -106,6 +106,7 @@ def test_beside_a_gpu_the_hosts_memory_counts_too(monkeypatch):
     with pytest.raises(MemoryBudgetError, match="memory_budget=90 B with 199 B on the host is not enough") as error:
         found.choose(90, 199)
     assert "200 B of the host's memory, 1 B too much" in str(error.value)
+    assert "the least is 90 B with 200 B on the host" in str(error.value)
     monkeypatch.setattr("samerge_ext.plan.machine_bytes", lambda: 700)
     assert found.choose(90) == file
 
@@ -143,9 +144,14 @@ def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(pack
     (tmp_path / "state.pt").unlink()
     torch.testing.assert_close(run(sizes[0] * 2, tmp_path), plenty, rtol=1e-10, atol=0)
     assert made[-1] is True
+    begun["host_memory_budget"] = "1GB"
+    (tmp_path / "plan.json").write_text(json.dumps(begun))
+    (tmp_path / "state.pt").unlink()
+    run(sizes[0] * 2, tmp_path)
+    assert made[-1] is False, "another budget is planned for anew"
     with pytest.raises(MemoryBudgetError, match="not enough for this merge"):
         run("1MB")
-    assert len(made) == 3, "refused before any work"
+    assert len(made) == 4, "refused before any work"
 
 
 def test_a_process_stays_within_its_plan(tmp_path):

@@ -1,7 +1,5 @@
 // CPU tensors in memory of their own: what is freed is the system's again at once, and leaves no gap in malloc's heap.
 #include <c10/core/CPUAllocator.h>
-
-#if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -80,11 +78,3 @@ class MappedAllocator final : public c10::Allocator {
 bool map_large_tensors(bool on) { return MappedAllocator::instance().is_on.exchange(on); }
 
 }  // namespace samerge
-
-#else
-
-namespace samerge {
-bool map_large_tensors(bool) { return false; }
-}  // namespace samerge
-
-#endif
