@@ -29,11 +29,11 @@ from torch.func import functional_call
 
 import samerge_ext as sm
 from samerge_ext import reference
-from samerge_ext.layout import Layout
+from samerge_ext.learning.passes import losses_and_gradient
+from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.memory import PeakMemory
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
-from samerge_ext.passes import losses_and_gradient
-from samerge_ext.sam import sam_gradient
+from samerge_ext.packing.layout import Layout
 
 CLASSES = 100
 MODELS = {  # what differs from the defaults of CLIPVisionConfig, which are ViT-B's

@@ -11,7 +11,7 @@ from inputs import PackedInputs
 from published import merged_layers
 
 import samerge_ext as sm
-from samerge_ext.quantised import FORMATS
+from samerge_ext.packing.quantised import FORMATS
 
 
 def ours(x: PackedInputs):

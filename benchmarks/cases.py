@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from inputs import Logits, Packed
 
-from samerge_ext.quantised import FORMATS
+from samerge_ext.packing.quantised import FORMATS
 
 DTYPES = (torch.float32, torch.bfloat16)
 MODELS_AT_T8 = ("MiniLM", "ViT-B/32", "Llama-7B layer", "ViT-L/14")  # there the layer map is the question, not T

@@ -31,8 +31,9 @@ import torch
 from report import environment, table
 from torch import Tensor
 
-from samerge_ext.checkpoints import open_checkpoint, save_checkpoint
-from samerge_ext.magnitudes import kept_count
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.elementwise.magnitudes import kept_count
 
 EXPERTS = ("a", "b", "c", "d")
 WIDTH, MLP, LAYERS, VOCABULARY = 1024, 2736, 20, 32000

@@ -17,9 +17,9 @@ from model_shapes import MODELS
 from torch import Tensor
 
 from samerge_ext import reference
-from samerge_ext.layout import BLOCK, Layout
 from samerge_ext.memory import trim_heap
-from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.packing.layout import BLOCK, Layout
+from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 
 # Relative L2 error of a result in fp32, from inputs of the given storage, beyond which a candidate is wrong. In bf16 the
 # baselines round after every operation, ours only at the end.

@@ -36,10 +36,10 @@ from report import environment
 from turns import seconds_on
 
 import samerge_ext as sm
-from samerge_ext import learning
+from samerge_ext.budget.plan import PLAN_FILE, Way, parse_bytes, plan, show
+from samerge_ext.learning import loop as learning
 from samerge_ext.memory import peak_resident_bytes
-from samerge_ext.plan import PLAN_FILE, Way, parse_bytes, plan, show
-from samerge_ext.stores import empty_like, parts
+from samerge_ext.packing.stores import empty_like, parts
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 3

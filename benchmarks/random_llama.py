@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from samerge_ext import PackedWeights
-from samerge_ext.checkpoint_files import SAFETENSORS_CODES
-from samerge_ext.layout import Layout
+from samerge_ext.checkpoints.files import SAFETENSORS_CODES
 from samerge_ext.models import parameters_on_meta
-from samerge_ext.packed_file import PackedFileWriter, rows_of
-from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.packed_file import PackedFileWriter, rows_of
+from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 
 ALIASES = {"lm_head.weight": "model.embed_tokens.weight"}
 

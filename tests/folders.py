@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from samerge_ext.checkpoint_files import SAFETENSORS_DTYPES
-from samerge_ext.checkpoints import open_checkpoint
+from samerge_ext.checkpoints.files import SAFETENSORS_DTYPES
+from samerge_ext.checkpoints.folder import open_checkpoint
 
 DTYPES = list(SAFETENSORS_DTYPES.values())
 

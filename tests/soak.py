@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from streaming import Model, logits
 
 import samerge_ext as sm
+from samerge_ext.budget.plan import MemoryBudgetError, plan
 from samerge_ext.memory import PeakMemory, resident_bytes
-from samerge_ext.plan import MemoryBudgetError, plan
-from samerge_ext.quantised import FORMATS
+from samerge_ext.packing.quantised import FORMATS
 
 # λ of two ways to hold a model, relative: sums in another order, over steps that amplify it.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}

@@ -15,17 +15,10 @@ import torch
 from folders import DTYPES, assert_same, read_all, sample, save_bert, some_tensors
 from safetensors.torch import load_file, save_file
 
-from samerge_ext import checkpoint_saving
-from samerge_ext.checkpoints import (
-    CheckpointError,
-    atomic_write,
-    copy_companions,
-    open_checkpoint,
-    read_config,
-    require_space,
-    require_target,
-    save_checkpoint,
-)
+from samerge_ext.checkpoints import saving as checkpoint_saving
+from samerge_ext.checkpoints.files import CheckpointError
+from samerge_ext.checkpoints.folder import open_checkpoint, read_config
+from samerge_ext.checkpoints.saving import atomic_write, copy_companions, require_space, require_target, save_checkpoint
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
@@ -284,7 +277,7 @@ FILL = """
     import shutil, sys
     from collections import namedtuple
     import torch
-    from samerge_ext import checkpoints
+    from samerge_ext.checkpoints import folder as checkpoints
 
     shutil.disk_usage = lambda path: namedtuple("Usage", "free")(1 << 40)
     for tensors in ({"a": torch.ones(1 << 19)}, {"a": torch.ones(1 << 17), "b": torch.ones(1 << 18)}):

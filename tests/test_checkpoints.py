@@ -13,8 +13,10 @@ import torch
 from folders import DTYPES, assert_same, read_all, sample, save_bert, some_tensors
 from safetensors.torch import load_file, save_file
 
-from samerge_ext import checkpoint_files
-from samerge_ext.checkpoints import CheckpointError, open_checkpoint, read_config, save_checkpoint
+from samerge_ext.checkpoints import files as checkpoint_files
+from samerge_ext.checkpoints.files import CheckpointError
+from samerge_ext.checkpoints.folder import open_checkpoint, read_config
+from samerge_ext.checkpoints.saving import save_checkpoint
 
 
 def write_raw(path: Path, header, data: bytes = b"", length: int | None = None) -> Path:
@@ -348,7 +350,7 @@ def test_files_are_closed(sharded):
 MEASURE = r"""
     import re, sys
     import torch
-    from samerge_ext.checkpoints import open_checkpoint
+    from samerge_ext.checkpoints.folder import open_checkpoint
 
     def peak_mb():
         # ru_maxrss would begin at the memory of the process that started this one.

@@ -6,7 +6,7 @@ from helpers import assert_close
 from tiny import make_problem
 
 import samerge_ext as sm
-from samerge_ext import piecewise
+from samerge_ext.elementwise import piecewise
 from samerge_ext.methods.dare import random_mask
 
 CPU = torch.device("cpu")

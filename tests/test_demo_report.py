@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from samerge_ext import plots
 from samerge_ext.demo import report
 from samerge_ext.demo.report import Cell
+from samerge_ext.reports import plots
 
 CELLS = [
     Cell("average", 0, {"r8": 0.5, "icd": 0.3}, seconds=1.0, peak_bytes=2**20),

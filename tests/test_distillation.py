@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import samerge_ext as sm
-from samerge_ext.distillation import distillation_loss
+from samerge_ext.methods.distillation import distillation_loss
 
 CLASSES = tiny.CLASSES["green"]
 

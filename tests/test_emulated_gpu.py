@@ -14,7 +14,7 @@ import streaming
 import torch
 
 import samerge_ext as sm
-from samerge_ext.plan import plan
+from samerge_ext.budget.plan import plan
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA; only one without it can be given another"),
@@ -34,7 +34,7 @@ import streaming, torch
 import samerge_ext as sm
 from dataclasses import asdict
 from pathlib import Path
-from samerge_ext.plan import plan
+from samerge_ext.budget.plan import plan
 
 base = streaming.make(dtype=torch.float32, width=64)
 weights = {

@@ -10,10 +10,10 @@ from helpers import assert_close
 from safetensors.torch import save_file
 
 import samerge_ext as sm
-from samerge_ext.adapters import PREFIX
-from samerge_ext.factors import FactoredTaskVectors
-from samerge_ext.plan import plan
-from samerge_ext.stores import in_memory
+from samerge_ext.budget.plan import plan
+from samerge_ext.checkpoints.lora import PREFIX
+from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.packing.stores import in_memory
 
 WIDTH, BLOCKS, RANK, ALPHA = 48, 10, 3, 4
 

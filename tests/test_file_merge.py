@@ -14,13 +14,14 @@ import torch
 from folders import assert_same, read_all
 
 import samerge_ext as sm
-from samerge_ext import file_merge, file_pieces, piecewise
-from samerge_ext.checkpoints import CheckpointError, save_checkpoint
-from samerge_ext.file_merge import FileMerge, merge_files
+from samerge_ext.checkpoints.files import CheckpointError
+from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.elementwise import file_merge, file_pieces, piecewise
+from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.elementwise.piecewise import Combination
 from samerge_ext.memory import PeakMemory
 from samerge_ext.methods.dare import Dare
 from samerge_ext.methods.ties import Ties
-from samerge_ext.piecewise import Combination
 
 TASKS = ("news", "spam")
 SHAPES = {"embed": (700, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "scale": ()}
@@ -151,7 +152,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_file_merge import merge_of
-from samerge_ext.file_merge import merge_files
+from samerge_ext.elementwise.file_merge import merge_files
 print("started", flush=True)
 merge_files(merge_of(Path({models!r}), whole={whole}, align=True, shard_bytes=2_000_000), {out!r})
 """

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from samerge_ext import graphed
-from samerge_ext.calibration import Calibration
-from samerge_ext.graphed import GraphedPasses, check_fixed_shapes
-from samerge_ext.nested import map_tensors
+from samerge_ext.learning import graphed
+from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.graphed import GraphedPasses, check_fixed_shapes
+from samerge_ext.learning.nested import map_tensors
 
 CUDA = torch.device("cuda")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import TOLERANCE, random_normal
 
-from samerge_ext import krylov, reference
+from samerge_ext import reference
+from samerge_ext.ops import krylov
 
 WIDTH, STEPS = 8, 4
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import samerge_ext as sm
-from samerge_ext.calibration import Calibration
+from samerge_ext.learning.calibration import Calibration
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
-from samerge_ext import stores
-from samerge_ext.checkpoints import CheckpointError
+from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.memory import PeakMemory
-from samerge_ext.quantised import FORMATS
-from samerge_ext.stores import parts
+from samerge_ext.packing import stores
+from samerge_ext.packing.quantised import FORMATS
+from samerge_ext.packing.stores import parts
 
 QUANTISED = [{"task_vector_dtype": form} for form in FORMATS]
 
@@ -114,7 +114,7 @@ def test_damage_truncation_and_absence_are_errors(folders, tmp_path):
 
 
 def test_nothing_is_left_where_packing_fails(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("samerge_ext.packed_file.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr("samerge_ext.packing.packed_file.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         pack(folders, file=tmp_path / "packed")
     assert not [name for name in os.listdir(tmp_path) if name.startswith("packed")]

@@ -11,10 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 import samerge_ext as sm
-from samerge_ext.commands import app
-from samerge_ext.dry_run import dry_run
-from samerge_ext.plan import MemoryBudgetError, Plan, Way, parse_bytes, plan
-from samerge_ext.recipe import load_recipe, run_recipe
+from samerge_ext.budget.dry_run import dry_run
+from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, parse_bytes, plan
+from samerge_ext.cli.commands import app
+from samerge_ext.recipes.recipe import load_recipe, run_recipe
 
 CONFIG = sm.SAMergingConfig(progress=False, steps=3)
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_beside_a_gpu_the_hosts_memory_counts_too(monkeypatch):
         found.choose(90, 199)
     assert "200 B of the host's memory, 1 B too much" in str(error.value)
     assert "the least is 90 B with 200 B on the host" in str(error.value)
-    monkeypatch.setattr("samerge_ext.plan.machine_bytes", lambda: 700)
+    monkeypatch.setattr("samerge_ext.budget.plan.machine_bytes", lambda: 700)
     assert found.choose(90) == file
 
 
@@ -125,7 +125,7 @@ def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(pack
     in_file = packed_twice[1]
     made = []
     monkeypatch.setattr(
-        "samerge_ext.plan.MergedModel",
+        "samerge_ext.budget.plan.MergedModel",
         lambda *args, **settings: made.append(settings["streamed"]) or sm.MergedModel(*args, **settings),
     )
 

@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 import samerge_ext as sm
 from samerge_ext import reference
-from samerge_ext.quantised import FORMATS, GROUP, QuantisedTaskVectors
+from samerge_ext.packing.quantised import FORMATS, GROUP, QuantisedTaskVectors
 
 FORMS = tuple(FORMATS)
 GAPS = [1, 0, 3, 2 if INTERPRETED else 70, 2]  # blocks per layer, one layer without any

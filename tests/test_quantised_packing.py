@@ -8,10 +8,10 @@ from helpers import MOMENTS_TOLERANCE_FP32, QUANTISED_LOSS, SIGMA_TOLERANCE, ass
 from safetensors.torch import save_file
 
 import samerge_ext as sm
-from samerge_ext.calibration import Calibration, teacher_logits
-from samerge_ext.features import weights_digest
-from samerge_ext.plan import plan
-from samerge_ext.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.budget.plan import plan
+from samerge_ext.learning.calibration import Calibration, teacher_logits
+from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.statistics.features import weights_digest
 
 FORMS = tuple(FORMATS)
 

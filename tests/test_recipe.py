@@ -9,8 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 import samerge_ext as sm
-from samerge_ext.commands import app
-from samerge_ext.recipe import load_recipe, run_recipe
+from samerge_ext.cli.commands import app
+from samerge_ext.recipes.recipe import load_recipe, run_recipe
 
 transformers = pytest.importorskip("transformers")
 

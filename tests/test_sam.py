@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import samerge_ext as sm
-from samerge_ext.sam import perturbation, sam_gradient
+from samerge_ext.learning.sam import perturbation, sam_gradient
 
 
 def test_plain_perturbation_has_norm_rho_and_the_gradients_direction():

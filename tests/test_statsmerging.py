@@ -9,11 +9,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import samerge_ext as sm
-from samerge_ext.features import RTOL, Features
-from samerge_ext.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
+from samerge_ext.learning.passes import losses_and_gradient
 from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad
-from samerge_ext.passes import losses_and_gradient
+from samerge_ext.statistics.features import RTOL, Features
+from samerge_ext.statistics.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
 
 SHAPES = {"shared": {}, "per layer": {"per_layer": True}, "task-wise": {"granularity": "task"}}
 
@@ -126,7 +126,7 @@ def test_a_run_follows_a_literal_loop(problem, sam, task_wise, monkeypatch):
     """Autograd through the learner, the merge and the model; a new learner with the same start; StepLR."""
     base, experts, packed, heads, batches = problem
     statistics = literal_statistics(weights(experts))
-    monkeypatch.setattr("samerge_ext.features.layer_stats", lambda packed, **_: statistics)
+    monkeypatch.setattr("samerge_ext.statistics.features.layer_stats", lambda packed, **_: statistics)
     steps, decay = 10, 0.5
     result = run(
         packed, steps=steps, sam=sam, learning_rate=0.01, learning_rate_decay=decay, granularity="task" if task_wise else "layer"
@@ -231,7 +231,7 @@ def test_features_are_read_from_their_file(packed, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("samerge_ext.features.layer_stats", fail)
+    monkeypatch.setattr("samerge_ext.statistics.features.layer_stats", fail)
     assert torch.equal(run(packed, features=path).coefficients, first.coefficients)
     with pytest.raises(AssertionError, match="computed again"):
         run(packed)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samerge_ext.step_log import StepLog
+from samerge_ext.learning.step_log import StepLog
 
 CPU = torch.device("cpu")
 

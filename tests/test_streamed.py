@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import samerge_ext as sm
+from samerge_ext.merged.units import find_units
 from samerge_ext.models import parameters_on_meta
-from samerge_ext.units import find_units
 
 
 def test_forward_and_gradient_are_those_of_the_resident_model():

@@ -5,7 +5,7 @@ import torch
 from helpers import NARROW, SIGMA_ROUNDING, SIGMA_TOLERANCE, random_normal
 
 import samerge_ext as sm
-from samerge_ext import krylov
+from samerge_ext.ops import krylov
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 strategies = hypothesis.strategies

@@ -6,8 +6,8 @@ from helpers import assert_close
 from tiny import make, make_problem
 
 import samerge_ext as sm
-from samerge_ext import piecewise
-from samerge_ext.magnitudes import LargestMagnitudes, kept_count
+from samerge_ext.elementwise import piecewise
+from samerge_ext.elementwise.magnitudes import LargestMagnitudes, kept_count
 
 
 def kept(numbers, count):

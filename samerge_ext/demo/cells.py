@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import samerge_ext as sm
-from samerge_ext.checkpoints import atomic_write
+from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.demo.data import calibration_texts, load_tasks
 from samerge_ext.demo.experts import (
     Batch,

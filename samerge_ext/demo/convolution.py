@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool1d
 
-from samerge_ext.checkpoints import atomic_write
+from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.demo.data import Split, Task
 
 

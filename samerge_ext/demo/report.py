@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from samerge_ext.checkpoints import atomic_write
-from samerge_ext.plots import colour_map, plot_figure, save_figure
+from samerge_ext.checkpoints.saving import atomic_write
+from samerge_ext.reports.plots import colour_map, plot_figure, save_figure
 
 LICENCES = (
     "The backbone, all-MiniLM-L6-v2, is Apache-2.0. The experts were fine-tuned on corpora that are not part of this "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from samerge_ext.demo.cells import Row
-from samerge_ext.quantised import FORMATS
+from samerge_ext.packing.quantised import FORMATS
 
 # Chosen by `samerge demo --study tuning` on labelled training texts of the small variant, seed 0.
 TUNED = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from samerge_ext.checkpoints import atomic_write
+from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.demo.cells import STEPS, Row, Workbench, as_cell, run_cell
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.heterogeneous import heterogeneous_study
@@ -31,7 +31,7 @@ from samerge_ext.demo.rows import (
 )
 from samerge_ext.demo.unseen import unseen_study
 from samerge_ext.ops.layer_stats import layer_stats
-from samerge_ext.plots import plot_coefficients, plot_singular_values
+from samerge_ext.reports.plots import plot_coefficients, plot_singular_values
 
 SPECTRUM = 8  # singular values per layer in the plot of the task vectors' spectra
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from samerge_ext.merged import MergedModel
-from samerge_ext.packing import PackedWeights
-from samerge_ext.result import Result
+from samerge_ext.merged.model import MergedModel
+from samerge_ext.merged.result import Result
+from samerge_ext.packing.packed_weights import PackedWeights
 
 
 def average(packed: PackedWeights, *, module: nn.Module | None = None) -> Result:

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.magnitudes import BITS
-from samerge_ext.packing import PackedWeights
-from samerge_ext.piecewise import ALIGNMENT, Combination, Piece, merge_packed, per_task
-from samerge_ext.result import Result
+from samerge_ext.elementwise.magnitudes import BITS
+from samerge_ext.elementwise.piecewise import ALIGNMENT, Combination, Piece, merge_packed, per_task
+from samerge_ext.merged.result import Result
+from samerge_ext.packing.packed_weights import PackedWeights
 
 DRAWN = ALIGNMENT  # numbers that share a key
 

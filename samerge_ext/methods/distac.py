@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from samerge_ext.packing import PackedWeights
+from samerge_ext.packing.packed_weights import PackedWeights
 
 
 def align_norms(packed: PackedWeights) -> PackedWeights:

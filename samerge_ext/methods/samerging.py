@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samerge_ext.calibration import teacher_logits
-from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model, within_budget
+from samerge_ext.learning.calibration import teacher_logits
+from samerge_ext.learning.loop import LearningConfig, calibration_set, learn, make_model, within_budget
+from samerge_ext.learning.passes import Logits
+from samerge_ext.merged.result import Result
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
-from samerge_ext.packing import PackedWeights
-from samerge_ext.passes import Logits
-from samerge_ext.result import Result
+from samerge_ext.packing.packed_weights import PackedWeights
 
 
 @dataclass(frozen=True, kw_only=True)

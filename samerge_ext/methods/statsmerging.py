@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from samerge_ext.calibration import teacher_logits
-from samerge_ext.features import FEATURES_FILE, Features
-from samerge_ext.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
-from samerge_ext.learning import LearningConfig, calibration_set, learn, make_model, within_budget
+from samerge_ext.learning.calibration import teacher_logits
+from samerge_ext.learning.loop import LearningConfig, calibration_set, learn, make_model, within_budget
+from samerge_ext.learning.passes import Logits
+from samerge_ext.merged.result import Result
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, softmax_kl_with_grad
-from samerge_ext.packing import PackedWeights
-from samerge_ext.passes import Logits
-from samerge_ext.result import Result
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.statistics.features import FEATURES_FILE, Features
+from samerge_ext.statistics.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
 
 CHOICES = {"loss": ("cross_entropy", "kl"), "of": ("experts", "task_vectors")}
 DECAYS = 5  # equal parts of a run; the learning rate falls between them

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.magnitudes import LargestMagnitudes, kept_count
-from samerge_ext.packing import PackedWeights
-from samerge_ext.piecewise import Combination, Piece, merge_packed, per_task
-from samerge_ext.result import Result
+from samerge_ext.elementwise.magnitudes import LargestMagnitudes, kept_count
+from samerge_ext.elementwise.piecewise import Combination, Piece, merge_packed, per_task
+from samerge_ext.merged.result import Result
+from samerge_ext.packing.packed_weights import PackedWeights
 
 Scope = Literal["tensor", "vector"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints import read_config
+from samerge_ext.checkpoints.folder import read_config
 
 Batch = dict[str, Tensor]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .. import krylov
+from . import krylov
 from ._common import check_dtypes
 from .gram_product import moments
 
@@ -18,7 +18,7 @@ def svd_topk(
     seed: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The k largest singular values of every matrix, by block Lanczos over all matrices of one shape at once
-    (`samerge_ext.krylov` has the method, its bounds and sources).
+    (`samerge_ext.ops.krylov` has the method, its bounds and sources).
 
     Every value has a relative error of at most `rtol`, except that one below 1e-6 of its matrix's largest is only known to lie
     there. A matrix whose values do not settle goes to torch.linalg.svdvals in fp64, with a warning that names it. The scale of

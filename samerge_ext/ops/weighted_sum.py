@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend
-from ..quantised import QuantisedTaskVectors
+from ..packing.quantised import QuantisedTaskVectors
 from ._common import accumulator, check_devices, check_packed, define, library, shape
 
 # With scales, task_vectors holds the codes of QuantisedTaskVectors.

@@ -1,0 +1,1 @@
+"""Which way to hold a merged model fits a memory budget, and the model held that way."""

@@ -1,0 +1,170 @@
+"""A pass through a merged model without numbers: every operation runs on tensors that have shapes and no memory, and what
+would be allocated is counted."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from samerge_ext.learning.nested import map_tensors
+from samerge_ext.learning.passes import Logits, losses_and_gradient
+from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import Numbers, Store, empty_like, parts
+
+
+@dataclass
+class DryRun:
+    """What one pass of all tasks takes.
+
+    peak: bytes on the device beyond base and task vectors: merged weights, gradients, activations.
+    logits: bytes of each task's logits.
+    fetched: of a streamed pass, (start, numbers, whether they are needed again for gradients) of every run that is fetched.
+    """
+
+    peak: int = 0
+    logits: dict[str, int] = field(default_factory=dict)
+    fetched: list[list] = field(default_factory=list)
+
+
+def dry_run(
+    module: nn.Module,
+    packed: PackedWeights,
+    batches: Mapping[str, Any],
+    logits: Logits,
+    *,
+    device: torch.device,
+    streamed: bool,
+    tasks_per_batch: int | None = None,
+    precision: str = "fp32",
+) -> DryRun:
+    """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
+
+    Raises ValueError where the model's forward depends on values that are not there.
+    """
+    found = DryRun()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    meter = _Meter(device)
+
+    def fake(tensor: Tensor) -> Tensor:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        meter.ignore(empty)
+        return empty
+
+    def objective(values: Tensor, task: str) -> tuple[Tensor, Tensor]:
+        found.logits[task] = values.numel() * values.element_size()
+        return values.new_zeros((), dtype=torch.float32), torch.empty_like(values)
+
+    with mode:
+        module = _without_memory(module, fake)
+        base, task_vectors = (empty_like(x, packed.layout.numel, device) for x in (packed.base, packed.task_vectors))
+        for part in (base, *parts(task_vectors).values()):
+            meter.ignore(part)
+        empty = _packed_without_memory(packed, base, task_vectors, fake)
+        inputs = {task: (map_tensors(fake, batch), task) for task, batch in batches.items()}
+        store = _DryStore(empty, found.fetched) if streamed else None
+        try:
+            with meter:
+                model = MergedModel(module, empty, streamed=streamed, store=store)
+                losses_and_gradient(
+                    model,
+                    model.coefficients.detach(),
+                    inputs,
+                    logits,
+                    objective,
+                    task_weights=dict.fromkeys(packed.tasks, 1.0),
+                    tasks_per_batch=tasks_per_batch,
+                    precision=precision,
+                )
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+            raise ValueError(
+                f"the memory of this model cannot be planned, since its forward asks for values ({error}); hold it as "
+                "streamed=True or False says, without memory_budget"
+            ) from error
+    found.peak = meter.peak
+    return found
+
+
+class _DryStore(Store):
+    """Records what is fetched."""
+
+    def __init__(self, packed: PackedWeights, fetched: list[list]):
+        super().__init__(packed.base, packed.task_vectors)
+        self._fetched = fetched
+
+    def fetch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        if self._fetched and self._fetched[-1][:2] == [start, length]:
+            self._fetched[-1][2] = True
+        else:
+            self._fetched.append([start, length, False])
+        return super().fetch(start, length)
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors on a device that are alive. live, peak: now, and at most."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.live, self.peak = device, 0, 0
+        self._known = weakref.WeakValueDictionary()  # address of a storage -> the storage
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = args[1] if function is torch.ops.aten.index.Tensor else ()
+        if len(masks) == 1 and masks[0].dtype == torch.bool:
+            # How many are selected is not known: at most all.
+            result = args[0].new_empty((masks[0].numel(), *args[0].shape[masks[0].dim() :]))
+        else:
+            result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Views of this tensor take nothing."""
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = storage
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if self._known.get(storage._cdata) is storage:
+            return
+        self._known[storage._cdata] = storage
+        nbytes = storage.nbytes()
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, nbytes)
+
+    def _free(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+def _without_memory(module: nn.Module, fake) -> nn.Module:
+    """A copy of the module whose parameters and buffers are fake; the module itself is not touched."""
+    memo = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = fake(tensor)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(getattr(module, "_orig_mod", module), memo)
+
+
+def _packed_without_memory(packed: PackedWeights, base: Numbers, task_vectors: Numbers, fake) -> PackedWeights:
+    def all_of(tensors: dict) -> dict:
+        return {name: fake(tensor) if isinstance(tensor, Tensor) else all_of(tensor) for name, tensor in tensors.items()}
+
+    others = {name: all_of(getattr(packed, name)) for name in ("unchanged", "buffers", "expert_buffers", "heads")}
+    layout = replace(packed.layout, block_layer=fake(packed.layout.block_layer))
+    return replace(packed, layout=layout, base=base, task_vectors=task_vectors, **others)

@@ -1,0 +1,257 @@
+"""Which way to hold a merged model fits a memory budget: predicted from a dry run, before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from samerge_ext.budget.dry_run import DryRun, dry_run
+from samerge_ext.checkpoints.saving import atomic_write
+from samerge_ext.learning.nested import map_tensors
+from samerge_ext.learning.passes import Logits
+from samerge_ext.memory import machine_bytes, resident_bytes
+from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.factors import LORA
+from samerge_ext.packing.layout import BLOCK
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import on_host
+
+if TYPE_CHECKING:
+    from samerge_ext.learning.loop import LearningConfig
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+PLAN_FILE = "plan.json"  # in a run's checkpoint_dir
+SMALLEST_PIECE = 1 << 18  # numbers; below, reading a piece costs more than its bytes
+# What the process takes beyond tensors once the model has run: libraries' workspaces, memory that the allocator keeps.
+OVERHEAD = 96 << 20
+
+PLACES = {"device": "memory", "host": "host memory", "file": "a packed file", "factors": "LoRA factors"}
+
+
+class MemoryBudgetError(ValueError):
+    """No way to hold the merged model fits the budget. The message says what would."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to hold base, task vectors and merged model, and what it takes.
+
+    store: where base and task vectors are: "device", "host" (pinned memory beside a GPU) or "file"; "factors" are on the
+        device, and multiplied out piece by piece.
+    streamed: merged unit by unit. piece: numbers that are staged at a time.
+    device_bytes, host_bytes: predicted peaks; on the CPU one and the same, the whole process's resident memory.
+    moved: bytes that come to the device from host memory or the file, per step.
+    """
+
+    store: str
+    streamed: bool
+    piece: int | None
+    device_bytes: int
+    host_bytes: int
+    moved: int
+
+    @property
+    def name(self) -> str:
+        if not self.streamed:
+            return "resident"
+        staged = f", {self.piece / 2**20:.3g} Mi numbers at a time" if self.piece else ""
+        return f"streamed from {PLACES[self.store]}{staged}"
+
+    def make(self, module: nn.Module, packed: PackedWeights, coefficients: float, device: torch.device) -> MergedModel:
+        """The model, held this way."""
+        if self.store in ("device", "host"):
+            packed = packed.in_memory(device if self.store == "device" else "cpu")
+        elif self.store == "factors" and packed.base.device != device:
+            packed = packed.to(device)
+        store = packed.store(device=device, piece=self.piece) if self.streamed else None
+        return MergedModel(module, packed, coefficients, streamed=self.streamed, store=store)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ways, the fastest first. available: those that need nothing but what is packed as it is."""
+
+    ways: tuple[Way, ...]
+    device: torch.device
+    available: frozenset[str]
+
+    def choose(self, budget: int | str, host_budget: int | str | None = None) -> Way:
+        """The fastest way whose peaks fit: on the device and, beside a GPU, on the host, by default the memory that it has.
+
+        Raises MemoryBudgetError where none does, ValueError for a host_budget where the model runs on the host itself.
+        """
+        if host_budget is not None and self.device.type == "cpu":
+            raise ValueError("host_memory_budget is for a merge on a GPU; on the CPU memory_budget is for the whole process")
+        limit = parse_bytes(budget)
+        host_limit = machine_bytes() if host_budget is None else parse_bytes(host_budget, "host_memory_budget")
+        excess = {way: self._excess(way, limit, host_limit) for way in self.ways}
+        fitting = [way for way in self.ways if not excess[way]]
+        chosen = next((way for way in fitting if way.store in self.available), None)
+        if chosen is not None:
+            return chosen
+        if fitting:
+            advice = f"{fitting[0].name} would: keep the weights in a packed file, PackedWeights.from_folders(..., file=PATH)"
+        else:
+            least = min(self.ways, key=lambda way: (way.device_bytes, way.host_bytes))
+            advice = (
+                f"the least is {self._with_host(least.device_bytes, least.host_bytes)}; smaller batches, fewer tasks_per_batch, "
+                "or task vectors in fewer bits (task_vector_dtype=) take less"
+            )
+        lines = [f"  {way.name}: {text} too much" for way, text in excess.items() if text]
+        given = self._with_host(limit, host_limit)
+        raise MemoryBudgetError("\n".join([f"memory_budget={given} is not enough for this merge:", *lines, advice]))
+
+    def _with_host(self, on_device: int, on_host: int) -> str:
+        return show(on_device) if self.device.type == "cpu" else f"{show(on_device)} with {show(on_host)} on the host"
+
+    def _excess(self, way: Way, limit: int, host_limit: int) -> str:
+        """What a way takes, and by how much it misses; empty where it fits."""
+        if way.device_bytes > limit:
+            return f"{show(way.device_bytes)}, {show(way.device_bytes - limit)}"
+        if self.device.type != "cpu" and way.host_bytes > host_limit:
+            return f"{show(way.host_bytes)} of the host's memory, {show(way.host_bytes - host_limit)}"
+        return ""
+
+
+def plan(
+    module: nn.Module,
+    packed: PackedWeights,
+    batches: Mapping[str, Sequence[Any]],
+    logits: Logits,
+    config: LearningConfig,
+    *,
+    teachers: bool = True,
+) -> Plan:
+    """Predicts what every way to learn coefficients takes.
+
+    Activations are those of a dry run on tensors without memory, with each task's largest batch. On the CPU a peak is that of
+    the process, what it holds already included.
+
+    packed: on any device, or in a file. batches: task -> its calibration batches. config.device: where the model will run, by
+    default where packed is. teachers: their logits are kept. Raises ValueError for a GPU where torch is built without it.
+    """
+    device = torch.device(config.device or packed.layout.block_layer.device)
+    if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
+        raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")
+    largest = {task: max(held, key=_numel) for task, held in batches.items()}
+    options = {"device": device, "tasks_per_batch": config.tasks_per_batch, "precision": config.precision}
+    resident, streamed = (dry_run(module, packed, largest, logits, streamed=s, **options) for s in (False, True))
+    kept = 0
+    for task, held in batches.items() if teachers else ():
+        kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
+    passes = 2 if config.sam == "paper" else 1
+    # What is only described can be packed either way.
+    available = {"device", "host", "factors", *(("file",) if not on_host(packed.base) or packed.base.is_meta else ())}
+    return Plan(tuple(_ways(module, packed, device, resident, streamed, kept, passes)), device, frozenset(available))
+
+
+def planned_way(
+    module: nn.Module,
+    packed: PackedWeights,
+    batches: Mapping[str, Sequence[Any]],
+    logits: Logits,
+    config: LearningConfig,
+    *,
+    teachers: bool,
+) -> Way:
+    """The way for ``config.memory_budget``. A run that continues from its checkpoint_dir goes on the way it began: another one
+    would sum in another order, and end at other last digits."""
+    path = Path(config.checkpoint_dir) / PLAN_FILE if config.checkpoint_dir else None
+    budgets = {name: getattr(config, name) for name in ("memory_budget", "host_memory_budget")}
+    if path is not None and path.exists():
+        begun = json.loads(path.read_text())
+        if all(begun.get(name) == budget for name, budget in budgets.items()):
+            return Way(**begun["way"])
+    way = plan(module, packed, batches, logits, config, teachers=teachers).choose(*budgets.values())
+    if path is not None:
+        with atomic_write(path, "w") as file:
+            json.dump({**budgets, "way": asdict(way)}, file)
+    return way
+
+
+def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryRun, kept: int, passes: int):
+    stored = packed.base.nbytes + packed.task_vectors.nbytes
+    factored = packed.task_vector_form == LORA
+    whole, numel = _whole_bytes(packed), max(1, packed.layout.numel)
+    in_memory = on_host(packed.base) and not packed.base.is_meta
+    on_cpu = device.type == "cpu"
+    # On the CPU the process's memory counts: what it holds, without the module's weights, which make room.
+    freed = sum(p.nbytes for p in {id(p): p for p in module.parameters()}.values() if p.device.type == "cpu")
+    held = resident_bytes() - freed + OVERHEAD - (stored if in_memory and packed.base.device.type == "cpu" else 0)
+
+    def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
+        buffers = 0 if piece is None else written_of_buffers(streamed.fetched, piece) if on_cpu else 2 * piece
+        staged = -(-buffers * whole // numel)
+        staged += (piece or 0) * packed.task_vectors.dtype.itemsize if factored else 0  # a product, before it is in its place
+        there = {"device": whole, "factors": stored}.get(store, 0)
+        on_device = peak + kept + staged + there + (held if on_cpu else 0)
+        between = staged if store == "file" and not on_cpu else 0
+        on_host_too = on_device if on_cpu else held + between + (stored if store == "host" else 0)
+        return Way(store, is_streamed, piece, on_device, on_host_too, moved)
+
+    stores = ("factors",) if factored else ("file",) if on_cpu else ("host", "file")
+    yield way("device", False, resident.peak)
+    yield way("device", True, streamed.peak)
+    for store in stores:
+        for piece in _pieces(max((length for _, length, _ in streamed.fetched), default=BLOCK)):
+            numbers = sum(length * (1 + (again and length > piece)) for _, length, again in streamed.fetched)
+            yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * whole // numel)
+
+
+def written_of_buffers(fetched: Sequence[Sequence[int]], piece: int) -> int:
+    """Numbers of the two buffers that are ever written: in the process's memory nothing else counts.
+
+    Runs go into one and the other in turn, and whole ones are the same in every pass: where there are evenly many, those of one
+    buffer may all be short.
+    """
+    lengths = [length for _, length, _ in fetched]
+    if len(fetched) > 1 and fetched[-1][:2] == fetched[0][:2]:
+        lengths.pop()  # it is still there when the next pass begins
+    if piece < max(lengths, default=0) or len(lengths) % 2:
+        return 2 * piece
+    return sum(max(lengths[slot::2], default=0) for slot in (0, 1))
+
+
+def _whole_bytes(packed: PackedWeights) -> int:
+    """Of base and task vectors where they are whole."""
+    task_vectors = packed.task_vectors
+    if packed.task_vector_form == LORA:
+        return packed.base.nbytes + task_vectors.shape.numel() * task_vectors.dtype.itemsize
+    return packed.base.nbytes + task_vectors.nbytes
+
+
+def _pieces(largest: int):
+    """Whole units, then halves as long as that pays."""
+    while True:
+        yield largest
+        if largest // 2 < SMALLEST_PIECE:
+            return
+        largest = -(-largest // 2 // BLOCK) * BLOCK
+
+
+def _numel(batch: Any) -> int:
+    sizes = []
+    map_tensors(lambda tensor: sizes.append(tensor.numel()), batch)
+    return sum(sizes)
+
+
+def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
+    """A number of bytes, or a text such as "16GB" (powers of 1000) or "512MiB" (of 1024)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"{name}={size!r}; give a number of bytes, or a text such as '16GB' or '512MiB'")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def show(num_bytes: int) -> str:
+    for unit in ("GB", "MB", "KB"):
+        if num_bytes >= UNITS[unit]:
+            return f"{num_bytes / UNITS[unit]:.3g} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,190 @@
+"""The subcommands of `samerge`: merge, plan, demo, stats, info."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import samerge_ext as sm
+from samerge_ext.backend import cpu_level
+
+app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+# Errors that the user can mend: shown as one message, without a traceback.
+MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError)
+
+
+def _pairs(option: str, values: list[str] | None, parse=lambda text: text) -> dict[str, Any]:
+    pairs = {}
+    for value in values or ():
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            raise typer.BadParameter(f"{value!r}; expected NAME=VALUE", param_hint=option)
+        pairs[key] = parse(text)
+    return pairs
+
+
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="YAML file with mergekit's keys", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    merge_method: Annotated[
+        str | None,
+        typer.Option(help="linear, task_arithmetic, ties, dare_linear, dare_ties, samerging, adamerging or statsmerging"),
+    ] = None,
+    base_model: Annotated[Path | None, typer.Option(help="folder of the pretrained model")] = None,
+    models: Annotated[list[Path] | None, typer.Option("--model", help="folder of an expert; once for each")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="name of a model's task; once for each")] = None,
+    heads: Annotated[list[str] | None, typer.Option("--head", help='pattern of task heads, "classifier.*"')] = None,
+    parameters: Annotated[list[str] | None, typer.Option("--parameter", help="KEY=VALUE of the method")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="TASK=FILE of unlabelled texts")] = None,
+    calibration_texts: Annotated[int | None, typer.Option(help="texts per task; all by default")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="calibration texts per task and step")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens of a calibration text")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of what is written too")] = None,
+    task_vector_dtype: Annotated[
+        str | None, typer.Option(help="storage of the task vectors: float32 …, int8, int4, int4-residual or lora")
+    ] = None,
+    out_dtype: Annotated[str | None, typer.Option(help="of what is written, where that differs")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
+) -> None:
+    """Merge as CONFIG says; options replace its keys."""
+    from samerge_ext.recipes.recipe import load_recipe, run_recipe
+
+    calibration_keys = {
+        "files": _pairs("--calibration", calibration),
+        "texts": calibration_texts,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    given = {
+        "merge_method": merge_method,
+        "base_model": base_model,
+        "models": [{"model": model} for model in models or ()],
+        "tasks": tasks,
+        "heads": heads,
+        "parameters": _pairs("--parameter", parameters, yaml.safe_load),
+        "calibration": {key: value for key, value in calibration_keys.items() if value},
+        "dtype": dtype,
+        "task_vector_dtype": task_vector_dtype,
+        "out_dtype": out_dtype,
+    }
+    try:
+        started = time.perf_counter()
+        recipe = load_recipe(config, {key: value for key, value in given.items() if value})
+        run_recipe(recipe, out, overwrite=overwrite)
+    except MISTAKES as error:
+        _fail(error)
+    seconds = time.perf_counter() - started
+    console.print(f"{recipe.merge_method}: {len(recipe.tasks)} experts merged in {seconds:.1f} s, written to {out}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of a learned merge", exists=True, dir_okay=False)],
+    memory_budget: Annotated[str | None, typer.Option(help="the most memory to take, such as 16GB")] = None,
+) -> None:
+    """What a learned merge would take, by each way to hold the merged model, from the headers of its folders alone."""
+    from samerge_ext.budget.plan import show
+    from samerge_ext.recipes.recipe import load_recipe, plan_recipe
+
+    try:
+        recipe = load_recipe(config, {"parameters": {"memory_budget": memory_budget}} if memory_budget else {})
+        found, settings = plan_recipe(recipe), recipe.method_settings()
+        budget = settings.memory_budget
+        chosen = found.choose(budget, settings.host_memory_budget) if budget else None
+    except MISTAKES as error:
+        _fail(error)
+    for way in found.ways:
+        moved = f", {show(way.moved)} read per step" if way.moved else ""
+        beside = "" if found.device.type == "cpu" else f" of the GPU, {show(way.host_bytes)} of the host"
+        typer.echo(f"{'*' if way == chosen else ' '} {way.name}: {show(way.device_bytes)}{beside}{moved}")
+    if chosen:
+        typer.echo(f"* the fastest within {budget}")
+
+
+@app.command()
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="all eight tasks and six layers")] = False,
+    study: Annotated[
+        str, typer.Option(help="main, claims, tuning, ablation, features, quantised, unseen, robustness or heterogeneous")
+    ] = "main",
+    seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the table, the plots and the merged model")] = Path("samerge-demo"),
+    cache: Annotated[Path, typer.Option(help="folder for experts and finished cells")] = Path(".cache-demo"),
+    progress: Annotated[bool, typer.Option(help="show progress bars")] = True,
+) -> None:
+    """Fine-tune experts, merge them with every method, and show what came out."""
+    from samerge_ext.demo.studies import run_study
+
+    try:
+        run_study(study, full=full, seeds=seeds or (3 if full else 1), out=out, cache=cache, progress=progress, console=console)
+    except MISTAKES as error:
+        _fail(error)
+
+
+@app.command()
+def stats(
+    base: Annotated[Path, typer.Argument(help="folder of the pretrained model")],
+    experts: Annotated[list[str], typer.Argument(help="folders of experts, each as FOLDER or as TASK=FOLDER")],
+    of: Annotated[str, typer.Option(help="experts or task_vectors")] = "experts",
+    singular_values: Annotated[int, typer.Option(help="how many of the largest ones")] = 3,
+    heads: Annotated[list[str] | None, typer.Option("--head", help='pattern of task heads, "classifier.*"')] = None,
+    out: Annotated[Path | None, typer.Option(help="write .csv or .json in place of printing")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG of the singular values of every layer")] = None,
+) -> None:
+    """Statistics of every layer of experts: mean, variance, norm and largest singular values."""
+    from samerge_ext.reports.plots import plot_singular_values
+    from samerge_ext.statistics.features import Features, statistics_rows, write_statistics
+
+    parts = [text.rpartition("=") for text in experts]
+    folders = [(task if equals else Path(folder).name, Path(folder)) for task, equals, folder in parts]
+    try:
+        if out is not None and out.suffix not in (".csv", ".json"):
+            raise ValueError(f"{out}: statistics are written as .csv or .json")
+        packed = sm.PackedWeights.from_folders(base, folders, heads=heads or ())
+        features = Features.of_packed(packed, of=of, singular_values=singular_values)
+        if plot is not None:
+            plot_singular_values(features.values, packed.tasks, packed.layout.names, plot)
+        if out is not None:
+            write_statistics(features, out)
+    except MISTAKES as error:
+        _fail(error)
+    if out is not None:
+        console.print(f"{packed.num_tasks} experts, {packed.layout.num_layers} layers: statistics written to {out}")
+        return
+    rows = statistics_rows(features)
+    lines = [list(rows[0]), *([text if isinstance(text, str) else f"{text:.6g}" for text in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:  # as wide as it is: a layer's name that is cut would not be found
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command()
+def info() -> None:
+    """Versions, backends and why those that are missing are, threads and devices."""
+    table = Table("", "", box=None, show_header=False)
+    table.add_row("samerge_ext", sm.__version__)
+    table.add_row("torch", torch.__version__)
+    for name, reason in sm.available().items():
+        table.add_row(f"backend {name}", reason or "available")
+    table.add_row("CPU instructions", cpu_level() or "none of our own")
+    table.add_row("threads", str(torch.get_num_threads()))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("CUDA devices", ", ".join(devices) or "none")
+    console.print(table)
+
+
+def _fail(error: Exception) -> None:
+    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    raise typer.Exit(1)

@@ -1,0 +1,15 @@
+"""The command `samerge`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> None:
+    """Runs the command line; without its libraries, says how to install them."""
+    if find_spec("typer") is None:
+        sys.exit('the command line needs more packages: pip install "samerge_ext[cli]"')
+    from samerge_ext.cli.commands import app
+
+    app()

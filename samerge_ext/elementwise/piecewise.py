@@ -1,0 +1,119 @@
+"""Merging piece by piece: what methods that treat task vectors number by number share, packed or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from samerge_ext.ops.elected_sum import elected_sum
+from samerge_ext.ops.weighted_sum import weighted_sum
+from samerge_ext.packing.layout import BLOCK
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import narrow
+
+PIECE = 1 << 20  # numbers
+ALIGNMENT = 1 << 16  # numbers; a piece starts at a multiple of it
+
+
+@dataclass
+class Piece:
+    """Consecutive numbers of one tensor, filled up with zeros to n, a multiple of 1,024.
+
+    start: of the first number in its tensor, a multiple of `ALIGNMENT`. size: numbers without the filling.
+    base: [n]. task_vectors: [T, n], which whoever merges may overwrite.
+    """
+
+    start: int
+    size: int
+    base: Tensor
+    task_vectors: Tensor
+
+    def rows(self) -> Tensor:
+        """[T, size]"""
+        return self.task_vectors[:, : self.size]
+
+
+class Rule(Protocol):
+    """How one tensor, or the whole vector, is merged. It sees all pieces `rounds` times in order, then merges them in order."""
+
+    rounds: int
+
+    def look(self, piece: Piece) -> None: ...
+
+    def next_round(self) -> None: ...
+
+    def merge(self, piece: Piece) -> Tensor: ...  # [n]
+
+
+class Combination:
+    """Σ_t w_t τ_t, or with ``elect`` the sum of those that agree with its sign (TIES), times ``scale``; it needs no rounds.
+
+    normalize: divide by the sum of the weights that counted.
+    """
+
+    rounds = 0
+
+    def __init__(self, weights: Sequence[float], scale: float = 1.0, *, normalize: bool = False, elect: bool = False):
+        self.weights, self.scale, self.normalize, self.elect = list(weights), scale, normalize, elect
+
+    def merge(self, piece: Piece) -> Tensor:  # [n]
+        wide = torch.float64 if piece.base.dtype == torch.float64 else torch.float32
+        weights = torch.tensor(self.weights, dtype=wide)  # [T]
+        if self.elect:
+            weights = weights.to(piece.base.device)
+            return elected_sum(piece.base, piece.task_vectors, weights, self.scale, self.normalize)
+        total = weights.sum()
+        weights *= self.scale / (total if self.normalize and total.abs() >= 1e-8 else 1)
+        one_layer = torch.zeros(piece.base.numel() // BLOCK, dtype=torch.int32, device=piece.base.device)
+        return weighted_sum(piece.base, piece.task_vectors, weights[:, None].to(piece.base.device), one_layer)
+
+
+def merge_pieces(rule: Rule, pieces: Callable[[], Iterator[Piece]]) -> Iterator[tuple[Piece, Tensor]]:
+    """Every piece with its merged numbers [n]; ``pieces`` gives all of them, as often as it is called."""
+    for _ in range(rule.rounds):
+        for piece in pieces():
+            rule.look(piece)
+        rule.next_round()
+    for piece in pieces():
+        yield piece, rule.merge(piece)
+
+
+def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, whole: bool = False) -> Tensor:
+    """[N], every layer by its own ``rule_of(name, numbers)``, or with ``whole`` all of them by one, as one vector."""
+    layout = packed.layout
+    merged = torch.empty_like(packed.base)
+    layers = [layer for layer, offset in enumerate(layout.offsets) if offset is not None]
+    numbers = [shape.numel() for shape in layout.shapes]
+    for group in [layers] if whole else [[layer] for layer in layers]:
+        rule = rule_of("", sum(numbers)) if whole else rule_of(layout.names[group[0]], numbers[group[0]])
+        places = [
+            (layout.offsets[layer], start, min(PIECE, numbers[layer] - start))
+            for layer in group
+            for start in range(0, numbers[layer], PIECE)
+        ]
+        results = merge_pieces(rule, lambda places=places: (_packed_piece(packed, *place) for place in places))
+        for (offset, start, _), (_, result) in zip(places, results, strict=True):
+            merged[offset + start : offset + start + result.numel()] = result
+    return merged
+
+
+def _packed_piece(packed: PackedWeights, offset: int, start: int, size: int) -> Piece:
+    first, length = offset + start, -(-size // BLOCK) * BLOCK
+    stored = narrow(packed.task_vectors, first, length)
+    task_vectors = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
+    return Piece(start, size, packed.base[first : first + length], task_vectors)
+
+
+def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:
+    """One finite number in low … high for every task, from one for all or one each."""
+    values = [float(value)] * len(tasks) if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) != len(tasks):
+        raise ValueError(f"{what} has {len(values)} values, there are {len(tasks)} tasks; give one number, or one for each task")
+    for v in values:
+        if not low <= v <= high or v in (torch.inf, -torch.inf):
+            raise ValueError(f"{what}={v} is not a number from {low} to {high}")
+    return values

@@ -1,0 +1,1 @@
+"""The loop that learned methods share: its configuration, its passes, its calibration set, its state on disk."""

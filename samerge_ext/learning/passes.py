@@ -1,0 +1,98 @@
+"""One pass of all tasks' batches through the merged model: losses and the gradient of the coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samerge_ext.learning.shared_encoder import SharedEncoder
+from samerge_ext.merged.model import MergedModel
+
+# logits(module, batch, task) -> [B, V]: the user's forward on the user's module.
+Logits = Callable[[nn.Module, Any, str], Tensor]
+# objective(logits [B, V], target) -> loss [], ∂loss/∂logits [B, V]; the target is what the batch came with.
+Objective = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def call_logits(logits: Logits, module: nn.Module, batch: Any, task: str, precision: str = "fp32") -> Tensor:
+    """The user's forward on one task's batch, under autocast where asked; checks what comes back."""
+    with _running(module, precision, f"the batch of task '{task}'"):
+        values = logits(module, batch, task)
+    return _checked(task, values)
+
+
+def losses_and_gradient(
+    model: MergedModel,
+    coefficients: Tensor,
+    inputs: Mapping[str, tuple[Any, Any]],
+    logits: Logits,
+    objective: Objective,
+    *,
+    task_weights: Mapping[str, float],
+    tasks_per_batch: int | None = None,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Each task's loss [T] and ∂(Σ_t α_t loss_t)/∂λ [T, L] at ``coefficients`` [T, L].
+
+    One merge, the forward and backward passes of ``tasks_per_batch`` tasks at a time, one contraction.
+    inputs: task -> (batch, target of the objective).
+    """
+    model.merge(coefficients)
+    model.zero_gradients()
+    losses = []
+    for outputs in _forwards(model, inputs, logits, tasks_per_batch, precision):
+        gradients = []
+        for task, values in outputs.items():
+            if not values.requires_grad:
+                raise RuntimeError(
+                    f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach"
+                )
+            loss, gradient = objective(values.detach(), inputs[task][1])
+            losses.append(loss)
+            gradients.append(gradient.mul_(task_weights[task]).to(values.dtype))
+        torch.autograd.backward(list(outputs.values()), gradients)
+    return torch.stack(losses), model.coefficient_gradient()
+
+
+def _forwards(
+    model: MergedModel, inputs: Mapping[str, tuple[Any, Any]], logits: Logits, tasks_per_batch: int | None, precision: str
+) -> Iterator[dict[str, Tensor]]:
+    """Logits of one group of tasks after another: of several at once where they share an encoder."""
+    if isinstance(logits, SharedEncoder):
+        remaining = iter(inputs.items())
+        while group := {task: batch for task, (batch, _) in islice(remaining, tasks_per_batch or len(inputs))}:
+            with _running(model.module, precision, f"the batches of tasks {list(group)}"):
+                together = logits.together(model.module, group)
+            yield {task: _checked(task, values) for task, values in together.items()}
+    else:
+        for task, (batch, _) in inputs.items():
+            model.select_head(task)
+            yield {task: call_logits(logits, model.module, batch, task, precision)}
+
+
+@contextmanager
+def _running(module: nn.Module, precision: str, what: str) -> Iterator[None]:
+    """Autocast as asked; an error of the user's code leaves with a note that says what ran."""
+    device = next(module.parameters()).device.type
+    try:
+        with torch.autocast(device, dtype=PRECISIONS[precision], enabled=PRECISIONS[precision] is not None):
+            yield
+    except Exception as error:
+        error.add_note(f"raised while the model ran {what}; logits(module, batch, task) must take the calibration batches")
+        raise
+
+
+def _checked(task: str, values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor) or values.dim() != 2:
+        got = f"a tensor {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise TypeError(
+            f"logits of task '{task}' are {got}; expected a tensor [batch, classes] (for transformers, return outputs.logits)"
+        )
+    return values

@@ -1,0 +1,54 @@
+"""The inputs of every step on the model's device: from pinned memory, one step ahead, while the step before runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.nested import map_tensors, to_device
+
+# task -> (batch, target): what a step runs on. A target is what the objective compares logits with, or None.
+Inputs = dict[str, tuple[Any, Tensor | None]]
+
+
+def inputs_of_steps(
+    calibration: Calibration, targets: Mapping[str, Sequence[Tensor]] | None, device: torch.device, steps: range
+) -> Iterator[Inputs]:
+    """Each step's batches and their targets, on ``device``. Tensors elsewhere are copied; on the CPU nothing runs ahead."""
+    on_gpu = device.type == "cuda"
+    batches = {task: [_pinned(batch) if on_gpu else batch for batch in held] for task, held in calibration.batches.items()}
+
+    def fetch(step: int) -> Inputs:
+        return {
+            task: to_device((batches[task][i], targets[task][i] if targets else None), device)
+            for task, i in calibration.at(step).items()
+        }
+
+    return _one_ahead(fetch, device, steps) if on_gpu else map(fetch, steps)
+
+
+def _one_ahead(fetch: Callable[[int], Inputs], device: torch.device, steps: range) -> Iterator[Inputs]:
+    stream = torch.cuda.Stream(device)
+
+    def start(step: int) -> tuple[Inputs, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return fetch(step), stream.record_event()
+
+    ahead = start(steps[0]) if steps else None
+    for step in steps:
+        inputs, arrived = ahead
+        current = torch.cuda.current_stream(device)
+        current.wait_event(arrived)
+        # Allocated on the copying stream, used on this one: must not be handed out again before that is done.
+        map_tensors(lambda tensor, stream=current: tensor.record_stream(stream), inputs)
+        if step + 1 < steps.stop:
+            ahead = start(step + 1)
+        yield inputs
+
+
+def _pinned(batch: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor, batch)

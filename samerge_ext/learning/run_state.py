@@ -1,0 +1,63 @@
+"""The state of a run on disk, from which it continues to the same numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from samerge_ext.checkpoints.saving import atomic_write
+from samerge_ext.learning.calibration import Calibration
+from samerge_ext.merged.model import MergedModel
+
+if TYPE_CHECKING:
+    from samerge_ext.learning.loop import LearningConfig
+
+STATE_FILE = "state.pt"  # in a run's checkpoint_dir
+
+
+class RunState:
+    """The state of a run in ``checkpoint_dir``: what is learned, optimiser, history and torch's random state."""
+
+    def __init__(self, config: LearningConfig, method: str, model: MergedModel, calibration: Calibration):
+        self.path = Path(config.checkpoint_dir) / STATE_FILE if config.checkpoint_dir else None
+        settings = {key: value for key, value in asdict(config).items() if key not in config.MAY_CHANGE}
+        self.identity = {
+            "method": method,
+            **settings,
+            "tasks": list(model.packed.tasks),
+            "layers": list(model.packed.layout.names),
+            "dtypes": [str(model.packed.base.dtype), model.packed.task_vector_form],
+            "batches": {task: len(held) for task, held in calibration.batches.items()},
+        }
+
+    def load(self, learner: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        saved, own = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
+        differs = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
+        if differs:
+            raise ValueError(f"{self.path} is of another run: {', '.join(differs)} differ; choose another checkpoint_dir")
+        learner.load_state_dict(state["learner"])
+        optimizer.load_state_dict(state["optimizer"])
+        history.extend(state["history"])
+        torch.set_rng_state(state["random_state"])
+
+    def save(self, learner: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "identity": json.dumps(self.identity),
+            "learner": learner.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+            "random_state": torch.get_rng_state(),
+        }
+        with atomic_write(self.path) as file:
+            torch.save(state, file)

@@ -1,0 +1,204 @@
+"""The merged model: the user's module at θ₀ + Σ_t λ_t τ_t, its weights held whole or merged unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
+from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import Store
+
+
+class MergedModel(nn.Module):
+    """A module whose weights are θ₀ + Σ_t λ_t τ_t and can be merged again at any λ.
+
+    One `merge()` writes all weights; forward and backward passes run on the module as usual and add up in one
+    gradient buffer; one `contract()` turns it into the gradient of λ:
+
+        model.merge()
+        model.zero_gradients()
+        loss(model(inputs)).backward()
+        model.contract()                    # adds to model.coefficients.grad, [T, L]
+
+    The module is taken over: its parameters become views of `merged`, its buffers the average of the experts'.
+    It stays the user's own object (`.module`), with its hooks, and runs under autocast and torch.compile.
+
+    Streamed, a unit's weights exist only while it runs: they are merged just before, freed after, and merged again in its
+    backward, where activations are computed again; a layer's gradient is contracted and freed as it appears. All else is
+    the same, but that there is no `merged`, no torch.compile, and module.state_dict() holds no weights: save a Result.
+
+    module: of the experts' architecture; its weights are replaced, so they may be random, or on `meta` if streamed.
+    packed: the base and the task vectors.
+    coefficients: a number, [T] or [T, L]; kept as the parameter `.coefficients` [T, L].
+    dtype: of the merged weights and their gradient; the packed base's by default.
+    train: leave the module's training mode as it is; otherwise it is put into eval mode.
+    streamed: merge unit by unit. store: where base and task vectors are streamed from, the packed tensors by default.
+    units: shell-style patterns of modules to be units, in place of those that are found (`units.find_units`).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        packed: PackedWeights,
+        coefficients: float | Sequence[float] | Tensor = 0.3,
+        *,
+        dtype: torch.dtype | None = None,
+        train: bool = False,
+        streamed: bool = False,
+        store: Store | None = None,
+        units: Sequence[str] = (),
+    ):
+        super().__init__()
+        module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper renames every parameter
+        self.packed = packed
+        places = _places(module, packed)
+        self.module = module if train else module.eval()
+        if streamed:
+            store = store or packed.store()
+            self.weights = StreamedWeights(module, packed, places, dtype, store, units)
+        else:
+            self.packed = packed = packed.in_memory()
+            self.weights = ResidentWeights(packed, places, dtype)
+        self.device, dtype = self.weights.device, self.weights.dtype
+        self.coefficients = nn.Parameter(packed.coefficients(coefficients).to(self.device))
+        for name, tensor in packed.unchanged.items():
+            unchanged = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
+            for owner, leaf in places[name]:
+                set_parameter(owner, leaf, unchanged)
+        self._freeze_others(places)
+        self._buffers_of = {None: packed.merged_buffers(), **{t: packed.expert_buffers.get(t, {}) for t in packed.tasks}}
+        self._move_buffers()
+        self._heads = {
+            task: {n: x.to(self.device, dtype) if x.is_floating_point() else x.to(self.device) for n, x in head.items()}
+            for task, head in packed.heads.items()
+        }
+        self._set_buffers(None)
+        self.merge()
+
+    @property
+    def merged(self) -> Tensor | None:
+        """The merged weights [N]; None where the model is streamed."""
+        return getattr(self.weights, "merged", None)
+
+    def forward(self, *args, **kwargs):
+        """The module's own forward, at the weights of the last `merge()`."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def merge(self, coefficients: Tensor | None = None) -> None:
+        """Merges the weights at ``coefficients`` [T, L], the parameter's value by default."""
+        self.weights.merge(self.coefficients.detach() if coefficients is None else coefficients)
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Forgets the gradients of earlier backward passes; call it before those that `contract` is to add up."""
+        self.weights.zero_gradients()
+
+    def coefficient_gradient(self) -> Tensor:
+        """∂loss/∂λ [T, L] from the backward passes since `zero_gradients()`."""
+        return self.weights.coefficient_gradient()
+
+    def contract(self) -> None:
+        """Adds ∂loss/∂λ to ``coefficients.grad``."""
+        gradient = self.coefficient_gradient()
+        self.coefficients.grad = gradient if self.coefficients.grad is None else self.coefficients.grad + gradient
+
+    def unbind_gradients(self) -> None:
+        """Takes the parameters' ``.grad`` away, so that a gradient buffer is freed with this object."""
+        self.weights.unbind_gradients()
+
+    @contextmanager
+    def teacher(self, task: str) -> Iterator[nn.Module]:
+        """The module as expert ``task``: its weights before any quantising, its own BatchNorm statistics and head."""
+        training = self.module.training
+        self.module.eval()
+        self._set_buffers(task)
+        self.select_head(task)
+        try:
+            with self.packed.expert_source(task) as source, torch.no_grad():
+                if source is None:
+                    self.merge(self.packed.one_hot(task))
+                else:
+                    self.weights.read(source)
+                yield self.module
+        finally:
+            self.module.train(training)
+            self._set_buffers(None)
+            self.merge()
+
+    def select_head(self, task: str) -> None:
+        """Puts the task's own head tensors, in the merged weights' dtype, into the module where it has a place for them."""
+        for name, tensor in self._heads.get(task, {}).items():
+            owner, leaf = _find(self.module, name)
+            if owner is not None and leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            elif owner is not None and leaf in owner._buffers:
+                owner._buffers[leaf] = tensor
+
+    def _freeze_others(self, places: Places) -> None:
+        """Heads, and whatever else is no layer, need no gradient."""
+        held = {(id(owner), leaf) for layer in places.values() for owner, leaf in layer}
+        for owner in self.module.modules():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None and (id(owner), leaf) not in held:
+                    parameter.requires_grad_(False)
+
+    def _move_buffers(self) -> None:
+        """Brings the module's own buffers to the device; those on `meta` are there to be filled with the packed ones."""
+        for prefix, owner in self.module.named_modules(remove_duplicate=False):
+            for leaf, buffer in owner._buffers.items():
+                if buffer is None:
+                    continue
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if buffer.is_meta and name not in self._buffers_of[None]:
+                    raise ValueError(
+                        f"the module's buffer '{name}' is on meta and not among the packed ones; make the module under "
+                        "samerge_ext.models.parameters_on_meta(), which leaves buffers where they are"
+                    )
+                owner._buffers[leaf] = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device)
+
+    def _set_buffers(self, task: str | None) -> None:
+        for name, value in self._buffers_of[task].items():
+            owner, leaf = _find(self.module, name)
+            if owner is not None and owner._buffers.get(leaf) is not None:
+                owner._buffers[leaf].copy_(value)
+
+
+def _find(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The submodule that holds tensor ``name`` and its own name for it."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        return module.get_submodule(path), leaf
+    except AttributeError:
+        return None, leaf
+
+
+def _places(module: nn.Module, packed: PackedWeights) -> Places:
+    """Where every layer stands in the module: one place, or several when its tensor is tied."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    stored_as = {id(p): name for name, p in parameters.items() if name in packed.layout.names}
+    places: Places = {name: [] for name in packed.layout.names}
+    heads = {name for head in packed.heads.values() for name in head}
+    for name, parameter in parameters.items():
+        layer = packed.aliases.get(name, stored_as.get(id(parameter)))
+        if layer is not None:
+            places[layer].append(_find(module, name))
+        elif name not in heads:
+            raise ValueError(
+                f"the module's parameter '{name}' {list(parameter.shape)} is not among the packed layers; pass a module of "
+                "the experts' architecture (if it is a task's head, pack it with heads=)"
+            )
+    for name, shape in zip(packed.layout.names, packed.layout.shapes, strict=True):
+        if not places[name]:
+            raise ValueError(f"packed layer '{name}' {list(shape)} has no parameter of that name in the module")
+        if parameters[name].shape != shape:
+            raise ValueError(
+                f"the module's parameter '{name}' is {list(parameters[name].shape)}, the packed layer is {list(shape)}; "
+                "pass a module of the experts' architecture"
+            )
+    return places

@@ -1,0 +1,73 @@
+"""The resident way to hold a merged model: all merged weights and their gradient exist, a buffer each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from samerge_ext.checkpoints.sources import Source
+from samerge_ext.ops.coefficient_grad import coefficient_grad
+from samerge_ext.packing.packed_weights import PackedWeights
+
+# layer -> where it stands in the module: (owner, its own name for the tensor); several where the tensor is tied.
+Places = dict[str, list[tuple[nn.Module, str]]]
+
+
+class ResidentWeights:
+    """merged [N] and gradient [N]; the module's parameters are views of the one, their ``.grad`` of the other."""
+
+    def __init__(self, packed: PackedWeights, places: Places, dtype: torch.dtype | None):
+        self.packed = packed
+        self.merged = torch.empty_like(packed.base, dtype=dtype)
+        self.gradient = torch.zeros_like(self.merged)
+        self.device, self.dtype = self.merged.device, self.merged.dtype
+        self._gradient_views = packed.layout.views(self.gradient)
+        self._parameters = self._bind(places)
+
+    def merge(self, coefficients: Tensor) -> None:
+        self.packed.merge(coefficients, out=self.merged)
+        # Autocast keeps casts of the weights it has seen; they would outlive this merge.
+        torch.clear_autocast_cache()
+
+    def read(self, source: Source) -> None:
+        """In place of merged weights, those of one model."""
+        for name, view in self.packed.layout.views(self.merged).items():
+            view.copy_(source.read_shaped(name, view.shape))
+        torch.clear_autocast_cache()
+
+    def zero_gradients(self) -> None:
+        """Zeroes the gradient buffer and binds every parameter's ``.grad`` to its place in it."""
+        self.gradient.zero_()
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._gradient_views[name]
+
+    def coefficient_gradient(self) -> Tensor:
+        """∂loss/∂λ [T, L]."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not self._gradient_views[name]:
+                raise RuntimeError(
+                    f"'{name}'.grad was replaced between zero_gradients() and contract(): do not call zero_grad() on "
+                    "the module or on an optimiser of its parameters there"
+                )
+        layout = self.packed.layout
+        return coefficient_grad(self.gradient, self.packed.task_vectors, layout.block_layer, layout.num_layers)
+
+    def unbind_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _bind(self, places: Places) -> dict[str, nn.Parameter]:
+        """Registers a view of `merged` as every layer's parameter (not through .data: autograd must see a re-merge)."""
+        bound = {}
+        for name, view in self.packed.layout.views(self.merged).items():
+            bound[name] = parameter = nn.Parameter(view)
+            for owner, leaf in places[name]:
+                set_parameter(owner, leaf, parameter)
+        return bound
+
+
+def set_parameter(owner: nn.Module, leaf: str, value: Tensor) -> None:
+    """Puts a tensor in a parameter's place; recurrent layers keep a list of their weights beside it."""
+    dict.__setitem__(owner._parameters, leaf, value)
+    if isinstance(owner, nn.RNNBase):
+        owner._flat_weights[owner._flat_weights_names.index(leaf)] = value

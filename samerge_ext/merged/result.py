@@ -1,0 +1,155 @@
+"""What a merge method returns, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from samerge_ext.checkpoints.files import folder_of
+from samerge_ext.checkpoints.folder import read_config
+from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.statistics.features import FEATURES_FILE, Features
+from samerge_ext.statistics.learner import LEARNER_FILE, StatsMergeLearner
+
+STREAMED_SHARD = "256MB"  # a shard is held in memory until it is written
+
+
+@dataclass
+class Result:
+    """A merged model.
+
+    packed: what was merged. coefficients: [T, L], None for methods that have none.
+    merged: [N], the packed layers; None where the model was streamed, whose layers are merged one by one as they are saved.
+    method, config, seconds: how it was made. module: the merged module, where one was given.
+    history: per step of a learned method the loss, each task's loss and the gradient norm.
+    learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
+    """
+
+    packed: PackedWeights
+    coefficients: Tensor | None
+    merged: Tensor | None
+    method: str
+    config: Any = None
+    history: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+    module: nn.Module | None = None
+    learner: StatsMergeLearner | None = None
+    features: Features | None = None
+
+    @classmethod
+    def of_model(cls, model: MergedModel, method: str, config: Any, history: list[dict], seconds: float) -> Result:
+        """The model as it is merged now; its gradient buffer is let go."""
+        model.unbind_gradients()
+        coefficients = model.coefficients.detach().clone()
+        return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module)
+
+    @classmethod
+    def of_weights(cls, packed: PackedWeights, merged: Tensor, method: str, module: nn.Module | None, seconds: float) -> Result:
+        """Merged weights [N] that no coefficients make; ``module``, where given, takes them on."""
+        if module is not None:
+            model = MergedModel(module, packed, 0.0)
+            model.merged.copy_(merged)
+            torch.clear_autocast_cache()
+            model.unbind_gradients()
+            merged, module = model.merged, model.module
+        return cls(packed, None, merged, method, seconds=seconds, module=module)
+
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``packed.heads``."""
+        merged = self.packed.merge(self.coefficients) if self.merged is None else self.merged
+        return self.packed.state_dict(merged, dtype)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        card: str | None = None,
+        companions: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes a model folder that transformers loads; it appears whole or not at all.
+
+        model.safetensors (or shards) in the base's dtypes or in ``dtype``, the configuration and tokenizer of
+        ``companions`` (the base's folder by default; otherwise the module's own configuration),
+        heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
+        statistics), coefficients.json, and README.md, the model card.
+        """
+        files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
+        for task, head in self.packed.heads.items():
+            if head:
+                files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
+        if self.learner is not None:
+            files[f"learner/{LEARNER_FILE}"] = self.learner.to_bytes()
+        if self.features is not None:
+            files[f"learner/{FEATURES_FILE}"] = self.features.to_bytes()
+        companions = companions or self.packed.folder
+        configuration = self._configuration(companions)
+        if configuration and dtype:
+            configuration["dtype"] = str(dtype).removeprefix("torch.")
+            configuration.pop("torch_dtype", None)  # the older name of the same key
+        if configuration:
+            files["config.json"] = json.dumps(configuration, indent=2)
+        files["README.md"] = card or self._card()
+        options = {"companions_from": companions, "extra_files": files, "overwrite": overwrite}
+        if self.merged is None:
+            return save_checkpoint(path, self.packed.tensors(self.coefficients, dtype), shard_size=STREAMED_SHARD, **options)
+        tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
+        return save_checkpoint(path, tensors, **options)
+
+    def summary(self) -> dict:
+        """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""
+        from samerge_ext import __version__
+
+        settings = asdict(self.config) if is_dataclass(self.config) else {}
+        names = self.packed.layout.names
+        return {
+            "method": self.method,
+            "config": {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in settings.items()},
+            "steps": len(self.history),
+            "seconds": round(self.seconds, 3),
+            "versions": {"samerge_ext": __version__, "torch": torch.__version__},
+            "coefficients": {task: dict(zip(names, row.tolist(), strict=True)) for task, row in self._rows()},
+        }
+
+    def _configuration(self, companions: str | Path | None) -> dict | None:
+        """The content of config.json, from the folder or the module that has one."""
+        if companions is not None:
+            return read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+        config = getattr(self.module, "config", None)
+        return json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
+
+    def _rows(self) -> list[tuple[str, Tensor]]:
+        """Every task's coefficients [L]; none where the method has none."""
+        return [] if self.coefficients is None else list(zip(self.packed.tasks, self.coefficients, strict=True))
+
+    def _card(self) -> str:
+        rows = [f"| {task} | {row.mean():.3f} | {row.min():.3f} | {row.max():.3f} |" for task, row in self._rows()]
+        table = ["| task | mean λ | min λ | max λ |", "|---|---|---|---|", *rows, ""] if rows else []
+        lines = [
+            "---",
+            "tags: [merge, samerge_ext]",
+            "---",
+            "",
+            "# Merged model",
+            "",
+            f"{self.packed.num_tasks} experts merged by `{self.method}` ({len(self.history)} steps).",
+            "",
+            *table,
+            "`coefficients.json` holds every coefficient and the settings.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

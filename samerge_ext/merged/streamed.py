@@ -1,0 +1,218 @@
+"""The streamed way to hold a merged model: a unit's weights exist only while it runs.
+
+A unit's forward is replaced by checkpoint(forward with its layers merged): what autograd would save is dropped, weights
+included, and in the backward torch.utils.checkpoint runs the unit again, with the same random state, on weights that are
+merged again. A layer's gradient is contracted into that of λ, and freed, as soon as it appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from samerge_ext.checkpoints.sources import Source
+from samerge_ext.merged.resident import Places, set_parameter
+from samerge_ext.merged.units import Unit, find_units
+from samerge_ext.ops.coefficient_grad import coefficient_grad
+from samerge_ext.ops.weighted_sum import weighted_sum
+from samerge_ext.packing.layout import BLOCK
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import Store, narrow
+
+FIRST = 2**64 - 1  # autograd's own accumulation of leaf gradients has this priority
+
+
+class StreamedWeights:
+    """The layers of ``module``, merged unit by unit while it runs.
+
+    store: hands out base and task vectors, some numbers at a time.
+    units: patterns of modules to be units; others are found (`units.find_units`).
+
+    A layer that is read where no unit has it merged (a tied embedding in functional.linear, a parameter of a module that has
+    blocks of its own) is merged at that moment, and lives until its backward. A unit must give the same result when it runs
+    again: a model that keeps state between calls (a cache of keys and values) is called without it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        packed: PackedWeights,
+        places: Places,
+        dtype: torch.dtype | None,
+        store: Store,
+        units: Sequence[str] = (),
+    ):
+        self.packed, self.store = packed, store
+        self.device, self.dtype = store.device, dtype or packed.base.dtype
+        self._block_layer = packed.layout.block_layer.to(self.device)
+        self._merges = 0
+        self._source: Source | None = None
+        self._at = packed.coefficients(0.0).to(self.device).requires_grad_()  # [T, L]
+        self._gradient = torch.zeros_like(self._at, requires_grad=False)  # [T, L]
+        index = {name: layer for layer, name in enumerate(packed.layout.names)}
+        packed_places = [
+            (owner, leaf, index[name]) for name in places if packed.layout.offsets[index[name]] is not None
+            for owner, leaf in places[name]
+        ]  # fmt: skip
+        self._alone = {
+            layer: Unit.of(packed.layout.names[layer], [layer], packed.layout, store.piece) for _, _, layer in packed_places
+        }
+        self._hold_places(packed_places)
+        self.units = []
+        for name, part in find_units(module, units).items():
+            below = {id(m) for m in part.modules()}
+            own = [place for place in packed_places if id(place[0]) in below]
+            if own:
+                unit = Unit.of(name, {layer for _, _, layer in own}, packed.layout, store.piece)
+                self.units.append(unit)
+                self._replace_forward(part, unit, own)
+
+    def merge(self, coefficients: Tensor) -> None:
+        """From now on units merge at ``coefficients`` [T, L]."""
+        self._source = None
+        self._at = coefficients.detach().to(self.device, copy=True).requires_grad_()
+        self._merges += 1
+        self.store.begin_pass()
+
+    def read(self, source: Source) -> None:
+        """Until the next `merge`, units take their weights from one model."""
+        self._source = source
+        self._merges += 1
+
+    def zero_gradients(self) -> None:
+        self._gradient.zero_()
+
+    def coefficient_gradient(self) -> Tensor:
+        """∂loss/∂λ [T, L], contracted while the backward passes ran."""
+        return self._gradient.clone()
+
+    def unbind_gradients(self) -> None:
+        """Nothing: no weight gradient outlives its backward."""
+
+    def _hold_places(self, places: list[tuple[nn.Module, str, int]]) -> None:
+        """Takes the parameters out of the module: what stands for one has its shape, NaN values and no memory."""
+        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+        for owner, leaf, layer in places:
+            if not isinstance(owner._parameters, _Parameters):
+                owner._parameters = _Parameters(owner._parameters)
+            absent = nn.Parameter(nan.expand(self.packed.layout.shapes[layer]), requires_grad=False)
+            set_parameter(owner, leaf, absent)
+            owner._parameters.absent[leaf] = (absent, lambda layer=layer: self._merged(self._alone[layer])[layer])
+
+    def _replace_forward(self, part: nn.Module, unit: Unit, places: list[tuple[nn.Module, str, int]]) -> None:
+        forward = part.forward
+
+        def streamed(*args, **kwargs):
+            merges = self._merges
+
+            def run(args, kwargs):
+                if merges != self._merges:
+                    raise RuntimeError(f"the weights of '{unit.name}' were merged again between its forward and its backward")
+                with _in_place(places, self._merged(unit)):
+                    return forward(*args, **kwargs)
+
+            if not torch.is_grad_enabled():
+                return run(args, kwargs)
+            return checkpoint(run, args, kwargs, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(part)))
+
+        part.forward = streamed
+
+    def _merged(self, unit: Unit) -> dict[int, Tensor]:
+        """The unit's layers at the λ of the last `merge`, as leaves of autograd whose gradient is contracted."""
+        merged = torch.empty(unit.numel, dtype=self.dtype, device=self.device)
+        views = {}
+        for layer in unit.layers:
+            shape, place = self.packed.layout.shapes[layer], unit.places[layer]
+            views[layer] = merged[place : place + shape.numel()].view(shape)
+        with torch.no_grad():
+            if self._source is not None:
+                for layer, view in views.items():
+                    view.copy_(self._source.read_shaped(self.packed.layout.names[layer], view.shape))
+                return views
+            for start, length, place in unit.pieces:
+                base, task_vectors = self.store.fetch(start, length)
+                weighted_sum(base, task_vectors, self._at, self._blocks(start, length), out=merged[place : place + length])
+        layers = {}
+        for layer, view in views.items():
+            layers[layer] = _Contracted.apply(self._at, view, self, unit, layer)
+            if layers[layer].grad_fn is not None:
+                # Otherwise autograd would keep the gradients of all of the unit's layers until the last one is there.
+                layers[layer].grad_fn._set_sequence_nr(FIRST)
+        return layers
+
+    @torch.no_grad()
+    def contract(self, gradient: Tensor, unit: Unit, layer: int) -> None:
+        """Adds ⟨gradient, τ_t⟩ to ∂loss/∂λ of one layer; gradient has the layer's shape."""
+        first, length = self.packed.layout.extent(layer)
+        flat = gradient.reshape(-1)
+        flat = pad(flat, (0, length - flat.numel())) if flat.numel() < length else flat  # [length]
+        blocks = torch.zeros(length // BLOCK, dtype=torch.int32, device=self.device)
+        for start, count, _ in unit.pieces:
+            begin, end = max(start, first), min(start + count, first + length)
+            if begin < end:
+                _, task_vectors = self.store.fetch(start, count)
+                task_vectors = narrow(task_vectors, begin - start, end - begin)
+                part = flat[begin - first : end - first]
+                self._gradient[:, layer] += coefficient_grad(part, task_vectors, blocks[: part.numel() // BLOCK], 1)[:, 0]
+
+    def _blocks(self, start: int, length: int) -> Tensor:
+        return self._block_layer[start // BLOCK : (start + length) // BLOCK]
+
+
+class _Contracted(torch.autograd.Function):
+    """A merged layer: its gradient goes into that of λ, which is kept outside of autograd."""
+
+    @staticmethod
+    def forward(ctx, coefficients: Tensor, merged: Tensor, weights: StreamedWeights, unit: Unit, layer: int) -> Tensor:
+        ctx.weights, ctx.unit, ctx.layer = weights, unit, layer
+        return merged.view_as(merged)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.weights.contract(gradient, ctx.unit, ctx.layer)
+        return None, None, None, None, None
+
+
+class _Parameters(dict):
+    """A module's own parameters. One that is absent, since no running unit holds it, is merged when it is read."""
+
+    def __init__(self, parameters: dict[str, Tensor]):
+        super().__init__(parameters)
+        self.absent = {}  # leaf -> what stands for it, how to merge it
+
+    def __getitem__(self, leaf: str):
+        value = super().__getitem__(leaf)
+        if leaf in self.absent and value is self.absent[leaf][0]:
+            return self.absent[leaf][1]()
+        return value
+
+
+@contextmanager
+def _in_place(places: list[tuple[nn.Module, str, int]], merged: dict[int, Tensor]) -> Iterator[None]:
+    """Merged layers in their places, until the block ends."""
+    before = [dict.__getitem__(owner._parameters, leaf) for owner, leaf, _ in places]
+    for owner, leaf, layer in places:
+        set_parameter(owner, leaf, merged[layer])
+    try:
+        yield
+    finally:
+        for (owner, leaf, _), value in zip(places, before, strict=True):
+            set_parameter(owner, leaf, value)
+
+
+@contextmanager
+def _buffers_kept(part: nn.Module) -> Iterator[None]:
+    """Running a unit again does not update its running statistics again."""
+    buffers = [(owner, leaf, b) for owner in part.modules() for leaf, b in owner._buffers.items() if b is not None]
+    for owner, leaf, buffer in buffers if part.training else ():
+        owner._buffers[leaf] = buffer.clone()
+    try:
+        yield
+    finally:
+        for owner, leaf, buffer in buffers:
+            owner._buffers[leaf] = buffer

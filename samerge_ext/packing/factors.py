@@ -1,0 +1,116 @@
+"""Task vectors of LoRA experts as the factors that they are made of, in the place of a tensor [T, N]."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from samerge_ext.checkpoints.lora import AdapterSource
+from samerge_ext.checkpoints.sources import Source
+from samerge_ext.packing.in_pieces import InPieces
+from samerge_ext.packing.layout import Layout
+
+LORA = "lora"  # the form's name
+
+# What an expert adds to a layer of m rows: left [m, r] @ right [r, n]; a difference of the layer's shape; or nothing.
+Change = tuple[Tensor, Tensor] | Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredTaskVectors(InPieces):
+    """T task vectors of N numbers, multiplied out piece by piece where they are read.
+
+    changes: packed layer -> one `Change` per task, on the layout's device. dtype: of the products.
+    """
+
+    layout: Layout
+    changes: dict[int, tuple[Change, ...]]
+    num_tasks: int
+    dtype: torch.dtype
+
+    form = LORA
+    where = "are kept as LoRA factors"
+
+    @classmethod
+    def of(cls, experts: Sequence[tuple[str, AdapterSource]], layout: Layout, dtype: torch.dtype) -> FactoredTaskVectors:
+        """The task vectors of LoRA adapters."""
+        device = layout.block_layer.device
+        changes = {}
+        for layer, name in enumerate(layout.names):
+            if layout.offsets[layer] is not None:
+                changes[layer] = tuple(_moved(expert.change(name), device, dtype) for _, expert in experts)
+        return cls(layout, changes, len(experts), dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, N]."""
+        return torch.Size((self.num_tasks, self.layout.numel))
+
+    @property
+    def device(self) -> torch.device:
+        return self.layout.block_layer.device
+
+    @property
+    def reads_to(self) -> torch.device:
+        return self.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of the factors."""
+        return sum(part.nbytes for changes in self.changes.values() for change in changes for part in _parts(change))
+
+    def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> Tensor:
+        return torch.empty(self.num_tasks, length, dtype=self.dtype, device=device, pin_memory=pin_memory)
+
+    def read_into(self, start: int, length: int, out: Tensor) -> None:  # [T, ≥ length], on the device
+        layers = list(self.changes)  # in the order of their offsets
+        at = bisect_right(layers, start, key=lambda layer: self.layout.offsets[layer]) - 1
+        end = start + length
+        for layer in layers[max(at, 0) :]:
+            first, size = self.layout.extent(layer)
+            if first >= end:
+                break
+            begin, stop = max(start, first), min(end, first + size)
+            for row, change in zip(out[:, begin - start : stop - start], self.changes[layer], strict=True):
+                self._write(row, change, begin - first, self.layout.shapes[layer].numel())
+
+    def to(self, device: torch.device | str) -> FactoredTaskVectors:
+        """The same on another device."""
+        changes = {i: tuple(_moved(c, device, self.dtype) for c in changes) for i, changes in self.changes.items()}
+        layout = replace(self.layout, block_layer=self.layout.block_layer.to(device))
+        return replace(self, layout=layout, changes=changes)
+
+    @staticmethod
+    def _write(row: Tensor, change: Change, start: int, numel: int) -> None:
+        """Numbers ``start`` … of a layer of ``numel``; zeros after its last."""
+        count = max(0, min(row.numel(), numel - start))
+        row[count:] = 0
+        if change is None:
+            row.zero_()
+        elif isinstance(change, Tensor):
+            row[:count] = change.reshape(-1)[start : start + count]
+        else:
+            left, right = change
+            first, last = start // right.shape[1], -(-(start + count) // right.shape[1])
+            rows = left[first:last] @ right
+            row[:count] = rows.view(-1)[start - first * right.shape[1] :][:count]
+
+
+def require_adapters(experts: Sequence[tuple[str, Source]]) -> None:
+    """Raises ValueError for an expert that has no factors."""
+    for _, expert in experts:
+        if not isinstance(expert, AdapterSource):
+            raise ValueError(f"{expert.label} is no LoRA adapter, and task_vector_dtype={LORA!r} keeps factors; leave it out")
+
+
+def _parts(change: Change) -> tuple[Tensor, ...]:
+    return () if change is None else (change,) if isinstance(change, Tensor) else change
+
+
+def _moved(change: Change, device: torch.device | str, dtype: torch.dtype) -> Change:
+    moved = tuple(part.to(device, dtype).contiguous() for part in _parts(change))
+    return moved if isinstance(change, tuple) else moved[0] if moved else None

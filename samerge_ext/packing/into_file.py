@@ -1,0 +1,123 @@
+"""Packing model folders into a packed file, and opening one as packed weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
+from samerge_ext.packing.into_memory import check_form, empty_task_vectors, outline, quantise, stored_dtype
+from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
+from samerge_ext.packing.quantised import QuantisedTaskVectors
+from samerge_ext.packing.validation import check_sources
+
+if TYPE_CHECKING:
+    from samerge_ext.packing.packed_weights import PackedWeights
+
+SUFFIXES = (".safetensors", ".bin", ".json")  # of the files that a model folder's weights may be in
+
+
+def open_packed(
+    kind: type[PackedWeights], file: Path, device: torch.device, verify: bool, made_from: dict | None
+) -> PackedWeights | None:
+    """See `PackedWeights.open`."""
+    opened = PackedFile(file)
+    about = opened.about
+    if made_from is not None and about["identity"] != made_from:
+        opened.close()
+        return None
+    if verify:
+        opened.verify()
+    layout = Layout.build(
+        about["names"],
+        [torch.Size(shape) for shape in about["shapes"]],
+        [SAFETENSORS_DTYPES[code] for code in about["dtypes"]],
+        about["packed"],
+        device,
+    )
+    tasks = tuple(about["tasks"])
+    base, task_vectors = file_numbers(opened, len(tasks), device)
+    small = {key: {name: opened.read(body) for name, body in names.items()} for key, names in about["small"].items()}
+    return kind(
+        layout=layout,
+        tasks=tasks,
+        base=base,
+        task_vectors=task_vectors,
+        unchanged={name: tensor.to(device) for name, tensor in small["unchanged"].items()},
+        aliases=about["aliases"],
+        buffers=small["buffers"],
+        expert_buffers={task: small[f"buffers/{t}"] for t, task in enumerate(tasks)},
+        heads={task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
+        folder=Path(about["folder"]),
+        experts={task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
+    )
+
+
+def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dtype, heads) -> None:
+    """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer."""
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    form = task_vector_dtype or dtype
+    check_form(form, experts)
+    quantised = not isinstance(form, torch.dtype)
+    changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, form))
+    fields = outline(base, experts, heads, changed, dtype, "cpu")
+    layout, tasks = fields["layout"], fields["tasks"]
+    small = {key: fields[key] for key in ("unchanged", "buffers")}
+    for t, task in enumerate(tasks):
+        small[f"buffers/{t}"], small[f"heads/{t}"] = fields["expert_buffers"][task], fields["heads"][task]
+    about = {
+        **about,
+        "tasks": tasks,
+        "form": form if quantised else None,
+        "names": layout.names,
+        "shapes": [list(shape) for shape in layout.shapes],
+        "dtypes": [SAFETENSORS_CODES[each] for each in layout.dtypes],
+        "packed": [offset is not None for offset in layout.offsets],
+        "aliases": fields["aliases"],
+        "small": {key: {name: f"{key}/{name}" for name in tensors} for key, tensors in small.items()},
+    }
+    bodies = {f"{key}/{name}": tensor for key, tensors in small.items() for name, tensor in tensors.items()}
+    writer = PackedFileWriter(path, layout, rows_of(len(experts), dtype, form), bodies, about)
+    wide = torch.promote_types(dtype, torch.float32)
+    try:
+        for layer, name in enumerate(layout.names):
+            if name in changed:
+                pretrained = base.read(name).to(wide)
+                if quantised:
+                    codes = QuantisedTaskVectors.zeros(len(experts), layout.extent(layer)[1], form)
+                    quantise(codes, name, pretrained, experts)
+                    task_vectors = itertools.chain(codes.codes, codes.scales)
+                else:
+                    task_vectors = (expert.read(name).to(wide) - pretrained for _, expert in experts)
+                writer.write(layer, itertools.chain([pretrained], task_vectors))
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def described(kind: type[PackedWeights], base, experts, dtype, task_vector_dtype, heads, device) -> PackedWeights:
+    """What packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
+
+    Every layer counts as changed. Values are read of heads, buffers and LoRA factors alone.
+    """
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    fields = outline(base, experts, heads, base.names, dtype, device)
+    form = task_vector_dtype or dtype
+    check_form(form, experts)
+    task_vectors = empty_task_vectors(experts, fields["layout"], dtype, form, "meta")
+    return kind(**fields, base=torch.empty(fields["layout"].numel, dtype=dtype, device="meta"), task_vectors=task_vectors)
+
+
+def identity_of(folders: Sequence[Path], **settings) -> dict:
+    """What a packed file was made from: every weight file's size and time of change."""
+    found = {}
+    for folder in map(Path, folders):
+        files = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
+        found[str(folder.resolve())] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+    return {"folders": found, **{key: str(value) for key, value in settings.items()}}

@@ -1,0 +1,134 @@
+"""Packing models into tensors: the checks, then base and task vectors, quantised where asked, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from samerge_ext.checkpoints.sources import Source, matches
+from samerge_ext.packing.factors import LORA, FactoredTaskVectors, require_adapters
+from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.packing.stores import Numbers
+from samerge_ext.packing.validation import check_sources, shared_names
+
+if TYPE_CHECKING:
+    from samerge_ext.packing.packed_weights import PackedWeights
+
+
+def pack_into_memory(
+    kind: type[PackedWeights],
+    base: Source,
+    experts: list[tuple[str, Source]],
+    dtype: torch.dtype,
+    task_vector_dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    heads: str | Sequence[str],
+) -> PackedWeights:
+    """Checks everything, then packs tensor by tensor: what is held beside the packed weights is one tensor of each model."""
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    task_vector_dtype = task_vector_dtype or dtype
+    check_form(task_vector_dtype, experts)
+    changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, task_vector_dtype))
+
+    fields = outline(base, experts, heads, changed, dtype, device)
+    packed = kind(
+        **fields,
+        base=torch.zeros(fields["layout"].numel, dtype=dtype, device=device),
+        task_vectors=empty_task_vectors(experts, fields["layout"], dtype, task_vector_dtype, device),
+        experts=dict(experts) if task_vector_dtype in FORMATS else {},
+    )
+    _fill(packed, base, experts)
+    return packed
+
+
+def check_form(form: torch.dtype | str, experts: list[tuple[str, Source]]) -> None:
+    """Raises ValueError unless task vectors of these experts can be kept in it."""
+    if not isinstance(form, torch.dtype) and form not in (*FORMATS, LORA):
+        raise ValueError(
+            f"task_vector_dtype={form!r}; choose a torch.dtype or one of {', '.join(FORMATS)}, or {LORA} where all experts are "
+            "LoRA adapters"
+        )
+    if form == LORA:
+        require_adapters(experts)
+
+
+def stored_dtype(dtype: torch.dtype, form: torch.dtype | str) -> torch.dtype:
+    """The dtype whose range task vectors must fit."""
+    return form if isinstance(form, torch.dtype) else dtype
+
+
+def empty_task_vectors(
+    experts: list[tuple[str, Source]], layout: Layout, dtype: torch.dtype, form: torch.dtype | str, device: torch.device | str
+) -> Numbers:
+    """Room for the task vectors of the experts; factors are there already."""
+    if form == LORA:
+        return FactoredTaskVectors.of(experts, layout, torch.promote_types(dtype, torch.float32))
+    if form in FORMATS:
+        return QuantisedTaskVectors.zeros(len(experts), layout.numel, form, device)
+    return torch.zeros(len(experts), layout.numel, dtype=form, device=device)
+
+
+def outline(
+    base: Source,
+    experts: list[tuple[str, Source]],
+    heads: tuple[str, ...],
+    changed: Collection[str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """The fields of packed weights but for base and task vectors: the layout, and copies of all that is not packed.
+
+    changed: the layers that have a task vector.
+    """
+    shared = shared_names(base, heads)
+    layers = [name for name in shared if not base.is_buffer(name)]
+    buffers = {name: base.read(name).clone() for name in shared if base.is_buffer(name)}
+    float_buffers = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+    shapes, dtypes = [base.shape(name) for name in layers], [base.dtype(name) for name in layers]
+    return {
+        "layout": Layout.build(layers, shapes, dtypes, [name in changed for name in layers], device),
+        "tasks": tuple(task for task, _ in experts),
+        "unchanged": {name: base.read(name).to(device, dtype, copy=True) for name in layers if name not in changed},
+        "aliases": {alias: name for alias, name in base.aliases.items() if name in layers},
+        "buffers": buffers,
+        "expert_buffers": {task: {name: expert.read(name).clone() for name in float_buffers} for task, expert in experts},
+        "heads": {
+            task: {name: expert.read(name).clone() for name in expert.names if matches(name, heads)} for task, expert in experts
+        },
+    }
+
+
+def _fill(packed: PackedWeights, base: Source, experts: list[tuple[str, Source]]) -> None:
+    """Writes base and task vectors, one tensor at a time."""
+    views, stored = packed.layout.views(packed.base), packed.task_vectors
+    rows = [packed.layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
+    for name, view in views.items():
+        pretrained = base.read(name).to(packed.base.device, packed.coefficient_dtype)
+        view.copy_(pretrained)
+        for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
+            torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
+        if isinstance(stored, QuantisedTaskVectors):
+            extent = packed.layout.extent(packed.layout.names.index(name))
+            quantise(stored.narrow(*extent), name, pretrained, experts)
+
+
+def quantise(layer: QuantisedTaskVectors, name: str, pretrained: Tensor, experts: list[tuple[str, Source]]) -> None:
+    """Writes one layer of all task vectors; with an offset, which is their mean, experts are read twice."""
+    try:
+        offset = None
+        if layer.shared:
+            at = "the experts' mean"
+            mean = torch.zeros_like(pretrained)
+            for _, expert in experts:
+                mean += (expert.read(name).to(pretrained) - pretrained) / len(experts)
+            offset = layer.write_shared(0, mean.flatten()).view_as(mean)
+        for task, (_, expert) in enumerate(experts):
+            at = expert.label
+            task_vector = expert.read(name).to(pretrained) - pretrained
+            layer.write(task, 0, task_vector if offset is None else task_vector - offset)
+    except ValueError as error:
+        raise ValueError(f"{at}: '{name}' minus the base's cannot be quantised: {error}") from error

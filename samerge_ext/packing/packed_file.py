@@ -1,0 +1,233 @@
+"""Packed weights in a file: made once, layer by layer, and read some numbers at a time.
+
+A safetensors file. One flat body per role (`base`, and every task's vector, or its codes and its scales) in the order of the
+layout, the small rest (unchanged layers, buffers, heads) tensor by tensor, and in the header's metadata the layout, the tasks
+and the CRC-32 of every body. Ranges are read with preadv: pages of a mapped file would count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samerge_ext.checkpoints.files import SAFETENSORS_CODES, CheckpointError, SafetensorsFile
+from samerge_ext.checkpoints.saving import require_space
+from samerge_ext.packing.in_pieces import InPieces
+from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.quantised import GROUP, QuantisedTaskVectors, is_shared, parts_of
+
+VERSION = 2
+_CHUNK = 4 << 20  # bytes that are read at once to check a body
+
+
+class InFile(InPieces):
+    """What stays in a packed file."""
+
+    file: PackedFile
+    reads_to = torch.device("cpu")
+
+    @property
+    def where(self) -> str:
+        return f"stay in {self.file.path}"
+
+
+@dataclass(frozen=True, eq=False)
+class FileNumbers(InFile):
+    """Base [N] or task vectors [T, N] as numbers, a body per row."""
+
+    file: PackedFile
+    bodies: tuple[str, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def form(self) -> str:
+        return str(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> Tensor:
+        return torch.empty(*self.shape[:-1], length, dtype=self.dtype, device=device, pin_memory=pin_memory)
+
+    def read_into(self, start: int, length: int, out: Tensor) -> None:
+        for body, row in zip(self.bodies, out.view(len(self.bodies), -1), strict=True):
+            self.file.read_into(body, start, row[:length])
+
+
+@dataclass(frozen=True, eq=False)
+class FileCodes(InFile):
+    """Quantised task vectors: the bodies of their codes and of their scales. form: one of `quantised.FORMATS`."""
+
+    codes: FileNumbers
+    scales: FileNumbers
+    form: str
+    shape: torch.Size
+
+    @property
+    def file(self) -> PackedFile:
+        return self.codes.file
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> QuantisedTaskVectors:
+        per_code = self._per_code
+        codes = self.codes.empty(length // per_code, device, pin_memory)
+        scales = self.scales.empty(length // GROUP, device, pin_memory)
+        return QuantisedTaskVectors(codes, scales, is_shared(self.form))
+
+    def read_into(self, start: int, length: int, out: QuantisedTaskVectors) -> None:
+        self.codes.read_into(start // self._per_code, length // self._per_code, out.codes)
+        self.scales.read_into(start // GROUP, length // GROUP, out.scales)
+
+    @property
+    def _per_code(self) -> int:
+        return self.shape[-1] // self.codes.shape[-1]
+
+
+class PackedFile(SafetensorsFile):
+    """A packed file that is open for reading. about: what is in it, from the header's metadata."""
+
+    def __init__(self, path: Path):
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path} does not exist; make it with PackedWeights.from_folders(..., file=PATH)")
+        self.about: dict = {}
+        super().__init__(Path(path))
+        if self.about.get("version") != VERSION:
+            self.close()
+            raise CheckpointError(f"{path} is no packed file of version {VERSION}; make it again from the model folders")
+
+    def verify(self) -> None:
+        """Reads everything once; raises CheckpointError where a body is not what was written."""
+        buffer = memoryview(bytearray(_CHUNK))
+        for name, entry in self._entries.items():
+            checksum, done = 0, 0
+            while done < entry.nbytes:
+                view = buffer[: min(_CHUNK, entry.nbytes - done)]
+                count = os.preadv(self._file.fileno(), [view], entry.begin + done)
+                checksum = zlib.crc32(view[:count], checksum)
+                done += count or entry.nbytes  # cut off: the checksum will not fit
+            if f"{checksum:08x}" != self.about["checksums"][name]:
+                raise CheckpointError(
+                    f"{self.path}: '{name}' is damaged, its checksum is {checksum:08x} in place of "
+                    f"{self.about['checksums'][name]}; make the file again from the folders"
+                )
+
+    def _damaged(self, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {fault}. The file is truncated or damaged; make it again from the folders")
+
+    def _read_header(self) -> dict:
+        entries = super()._read_header()
+        length = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
+        metadata = json.loads(os.pread(self._file.fileno(), length, 8)).get("__metadata__", {})
+        self.about = json.loads(metadata.get("packed", "{}"))
+        return entries
+
+
+class PackedFileWriter:
+    """Writes a packed file: the layers one by one, each for the base and all tasks, then the small tensors.
+
+    Everything goes to `PATH.partial`, which is renamed when it is whole and on the disk.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        rows: dict[str, tuple[torch.dtype, int]],  # see `rows_of`
+        small: dict[str, Tensor],
+        about: dict,
+    ):
+        self.path, self.partial, self.layout = path, path.with_name(f"{path.name}.partial"), layout
+        self._small = small
+        self._rows = rows
+        sizes = {name: (dtype, [layout.numel // per]) for name, (dtype, per) in rows.items()}
+        sizes.update({name: (tensor.dtype, list(tensor.shape)) for name, tensor in small.items()})
+        self._about = {"version": VERSION, **about, "checksums": dict.fromkeys(sizes, "0" * 8)}
+        self._checksums = dict.fromkeys(sizes, 0)
+        self._header, position = {}, 0
+        for name, (dtype, shape) in sizes.items():
+            end = position + torch.Size(shape).numel() * dtype.itemsize
+            self._header[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": shape, "data_offsets": [position, end]}
+            position = end
+        self._begin = len(self._encoded())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path, self._begin + position)
+        self._file = open(self.partial, "wb", buffering=0)
+        self._file.truncate(self._begin + position)
+        self._written = dict.fromkeys(sizes, 0)
+
+    def write(self, layer: int, tensors: Iterable[Tensor]) -> None:
+        """One layer of every row, in their order; layers in the order of the layout."""
+        _, length = self.layout.extent(layer)
+        for (name, (dtype, per)), tensor in zip(self._rows.items(), tensors, strict=True):
+            flat = torch.zeros(length // per, dtype=dtype)
+            flat[: tensor.numel()] = tensor.reshape(-1)
+            self._append(name, flat)
+
+    def finish(self) -> None:
+        for name, tensor in self._small.items():
+            self._append(name, tensor.contiguous().reshape(-1))
+        self._about["checksums"] = {name: f"{checksum:08x}" for name, checksum in self._checksums.items()}
+        os.pwrite(self._file.fileno(), self._encoded(), 0)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.path)
+
+    def abandon(self) -> None:
+        self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def _append(self, name: str, flat: Tensor) -> None:
+        view = memoryview(flat.cpu().view(torch.uint8).numpy())
+        self._checksums[name] = zlib.crc32(view, self._checksums[name])
+        position = self._begin + self._header[name]["data_offsets"][0] + self._written[name]
+        self._written[name] += len(view)
+        while len(view):
+            count = os.pwrite(self._file.fileno(), view, position)
+            view, position = view[count:], position + count
+
+    def _encoded(self) -> bytes:
+        """The file's head; its length does not depend on the checksums."""
+        header = json.dumps({"__metadata__": {"format": "pt", "packed": json.dumps(self._about)}, **self._header}).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header
+
+
+def rows_of(num_tasks: int, dtype: torch.dtype, form: torch.dtype | str) -> dict[str, tuple[torch.dtype, int]]:
+    """The bodies of base and task vectors: name -> dtype and how many numbers an entry is for.
+
+    form: of the task vectors, a dtype or one of `quantised.FORMATS`.
+    """
+    parts = {"task_vectors": (num_tasks, form, 1)} if isinstance(form, torch.dtype) else parts_of(num_tasks, form)
+    rows = {f"{part}/{row}": (stored, per) for part, (count, stored, per) in parts.items() for row in range(count)}
+    return {"base": (dtype, 1), **rows}
+
+
+def file_numbers(file: PackedFile, num_tasks: int, device: torch.device) -> tuple[FileNumbers, FileNumbers | FileCodes]:
+    """Base [N] and task vectors [T, N] of a packed file."""
+
+    def numbers(part: str) -> FileNumbers:
+        bodies = tuple(name for name in file.names if name.split("/")[0] == part)
+        rows = () if part == "base" else (len(bodies),)
+        return FileNumbers(file, bodies, torch.Size((*rows, *file.shape(bodies[0]))), file.dtype(bodies[0]), device)
+
+    base = numbers("base")
+    if file.about["form"] is None:
+        return base, numbers("task_vectors")
+    return base, FileCodes(numbers("codes"), numbers("scales"), file.about["form"], torch.Size((num_tasks, *base.shape)))

@@ -1,0 +1,327 @@
+"""The base and the task vectors of all experts as flat buffers: made once, used by every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.lora import open_expert
+from samerge_ext.checkpoints.sources import CheckpointSource, ModuleSource, Source, StateDictSource
+from samerge_ext.ops.weighted_sum import weighted_sum
+from samerge_ext.packing.factors import LORA, FactoredTaskVectors
+from samerge_ext.packing.into_file import described, identity_of, open_packed, pack_into_file
+from samerge_ext.packing.into_memory import pack_into_memory
+from samerge_ext.packing.layout import BLOCK, Layout
+from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
+from samerge_ext.packing.stores import StagedStore, Store, empty_like, in_memory, indexed, on_host, parts, pin
+
+Buffers = dict[str, Tensor]
+PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
+
+
+@dataclass
+class PackedWeights:
+    """A pretrained model and T experts fine-tuned from it, ready to be merged.
+
+    layout: where each of the L layers lies.
+    tasks: T names; row t of everything belongs to ``tasks[t]``.
+    base: [N], the pretrained weights.
+    task_vectors: [T, N], expert minus base; or QuantisedTaskVectors, or FactoredTaskVectors.
+    unchanged: layers that no expert changed, in the base's dtype of storage.
+    aliases: names of tied tensors -> the layer they share.
+    buffers: the base's buffers, float and not.
+    expert_buffers: each expert's own float buffers (BatchNorm statistics).
+    heads: each task's own head tensors, which are never merged.
+    folder: the base's folder, where the weights came from one.
+    experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
+
+    Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`), task vectors may be factors: they are then
+    `InPieces`, read some numbers at a time by what streams them.
+    """
+
+    layout: Layout
+    tasks: tuple[str, ...]
+    base: Tensor
+    task_vectors: Tensor | QuantisedTaskVectors | FactoredTaskVectors
+    unchanged: dict[str, Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    buffers: Buffers = field(default_factory=dict)
+    expert_buffers: dict[str, Buffers] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    folder: Path | None = None
+    experts: dict[str, Source | Path] = field(default_factory=dict)
+
+    @classmethod
+    def from_modules(
+        cls,
+        base: nn.Module,
+        experts: Mapping[str, nn.Module] | Sequence[tuple[str, nn.Module]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        task_vector_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        heads: str | Sequence[str] = (),
+    ) -> PackedWeights:
+        """Packs modules of one architecture.
+
+        dtype: storage of the base (fp32, bf16, fp16; fp64 for proofs). task_vector_dtype: of the task vectors,
+        the base's by default; or "int8", "int4" or "int4-residual", which quantises them (see QuantisedTaskVectors) tensor by
+        tensor. Teachers are then the experts themselves, not their quantised task vectors: modules and state dicts are kept
+        as they were given, and folders are read again when logits are computed from them.
+        heads: shell-style patterns of the tensors that belong to a task ("classifier.*"): kept per task, not merged.
+
+        Raises ValueError, before anything is allocated, for tensors that are missing, extra, of another shape,
+        NaN, Inf or not float, for two tasks of one name, and for an expert that equals the base.
+        """
+        sources = [(task, ModuleSource(module, f"expert '{task}'")) for task, module in _pairs(experts)]
+        return pack_into_memory(cls, ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]] | Sequence[tuple[str, Mapping[str, Tensor]]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        task_vector_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        heads: str | Sequence[str] = (),
+    ) -> PackedWeights:
+        """As `from_modules`; int64 and bool tensors and BatchNorm's running statistics count as buffers."""
+        sources = [(task, StateDictSource(tensors, f"expert '{task}'")) for task, tensors in _pairs(experts)]
+        return pack_into_memory(cls, StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
+
+    @classmethod
+    def from_folders(
+        cls,
+        base: str | Path,
+        experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        task_vector_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        heads: str | Sequence[str] = (),
+        file: str | Path | None = None,
+    ) -> PackedWeights:
+        """As `from_state_dicts`, from model folders (safetensors or .bin, sharded or not) read tensor by tensor. An expert may
+        be a LoRA adapter of the base, as PEFT saves it; its factors are multiplied one tensor at a time.
+        task_vector_dtype="lora", where all experts are adapters, keeps the factors: a streamed merge multiplies them out piece
+        by piece, the resident way once and for all. Base plus product is not rounded in between, as it is otherwise.
+
+        Peak memory is the packed store plus one tensor of each model.
+        file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
+            written, unless it is already there and was made from the same folders with the same settings: then it is opened
+            and checked.
+        """
+        if file is not None:
+            if task_vector_dtype == LORA:
+                raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
+            settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads}
+            identity = identity_of(
+                [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
+            )
+            if Path(file).exists():
+                packed = cls.open(file, device=device, made_from=identity)
+                if packed is not None:
+                    return packed
+        with _sources(base, experts) as (base_source, sources):
+            if file is not None:
+                experts_at = {task: str(path) for task, path in _pairs(experts)}
+                about = {"folder": str(base), "experts": experts_at, "identity": identity}
+                pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
+                return cls.open(file, device=device, verify=False)
+            packed = pack_into_memory(cls, base_source, sources, dtype, task_vector_dtype, device, heads)
+        packed.folder = Path(base)
+        if packed.experts:
+            packed.experts = {task: Path(path) for task, path in _pairs(experts)}
+        return packed
+
+    @classmethod
+    def describe(
+        cls,
+        base: str | Path,
+        experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        task_vector_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        heads: str | Sequence[str] = (),
+    ) -> PackedWeights:
+        """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
+        with _sources(base, experts) as (base_source, sources):
+            return described(cls, base_source, sources, dtype, task_vector_dtype, heads, device)
+
+    @classmethod
+    def open(
+        cls, file: str | Path, *, device: torch.device | str = "cpu", verify: bool = True, made_from: dict | None = None
+    ) -> PackedWeights | None:
+        """Packed weights that stay in a packed file, made by `from_folders(file=)`.
+
+        device: where they are computed with. verify: read the file once and compare its checksums.
+        made_from: return None, without reading on, where the file was made from something else.
+        Raises CheckpointError for a file that is missing, cut off, damaged, or no packed file.
+        """
+        return open_packed(cls, Path(file), torch.device(device), verify, made_from)
+
+    def store(self, *, device: torch.device | str | None = None, piece: int | None = None) -> Store:
+        """What hands base and task vectors to a streamed model on ``device``, where they are by default.
+
+        piece: numbers that are staged at a time, a multiple of 1,024; 64 MiB of them by default. Not for what is there already.
+        """
+        device = indexed(device or self.base.device)
+        if self.is_whole and self.base.device == device:
+            return Store(self.base, self.task_vectors)
+        for numbers in (self.base, self.task_vectors) if device.type == "cuda" else ():
+            for part in parts(numbers).values() if on_host(numbers) else ():
+                if part.device.type == "cpu":
+                    pin(part)
+        default = PIECE_BYTES // ((self.num_tasks + 1) * self.base.dtype.itemsize)
+        return StagedStore(self.base, self.task_vectors, device, piece or max(BLOCK, default // BLOCK * BLOCK))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether base and task vectors are in memory, and not read or multiplied out in pieces."""
+        return on_host(self.base) and on_host(self.task_vectors)
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def coefficient_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for an fp64 store."""
+        return torch.float64 if self.base.dtype == torch.float64 else torch.float32
+
+    @property
+    def task_vector_form(self) -> str:
+        """How task vectors are stored: "torch.float32" …, "int8", "int4", "int4-residual", or "lora"."""
+        return str(self.task_vectors.dtype) if isinstance(self.task_vectors, Tensor) else self.task_vectors.form
+
+    def require_exact(self, what: str) -> None:
+        """Raises ValueError where task vectors are quantised, and so cannot be changed number by number."""
+        if (form := self.task_vector_form) in FORMATS:
+            raise ValueError(f"{what} needs task vectors that are not quantised; pack them without task_vector_dtype={form!r}")
+
+    def coefficients(self, value: float | Sequence[float] | Tensor) -> Tensor:
+        """A new [T, L] matrix of merging coefficients from one number, one per task [T], or a whole [T, L]."""
+        value = torch.as_tensor(value, dtype=self.coefficient_dtype)
+        shape = (self.num_tasks, self.layout.num_layers)
+        if value.shape == shape[:1]:
+            value = value[:, None]
+        elif value.dim() and value.shape != shape:
+            raise ValueError(
+                f"coefficients of shape {tuple(value.shape)}; expected a number, [T] = [{shape[0]}] or [T, L] = {list(shape)}"
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError("coefficients hold NaN or Inf")
+        return value.detach().to(self.base.device).expand(shape).clone()
+
+    def one_hot(self, task: str) -> Tensor:
+        """The [T, L] coefficients at which the merged model is expert ``task``."""
+        coefficients = self.coefficients(0.0)
+        coefficients[self.tasks.index(task)] = 1.0
+        return coefficients
+
+    def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+        """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
+        coefficients = coefficients.to(self.base.device)
+        if self.is_whole:
+            return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
+        out = empty_like(self.base, self.layout.numel, self.base.device) if out is None else out
+        store = self.store()
+        for start in range(0, self.layout.numel, store.piece):
+            length = min(store.piece, self.layout.numel - start)
+            weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length), out=out[start : start + length])
+        return out
+
+    def in_memory(self, device: torch.device | str | None = None) -> PackedWeights:
+        """The same with base and task vectors as tensors, on ``device``; by default where they are, or a file's are computed."""
+        if self.is_whole and (device is None or self.base.device == indexed(device)):
+            return self
+        device = indexed(device or self.layout.block_layer.device)
+        base, task_vectors = (in_memory(numbers, device) for numbers in (self.base, self.task_vectors))
+        return replace(self, base=base, task_vectors=task_vectors).to(device)
+
+    @contextmanager
+    def expert_source(self, task: str) -> Iterator[Source | None]:
+        """Where expert ``task``'s own tensors are read from where its task vector is quantised, which does not give them.
+
+        None where base + task vector is the expert, and where it is not known what was packed. A folder must still be there.
+        """
+        expert = self.experts.get(task)
+        if isinstance(expert, Path):
+            with open_checkpoint(self.folder) as base:
+                with open_expert(expert, CheckpointSource(base, "base"), f"expert '{task}'") as source:
+                    yield source
+        else:
+            yield expert
+
+    def to(self, device: torch.device | str) -> PackedWeights:
+        """The same with everything that is computed with on another device."""
+        if not on_host(self.base):
+            raise ValueError("weights in a packed file are on no device; give PackedWeights.open(device=) the one to compute on")
+        return replace(
+            self,
+            layout=replace(self.layout, block_layer=self.layout.block_layer.to(device)),
+            base=self.base.to(device),
+            task_vectors=self.task_vectors.to(device),
+            unchanged={name: tensor.to(device) for name, tensor in self.unchanged.items()},
+        )
+
+    def merged_buffers(self) -> Buffers:
+        """The merged model's buffers: float ones are the average of the experts', the others are the base's."""
+        average = {
+            name: torch.stack([self.expert_buffers[task][name].double() for task in self.tasks]).mean(0).to(buffer.dtype)
+            for name, buffer in self.buffers.items()
+            if buffer.is_floating_point()
+        }
+        return {**self.buffers, **average}
+
+    def state_dict(self, merged: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """All tensors of the model whose packed weights are ``merged`` [N], in the base's names, order and dtypes.
+
+        dtype: of all weights, in place of the base's. Heads are not in it; tied names refer to one tensor.
+        """
+        views = self.layout.views(merged)
+        tensors = {}
+        for name, base_dtype in zip(self.layout.names, self.layout.dtypes, strict=True):
+            tensors[name] = (views[name] if name in views else self.unchanged[name]).to(dtype or base_dtype)
+        tensors.update({alias: tensors[name] for alias, name in self.aliases.items()})
+        return {**tensors, **self.merged_buffers()}
+
+    def tensors(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As `state_dict` of the weights merged at ``coefficients`` [T, L], one layer at a time and tied ones once."""
+        coefficients = coefficients.to(self.base.device)
+        packed = [layer for layer, offset in enumerate(self.layout.offsets) if offset is not None]
+        store = self.store(piece=max((self.layout.extent(layer)[1] for layer in packed), default=BLOCK))
+        for layer, (name, base_dtype) in enumerate(zip(self.layout.names, self.layout.dtypes, strict=True)):
+            if self.layout.offsets[layer] is None:
+                tensor = self.unchanged[name]
+            else:
+                start, length = self.layout.extent(layer)
+                merged = weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length))
+                tensor = merged[: self.layout.shapes[layer].numel()].view(self.layout.shapes[layer])
+            yield name, tensor.to(dtype or base_dtype).cpu()
+        yield from self.merged_buffers().items()
+
+    def _blocks(self, start: int, length: int) -> Tensor:
+        return self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
+
+
+def _pairs(experts) -> list[tuple]:
+    return list(experts.items() if isinstance(experts, Mapping) else experts)
+
+
+@contextmanager
+def _sources(base: str | Path, experts) -> Iterator[tuple[Source, list[tuple[str, Source]]]]:
+    """Model folders, or LoRA adapters of the base, opened for reading."""
+    with ExitStack() as stack:
+        source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
+        opened = ((task, open_expert(path, source, f"expert '{task}'")) for task, path in _pairs(experts))
+        yield source, [(task, stack.enter_context(expert)) for task, expert in opened]

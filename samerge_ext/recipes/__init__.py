@@ -1,0 +1,1 @@
+"""A YAML file in mergekit's keys, and the merge that it describes."""

@@ -1,0 +1,159 @@
+"""Data-free recipes: mergekit's methods and parameters as rules of a merge from file to file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.elementwise.file_merge import FileMerge
+from samerge_ext.elementwise.piecewise import Combination, Rule
+from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.ties import Ties
+from samerge_ext.recipes.tensor_settings import depths, resolve
+
+if TYPE_CHECKING:
+    from samerge_ext.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which parameters a method reads, beside weight and normalize, and their defaults. A weight of None must be given."""
+
+    weight: float | None
+    normalize: bool
+    sparsify: str | None = None  # "ties" or "dare"
+    elect: bool = False
+    parameters: tuple[str, ...] = ()
+
+
+# int8_mask is how mergekit saves memory of its own: files that have it are taken, and it changes no number here or there.
+_SHARED = ("lambda", "int8_mask", "align_norms")
+METHODS = {
+    "linear": Method(1.0, normalize=True),
+    "task_arithmetic": Method(0.3, normalize=False, parameters=_SHARED),
+    "ties": Method(None, True, "ties", elect=True, parameters=(*_SHARED, "density", "rescale", "trim")),
+    "dare_linear": Method(None, False, "dare", parameters=(*_SHARED, "density", "rescale", "seed")),
+    "dare_ties": Method(None, False, "dare", elect=True, parameters=(*_SHARED, "density", "rescale", "seed")),
+}
+
+
+def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a parameter that the method does not read."""
+    known = {"weight", "normalize", *METHODS[method].parameters}
+    for where, given, allowed in [
+        ("parameters", parameters, known),
+        *(("a model's parameters", given, known & {"weight", "density"}) for given in of_models),
+    ]:
+        unknown = set(given) - allowed
+        if unknown:
+            raise ValueError(f"{where} of {method}: unknown {sorted(unknown)}; known are {sorted(allowed)}")
+    if parameters.get("trim", "tensor") not in ("tensor", "vector"):
+        raise ValueError(f"trim: {parameters['trim']!r}; choose tensor or vector")
+    if METHODS[method].sparsify == "ties" and _boolean(parameters.get("rescale", False)):
+        raise ValueError("ties does not rescale here; leave 'rescale' out, or merge by dare_ties")
+
+
+def file_merge(recipe: Recipe, dtype: torch.dtype | None, out_dtype: torch.dtype | None) -> FileMerge:
+    """The recipe as a merge of files."""
+    settings, shared = METHODS[recipe.merge_method], recipe.parameters
+    experts = list(zip(recipe.tasks, recipe.experts, strict=True))
+    of_models = [entry.parameters for _, entry in experts]
+    folders = [(task, entry.model) for task, entry in experts]
+    is_linear = recipe.merge_method == "linear"
+    if is_linear and recipe.base_model and "weight" in shared and recipe.base_model not in [path for _, path in folders]:
+        folders.append((recipe.base_model.name, recipe.base_model))  # as mergekit: a weight for all is the base's too
+        of_models.append({})
+    names_from = recipe.base_model or folders[0][1]
+    whole = shared.get("trim") == "vector"
+
+    @functools.cache
+    def depth_of() -> dict[str, float]:
+        with open_checkpoint(names_from) as checkpoint:
+            return depths(checkpoint.names)
+
+    def rule_of(name: str, numel: int, merged: torch.dtype) -> Rule:
+        names = list(depth_of()) if whole else [name]
+
+        def value(key: str, default: Any, of_model: Mapping[str, Any] | None = None, convert: Callable = _number) -> Any:
+            sources = [shared] if of_model is None else [of_model, shared]
+            found = {resolve(key, sources, n, depth_of()[n], convert) for n in names}
+            if len(found) > 1:
+                raise ValueError(f"{key} differs between tensors; trimming the whole vector needs one value for all")
+            (one,) = found
+            if one is None and default is None:
+                raise ValueError(f"{recipe.merge_method} needs '{key}' for every model; '{name or names[0]}' has none")
+            return default if one is None else one
+
+        weights = [value("weight", settings.weight, of_model) for of_model in of_models]
+        normalize = value("normalize", settings.normalize, convert=_boolean)
+        total = sum(weights)
+        if is_linear and normalize and total == 0:
+            raise ValueError("linear divides by the sum of the weights, which is 0; set normalize to false")
+        combination = Combination(weights, value("lambda", 1.0), normalize=normalize, elect=settings.elect)
+        if settings.sparsify is None:
+            return combination
+        densities = [value("density", 1.0, of_model, _density) for of_model in of_models]
+        if settings.sparsify == "ties":
+            return Ties(numel, merged, densities, combination)
+        return Dare(name, densities, int(shared.get("seed", 0)), combination, value("rescale", True, convert=_boolean))
+
+    identity = recipe.model_dump(mode="json", exclude_defaults=True)
+    return FileMerge(
+        experts=folders,
+        rule_of=rule_of,
+        names_from=names_from,
+        base=None if is_linear else recipe.base_model,
+        heads=tuple(recipe.heads),
+        whole=whole,
+        align=_boolean(shared.get("align_norms", False)),
+        dtype=dtype,
+        out_dtype=out_dtype,
+        identity=identity,
+        card=_card(recipe.merge_method, len(folders), identity),
+    )
+
+
+def _card(method: str, count: int, identity: dict) -> str:
+    return "\n".join(
+        [
+            "---",
+            "tags: [merge, samerge_ext]",
+            "---",
+            "",
+            "# Merged model",
+            "",
+            f"{count} models merged by `{method}`:",
+            "",
+            "```yaml",
+            yaml.safe_dump(identity, sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    try:
+        return float(value)  # YAML reads 1e-1 as a text
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not a number") from None
+
+
+def _density(value: Any) -> float:
+    if not 0 <= _number(value) <= 1:
+        raise ValueError(f"density {value} lies outside of 0 … 1")
+    return _number(value)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value

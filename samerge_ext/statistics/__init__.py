@@ -1,0 +1,1 @@
+"""What StatsMerging reads of the experts' weights, and the network that it learns."""
