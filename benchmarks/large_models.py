@@ -36,9 +36,9 @@ from report import environment
 from turns import seconds_on
 
 import samerge_ext as sm
-from samerge_ext.budget.plan import PLAN_FILE, Way, parse_bytes, plan, show
+from samerge_ext.budget.plan import PLAN_FILE, Way, plan
 from samerge_ext.learning import loop as learning
-from samerge_ext.memory import peak_resident_bytes
+from samerge_ext.memory import parse_bytes, peak_resident_bytes, show_bytes
 from samerge_ext.packing.stores import empty_like, parts
 
 RESULTS = Path(__file__).parent / "results"
@@ -197,9 +197,9 @@ def main() -> None:
         way = Way(**row["plan"])
         row["share"] = (way.moved or moved) / row["seconds_per_step"] / row["bytes_per_second"] if way.streamed else None
         rows.append(row)
-        share = "" if row["share"] is None else f", {row['share']:.2f} of {show(row['bytes_per_second'])}/s"
+        share = "" if row["share"] is None else f", {row['share']:.2f} of {show_bytes(row['bytes_per_second'])}/s"
         print(
-            f"{name:11} {show(row['planned_bytes']):>8} planned {show(row['measured_bytes']):>8} measured "
+            f"{name:11} {show_bytes(row['planned_bytes']):>8} planned {show_bytes(row['measured_bytes']):>8} measured "
             f"{row['seconds_per_step']:8.2f} s/step{share}  {way.name}", flush=True,
         )  # fmt: skip
     out = arguments.out or RESULTS / f"large-models-{arguments.shape}-{arguments.task_vectors}-{arguments.device}.json"

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import samerge_ext as sm
 from samerge_ext.budget.dry_run import dry_run
-from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, parse_bytes, plan
+from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, plan
 from samerge_ext.cli.commands import app
+from samerge_ext.memory import parse_bytes
 from samerge_ext.recipes.recipe import load_recipe, run_recipe
 
 CONFIG = sm.SAMergingConfig(progress=False, steps=3)

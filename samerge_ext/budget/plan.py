@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from samerge_ext.budget.dry_run import DryRun, dry_run
 from samerge_ext.checkpoints.saving import atomic_write
+from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits
-from samerge_ext.memory import machine_bytes, resident_bytes
+from samerge_ext.memory import machine_bytes, parse_bytes, resident_bytes, show_bytes
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import on_host
 
-if TYPE_CHECKING:
-    from samerge_ext.learning.loop import LearningConfig
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 PLAN_FILE = "plan.json"  # in a run's checkpoint_dir
 SMALLEST_PIECE = 1 << 18  # numbers; below, reading a piece costs more than its bytes
 # What the process takes beyond tensors once the model has run: libraries' workspaces, memory that the allocator keeps.
@@ -109,14 +105,15 @@ class Plan:
         raise MemoryBudgetError("\n".join([f"memory_budget={given} is not enough for this merge:", *lines, advice]))
 
     def _with_host(self, on_device: int, on_host: int) -> str:
-        return show(on_device) if self.device.type == "cpu" else f"{show(on_device)} with {show(on_host)} on the host"
+        device = show_bytes(on_device)
+        return device if self.device.type == "cpu" else f"{device} with {show_bytes(on_host)} on the host"
 
     def _excess(self, way: Way, limit: int, host_limit: int) -> str:
         """What a way takes, and by how much it misses; empty where it fits."""
         if way.device_bytes > limit:
-            return f"{show(way.device_bytes)}, {show(way.device_bytes - limit)}"
+            return f"{show_bytes(way.device_bytes)}, {show_bytes(way.device_bytes - limit)}"
         if self.device.type != "cpu" and way.host_bytes > host_limit:
-            return f"{show(way.host_bytes)} of the host's memory, {show(way.host_bytes - host_limit)}"
+            return f"{show_bytes(way.host_bytes)} of the host's memory, {show_bytes(way.host_bytes - host_limit)}"
         return ""
 
 
@@ -240,18 +237,3 @@ def _numel(batch: Any) -> int:
     sizes = []
     map_tensors(lambda tensor: sizes.append(tensor.numel()), batch)
     return sum(sizes)
-
-
-def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
-    """A number of bytes, or a text such as "16GB" (powers of 1000) or "512MiB" (of 1024)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"{name}={size!r}; give a number of bytes, or a text such as '16GB' or '512MiB'")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def show(num_bytes: int) -> str:
-    for unit in ("GB", "MB", "KB"):
-        if num_bytes >= UNITS[unit]:
-            return f"{num_bytes / UNITS[unit]:.3g} {unit}"
-    return f"{num_bytes} B"

@@ -15,6 +15,7 @@ from rich.text import Text
 
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
+from samerge_ext.memory import show_bytes
 
 app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -94,7 +95,6 @@ def plan(
     memory_budget: Annotated[str | None, typer.Option(help="the most memory to take, such as 16GB")] = None,
 ) -> None:
     """What a learned merge would take, by each way to hold the merged model, from the headers of its folders alone."""
-    from samerge_ext.budget.plan import show
     from samerge_ext.recipes.recipe import load_recipe, plan_recipe
 
     try:
@@ -105,9 +105,9 @@ def plan(
     except MISTAKES as error:
         _fail(error)
     for way in found.ways:
-        moved = f", {show(way.moved)} read per step" if way.moved else ""
-        beside = "" if found.device.type == "cpu" else f" of the GPU, {show(way.host_bytes)} of the host"
-        typer.echo(f"{'*' if way == chosen else ' '} {way.name}: {show(way.device_bytes)}{beside}{moved}")
+        moved = f", {show_bytes(way.moved)} read per step" if way.moved else ""
+        beside = "" if found.device.type == "cpu" else f" of the GPU, {show_bytes(way.host_bytes)} of the host"
+        typer.echo(f"{'*' if way == chosen else ' '} {way.name}: {show_bytes(way.device_bytes)}{beside}{moved}")
     if chosen:
         typer.echo(f"* the fastest within {budget}")
 

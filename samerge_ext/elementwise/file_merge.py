@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,9 +32,7 @@ from samerge_ext.checkpoints.saving import (
 from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of, plan_shards
 from samerge_ext.checkpoints.sources import CheckpointSource, matches
 from samerge_ext.elementwise.file_pieces import FilePieces
-from samerge_ext.elementwise.piecewise import Piece, Rule, merge_pieces
-from samerge_ext.methods.distac import shortening
-from samerge_ext.methods.ties import Ties
+from samerge_ext.elementwise.piecewise import Piece, Rule, WholeRule, merge_pieces
 from samerge_ext.packing.validation import check_finite, check_headers, check_ties, shared_names
 
 RECORD = "merge.json"  # in OUT.state: what is merged, and how far it is
@@ -46,9 +44,11 @@ class FileMerge:
 
     base: its folder; None where the experts themselves are combined, not their differences from it.
     experts: tasks and folders. heads: patterns of tensors that are kept per task.
-    rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector.
+    rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
+        `WholeRule`.
     names_from: the folder that says which tensors there are, and whose configuration and tokenizer are copied.
-    align: shorten all task vectors to one norm first (DisTaC).
+    factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
+        (`methods.distac.shortening`).
     dtype: what tensors are read as; by default what the models' own types promote to. out_dtype: what is written.
     identity: says, as JSON, what the rules are made from. card: the model card.
     """
@@ -59,7 +59,7 @@ class FileMerge:
     base: Path | None = None
     heads: tuple[str, ...] = ()
     whole: bool = False
-    align: bool = False
+    factors_of: Callable[[Sequence[float], Sequence[str]], list[float]] | None = None
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
     identity: dict = field(default_factory=dict)
@@ -137,11 +137,11 @@ class _Run:
 
     def merge(self, record: _Record, left: list[Shard]) -> None:
         """Writes the shards that are left, and notes each when it is whole."""
-        if self._merge.align:
+        if self._merge.factors_of:
             if "factors" not in record.content:
-                record.note(factors=self._alignment())
+                record.note(factors=self._merge.factors_of(self._squares(), [task for task, _ in self._experts]))
             self._pieces.factors = record.content["factors"]
-        whole: Ties | None = self._rules.get("")
+        whole: WholeRule | None = self._rules.get("")
         if whole is not None:
             if "trims" not in record.content:
                 with self._blaming(list(self._dtypes)):
@@ -233,12 +233,13 @@ class _Run:
     def _written_dtype(self, name: str) -> torch.dtype:
         return self._names.dtype(name) if name in self._buffers else self._merge.out_dtype or self._dtypes[name]
 
-    def _alignment(self) -> list[float]:
+    def _squares(self) -> list[float]:
+        """Of the task vectors' norms."""
         squares = [0.0] * len(self._experts)
         for piece in self._all_pieces():
             for task, row in enumerate(piece.rows()):
                 squares[task] += float(row.double().square().sum())
-        return shortening(squares, [task for task, _ in self._experts])
+        return squares
 
     @contextmanager
     def _blaming(self, names: list[str]) -> Iterator[None]:

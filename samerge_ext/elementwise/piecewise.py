@@ -49,6 +49,14 @@ class Rule(Protocol):
     def merge(self, piece: Piece) -> Tensor: ...  # [n]
 
 
+class WholeRule(Rule, Protocol):
+    """A rule for all tensors as one vector: what it knows between two of them can be kept as JSON and taken up again."""
+
+    def state(self) -> list: ...
+
+    def restore(self, state: Sequence) -> None: ...
+
+
 class Combination:
     """Σ_t w_t τ_t, or with ``elect`` the sum of those that agree with its sign (TIES), times ``scale``; it needs no rounds.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.learning.config import PRECISIONS
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.merged.model import MergedModel
 
@@ -17,8 +18,6 @@ from samerge_ext.merged.model import MergedModel
 Logits = Callable[[nn.Module, Any, str], Tensor]
 # objective(logits [B, V], target) -> loss [], ∂loss/∂logits [B, V]; the target is what the batch came with.
 Objective = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def call_logits(logits: Logits, module: nn.Module, batch: Any, task: str, precision: str = "fp32") -> Tensor:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.config import LearningConfig
 from samerge_ext.merged.model import MergedModel
-
-if TYPE_CHECKING:
-    from samerge_ext.learning.loop import LearningConfig
 
 STATE_FILE = "state.pt"  # in a run's checkpoint_dir
 

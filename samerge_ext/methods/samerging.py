@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.calibration import teacher_logits
-from samerge_ext.learning.loop import LearningConfig, calibration_set, learn, make_model, within_budget
+from samerge_ext.learning.config import LearningConfig
+from samerge_ext.learning.loop import calibration_set, learn
 from samerge_ext.learning.passes import Logits
 from samerge_ext.merged.result import Result
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad

@@ -1,5 +1,7 @@
 """What the operators share: their library in the dispatcher, and checks of packed arguments."""
 
+from typing import Protocol
+
 import torch
 
 BLOCK = 1024  # numbers per block; a block belongs to one layer
@@ -7,6 +9,20 @@ BLOCK = 1024  # numbers per block; a block belongs to one layer
 library = torch.library.Library("samerge", "DEF")
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Quantised(Protocol):
+    """Task vectors of T tasks in few bits a number, as operators read them: `packing.quantised.QuantisedTaskVectors`."""
+
+    codes: torch.Tensor  # [R, N] int8 or [R, N // 2] uint8
+    scales: torch.Tensor  # [R, N // 128] bf16
+
+    @property
+    def shape(self) -> torch.Size: ...  # [T, N]
+
+    def of_rows(self, coefficients: torch.Tensor) -> torch.Tensor: ...  # [T, L] -> [R, L]
+
+    def of_tasks(self, gradient: torch.Tensor) -> torch.Tensor: ...  # [R, L] -> [T, L]
 
 
 def define(schema: str) -> None:

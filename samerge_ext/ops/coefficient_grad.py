@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend
-from ..packing.quantised import QuantisedTaskVectors
-from ._common import accumulator, check_packed, define, library
+from ._common import Quantised, accumulator, check_packed, define, library
 
 define(
     "coefficient_grad(Tensor grad, Tensor task_vectors, Tensor block_layer, SymInt num_layers, Tensor? scales=None) -> Tensor"
@@ -14,7 +13,7 @@ define(
 
 
 def coefficient_grad(
-    grad: torch.Tensor, task_vectors: torch.Tensor | QuantisedTaskVectors, block_layer: torch.Tensor, num_layers: int
+    grad: torch.Tensor, task_vectors: torch.Tensor | Quantised, block_layer: torch.Tensor, num_layers: int
 ) -> torch.Tensor:
     """Gradient of a loss by the merging coefficients, out[t, l] = Σ over i in layer l of grad[i] · task_vectors[t, i].
 
@@ -33,7 +32,7 @@ def coefficient_grad(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or `task_vectors` requires grad.
     """
-    if isinstance(task_vectors, QuantisedTaskVectors):
+    if not isinstance(task_vectors, torch.Tensor):
         check_packed("grad", grad, task_vectors.codes, block_layer, task_vectors.scales)
         parts = task_vectors.codes, block_layer, num_layers, task_vectors.scales
         return task_vectors.of_tasks(torch.ops.samerge.coefficient_grad(grad, *parts))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend
-from ..packing.quantised import QuantisedTaskVectors
-from ._common import accumulator, check_devices, check_packed, define, library, shape
+from ._common import Quantised, accumulator, check_devices, check_packed, define, library, shape
 
 # With scales, task_vectors holds the codes of QuantisedTaskVectors.
 _INPUTS = "Tensor base, Tensor task_vectors, Tensor coefficients, Tensor block_layer, Tensor? scales=None"
@@ -16,7 +15,7 @@ define(f"weighted_sum_out(Tensor(a!) out, {_INPUTS}) -> ()")
 
 def weighted_sum(
     base: torch.Tensor,
-    task_vectors: torch.Tensor | QuantisedTaskVectors,
+    task_vectors: torch.Tensor | Quantised,
     coefficients: torch.Tensor,
     block_layer: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -43,7 +42,7 @@ def weighted_sum(
         RuntimeError: `out` is given while an input requires grad and grad mode is on.
     """
     stored, scales = task_vectors, None
-    if isinstance(task_vectors, QuantisedTaskVectors):
+    if not isinstance(task_vectors, torch.Tensor):
         stored, scales = task_vectors.codes, task_vectors.scales
     check_packed("base", base, stored, block_layer, scales)
     if coefficients.dim() != 2 or coefficients.shape[0] != task_vectors.shape[0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -16,16 +16,11 @@ from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_n
 from samerge_ext.packing.quantised import QuantisedTaskVectors
 from samerge_ext.packing.validation import check_sources
 
-if TYPE_CHECKING:
-    from samerge_ext.packing.packed_weights import PackedWeights
-
 SUFFIXES = (".safetensors", ".bin", ".json")  # of the files that a model folder's weights may be in
 
 
-def open_packed(
-    kind: type[PackedWeights], file: Path, device: torch.device, verify: bool, made_from: dict | None
-) -> PackedWeights | None:
-    """See `PackedWeights.open`."""
+def open_packed(file: Path, device: torch.device, verify: bool, made_from: dict | None) -> dict[str, Any] | None:
+    """The fields of packed weights; see `PackedWeights.open`."""
     opened = PackedFile(file)
     about = opened.about
     if made_from is not None and about["identity"] != made_from:
@@ -43,19 +38,19 @@ def open_packed(
     tasks = tuple(about["tasks"])
     base, task_vectors = file_numbers(opened, len(tasks), device)
     small = {key: {name: opened.read(body) for name, body in names.items()} for key, names in about["small"].items()}
-    return kind(
-        layout=layout,
-        tasks=tasks,
-        base=base,
-        task_vectors=task_vectors,
-        unchanged={name: tensor.to(device) for name, tensor in small["unchanged"].items()},
-        aliases=about["aliases"],
-        buffers=small["buffers"],
-        expert_buffers={task: small[f"buffers/{t}"] for t, task in enumerate(tasks)},
-        heads={task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
-        folder=Path(about["folder"]),
-        experts={task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
-    )
+    return {
+        "layout": layout,
+        "tasks": tasks,
+        "base": base,
+        "task_vectors": task_vectors,
+        "unchanged": {name: tensor.to(device) for name, tensor in small["unchanged"].items()},
+        "aliases": about["aliases"],
+        "buffers": small["buffers"],
+        "expert_buffers": {task: small[f"buffers/{t}"] for t, task in enumerate(tasks)},
+        "heads": {task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
+        "folder": Path(about["folder"]),
+        "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
+    }
 
 
 def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dtype, heads) -> None:
@@ -101,8 +96,8 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
         raise
 
 
-def described(kind: type[PackedWeights], base, experts, dtype, task_vector_dtype, heads, device) -> PackedWeights:
-    """What packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
+def described(base, experts, dtype, task_vector_dtype, heads, device) -> dict[str, Any]:
+    """The fields that packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
 
     Every layer counts as changed. Values are read of heads, buffers and LoRA factors alone.
     """
@@ -111,7 +106,8 @@ def described(kind: type[PackedWeights], base, experts, dtype, task_vector_dtype
     form = task_vector_dtype or dtype
     check_form(form, experts)
     task_vectors = empty_task_vectors(experts, fields["layout"], dtype, form, "meta")
-    return kind(**fields, base=torch.empty(fields["layout"].numel, dtype=dtype, device="meta"), task_vectors=task_vectors)
+    numbers = torch.empty(fields["layout"].numel, dtype=dtype, device="meta")
+    return {**fields, "base": numbers, "task_vectors": task_vectors}
 
 
 def identity_of(folders: Sequence[Path], **settings) -> dict:

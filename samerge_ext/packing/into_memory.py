@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,34 +15,29 @@ from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.packing.stores import Numbers
 from samerge_ext.packing.validation import check_sources, shared_names
 
-if TYPE_CHECKING:
-    from samerge_ext.packing.packed_weights import PackedWeights
-
 
 def pack_into_memory(
-    kind: type[PackedWeights],
     base: Source,
     experts: list[tuple[str, Source]],
     dtype: torch.dtype,
     task_vector_dtype: torch.dtype | str | None,
     device: torch.device | str,
     heads: str | Sequence[str],
-) -> PackedWeights:
-    """Checks everything, then packs tensor by tensor: what is held beside the packed weights is one tensor of each model."""
+) -> dict[str, Any]:
+    """The fields of packed weights. Checks everything, then packs tensor by tensor: what is held beside them is one tensor of
+    each model."""
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     task_vector_dtype = task_vector_dtype or dtype
     check_form(task_vector_dtype, experts)
     changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, task_vector_dtype))
 
     fields = outline(base, experts, heads, changed, dtype, device)
-    packed = kind(
-        **fields,
-        base=torch.zeros(fields["layout"].numel, dtype=dtype, device=device),
-        task_vectors=empty_task_vectors(experts, fields["layout"], dtype, task_vector_dtype, device),
-        experts=dict(experts) if task_vector_dtype in FORMATS else {},
-    )
-    _fill(packed, base, experts)
-    return packed
+    layout: Layout = fields["layout"]
+    packed = torch.zeros(layout.numel, dtype=dtype, device=device)  # [N]
+    task_vectors = empty_task_vectors(experts, layout, dtype, task_vector_dtype, device)  # [T, N]
+    _fill(layout, packed, task_vectors, base, experts)
+    kept = dict(experts) if task_vector_dtype in FORMATS else {}
+    return {**fields, "base": packed, "task_vectors": task_vectors, "experts": kept}
 
 
 def check_form(form: torch.dtype | str, experts: list[tuple[str, Source]]) -> None:
@@ -102,17 +97,17 @@ def outline(
     }
 
 
-def _fill(packed: PackedWeights, base: Source, experts: list[tuple[str, Source]]) -> None:
-    """Writes base and task vectors, one tensor at a time."""
-    views, stored = packed.layout.views(packed.base), packed.task_vectors
-    rows = [packed.layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
-    for name, view in views.items():
-        pretrained = base.read(name).to(packed.base.device, packed.coefficient_dtype)
+def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts: list[tuple[str, Source]]) -> None:
+    """Writes base [N] and task vectors [T, N], one tensor at a time."""
+    rows = [layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
+    wide = torch.float64 if packed.dtype == torch.float64 else torch.float32
+    for name, view in layout.views(packed).items():
+        pretrained = base.read(name).to(packed.device, wide)
         view.copy_(pretrained)
         for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
             torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
         if isinstance(stored, QuantisedTaskVectors):
-            extent = packed.layout.extent(packed.layout.names.index(name))
+            extent = layout.extent(layout.names.index(name))
             quantise(stored.narrow(*extent), name, pretrained, experts)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # numbers; a block belongs to one layer, so a kernel looks its layer up once per block
+from samerge_ext.ops._common import BLOCK
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class PackedWeights:
         NaN, Inf or not float, for two tasks of one name, and for an expert that equals the base.
         """
         sources = [(task, ModuleSource(module, f"expert '{task}'")) for task, module in _pairs(experts)]
-        return pack_into_memory(cls, ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
+        return cls(**pack_into_memory(ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads))
 
     @classmethod
     def from_state_dicts(
@@ -95,7 +95,7 @@ class PackedWeights:
     ) -> PackedWeights:
         """As `from_modules`; int64 and bool tensors and BatchNorm's running statistics count as buffers."""
         sources = [(task, StateDictSource(tensors, f"expert '{task}'")) for task, tensors in _pairs(experts)]
-        return pack_into_memory(cls, StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads)
+        return cls(**pack_into_memory(StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads))
 
     @classmethod
     def from_folders(
@@ -136,7 +136,7 @@ class PackedWeights:
                 about = {"folder": str(base), "experts": experts_at, "identity": identity}
                 pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
                 return cls.open(file, device=device, verify=False)
-            packed = pack_into_memory(cls, base_source, sources, dtype, task_vector_dtype, device, heads)
+            packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads))
         packed.folder = Path(base)
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
@@ -155,7 +155,7 @@ class PackedWeights:
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
         with _sources(base, experts) as (base_source, sources):
-            return described(cls, base_source, sources, dtype, task_vector_dtype, heads, device)
+            return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device))
 
     @classmethod
     def open(
@@ -167,7 +167,8 @@ class PackedWeights:
         made_from: return None, without reading on, where the file was made from something else.
         Raises CheckpointError for a file that is missing, cut off, damaged, or no packed file.
         """
-        return open_packed(cls, Path(file), torch.device(device), verify, made_from)
+        fields = open_packed(Path(file), torch.device(device), verify, made_from)
+        return None if fields is None else cls(**fields)
 
     def store(self, *, device: torch.device | str | None = None, piece: int | None = None) -> Store:
         """What hands base and task vectors to a streamed model on ``device``, where they are by default.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,11 +15,9 @@ from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
 from samerge_ext.recipes.tensor_settings import depths, resolve
-
-if TYPE_CHECKING:
-    from samerge_ext.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,30 @@ def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list
         raise ValueError("ties does not rescale here; leave 'rescale' out, or merge by dare_ties")
 
 
-def file_merge(recipe: Recipe, dtype: torch.dtype | None, out_dtype: torch.dtype | None) -> FileMerge:
-    """The recipe as a merge of files."""
-    settings, shared = METHODS[recipe.merge_method], recipe.parameters
-    experts = list(zip(recipe.tasks, recipe.experts, strict=True))
-    of_models = [entry.parameters for _, entry in experts]
-    folders = [(task, entry.model) for task, entry in experts]
-    is_linear = recipe.merge_method == "linear"
-    if is_linear and recipe.base_model and "weight" in shared and recipe.base_model not in [path for _, path in folders]:
-        folders.append((recipe.base_model.name, recipe.base_model))  # as mergekit: a weight for all is the base's too
+def file_merge(
+    method: str,
+    experts: Sequence[tuple[str, Path, Mapping[str, Any]]],
+    base_model: Path | None,
+    parameters: Mapping[str, Any],
+    *,
+    heads: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    identity: dict,
+) -> FileMerge:
+    """A recipe as a merge of files.
+
+    experts: task, folder and parameters of each. parameters: of the method, for all. identity: the recipe as JSON, for the
+        model card and for telling whether an interrupted merge was of the same.
+    """
+    settings, shared = METHODS[method], parameters
+    of_models = [own for _, _, own in experts]
+    folders = [(task, folder) for task, folder, _ in experts]
+    is_linear = method == "linear"
+    if is_linear and base_model and "weight" in shared and base_model not in [path for _, path in folders]:
+        folders.append((base_model.name, base_model))  # as mergekit: a weight for all is the base's too
         of_models.append({})
-    names_from = recipe.base_model or folders[0][1]
+    names_from = base_model or folders[0][1]
     whole = shared.get("trim") == "vector"
 
     @functools.cache
@@ -87,7 +99,7 @@ def file_merge(recipe: Recipe, dtype: torch.dtype | None, out_dtype: torch.dtype
                 raise ValueError(f"{key} differs between tensors; trimming the whole vector needs one value for all")
             (one,) = found
             if one is None and default is None:
-                raise ValueError(f"{recipe.merge_method} needs '{key}' for every model; '{name or names[0]}' has none")
+                raise ValueError(f"{method} needs '{key}' for every model; '{name or names[0]}' has none")
             return default if one is None else one
 
         weights = [value("weight", settings.weight, of_model) for of_model in of_models]
@@ -103,19 +115,18 @@ def file_merge(recipe: Recipe, dtype: torch.dtype | None, out_dtype: torch.dtype
             return Ties(numel, merged, densities, combination)
         return Dare(name, densities, int(shared.get("seed", 0)), combination, value("rescale", True, convert=_boolean))
 
-    identity = recipe.model_dump(mode="json", exclude_defaults=True)
     return FileMerge(
         experts=folders,
         rule_of=rule_of,
         names_from=names_from,
-        base=None if is_linear else recipe.base_model,
-        heads=tuple(recipe.heads),
+        base=None if is_linear else base_model,
+        heads=tuple(heads),
         whole=whole,
-        align=_boolean(shared.get("align_norms", False)),
+        factors_of=shortening if _boolean(shared.get("align_norms", False)) else None,
         dtype=dtype,
         out_dtype=out_dtype,
         identity=identity,
-        card=_card(recipe.merge_method, len(folders), identity),
+        card=_card(method, len(folders), identity),
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.lora import is_adapter
 from samerge_ext.checkpoints.saving import require_space, require_target
-from samerge_ext.elementwise.file_merge import merge_files
+from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
@@ -164,7 +164,7 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     """
     dtype = DTYPES[recipe.dtype]
     if recipe.merge_method in METHODS:
-        merge_files(file_merge(recipe, dtype, DTYPES[recipe.out_dtype]), out, overwrite=overwrite)
+        merge_files(_file_merge(recipe), out, overwrite=overwrite)
         return None
     require_target(out, overwrite=overwrite)
     experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)]
@@ -180,6 +180,19 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     if state.exists() and not any(state.iterdir()):
         state.rmdir()
     return result
+
+
+def _file_merge(recipe: Recipe) -> FileMerge:
+    return file_merge(
+        recipe.merge_method,
+        [(task, entry.model, entry.parameters) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)],
+        recipe.base_model,
+        recipe.parameters,
+        heads=recipe.heads,
+        dtype=DTYPES[recipe.dtype],
+        out_dtype=DTYPES[recipe.out_dtype],
+        identity=recipe.model_dump(mode="json", exclude_defaults=True),
+    )
 
 
 def _plans_a_file(recipe: Recipe) -> bool:

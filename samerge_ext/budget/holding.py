@@ -1,0 +1,53 @@
+"""How a learned merge holds its model: as its configuration says, or as a plan for its memory budget does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from samerge_ext.budget.plan import planned_way
+from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.config import LearningConfig
+from samerge_ext.learning.passes import Logits
+from samerge_ext.memory import large_tensors_mapped, trim_heap
+from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import indexed
+
+
+def within_budget(method: Callable) -> Callable:
+    """A learning method; where its configuration has a memory budget, large CPU tensors leave nothing behind when freed."""
+
+    @functools.wraps(method)
+    def run(*args: Any, config: LearningConfig | None = None, **others: Any):
+        with large_tensors_mapped() if config and config.memory_budget is not None else nullcontext():
+            return method(*args, config=config, **others)
+
+    return run
+
+
+def make_model(
+    module: nn.Module, packed: PackedWeights, config: LearningConfig, calibration: Calibration, logits: Logits, *, teachers: bool
+) -> MergedModel:
+    """The model that coefficients are learned on, held as the configuration says or as a plan for its memory budget does.
+
+    teachers: the experts' logits will be kept too. Raises MemoryBudgetError where nothing fits the budget.
+    """
+    device = indexed(config.device or packed.base.device)
+    if config.memory_budget is not None:
+        on_cpu = device.type == "cpu"
+        if on_cpu:
+            trim_heap()  # it would count
+        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers)
+        model = way.make(module, packed, config.initial_coefficient, device)
+        if on_cpu:
+            trim_heap()  # the weights that the module came with
+        return model
+    if config.streamed:
+        store = packed.store(device=device)
+        return MergedModel(module, packed, config.initial_coefficient, streamed=True, store=store)
+    return MergedModel(module, packed.in_memory(device), config.initial_coefficient)
