@@ -43,7 +43,18 @@ def check(*args, at_least=0.0):
     assert result[0].dtype == (torch.float64 if args[0].dtype == torch.float64 else torch.float32)
     assert result[1].dtype == args[0].dtype
     assert_close(result[0], expected[0], "losses", at_least)
-    assert_close(result[1], expected[1], "grad", at_least)
+    assert_close(result[1], expected[1], "grad", max(at_least, cancelling(*args)))
+
+
+def cancelling(student, teacher, teacher_weights, num_classes, row_scale, loss, temperature, _):
+    """The norm of the terms whose difference is the entropy's gradient, q (−log q) − q H: the sum H over a row is rounded to H's
+    size, by an order of summation that differs between processors, and the difference is smaller than H."""
+    if loss != "entropy" or not student.shape[1]:
+        return 0.0
+    classes = torch.full((len(student),), student.shape[1]) if num_classes is None else num_classes
+    rows = [row[:count].double().softmax(0) for row, count in zip(student / temperature, classes, strict=True)]
+    terms = [torch.special.entr(q).sum() * q * scale / temperature for q, scale in zip(rows, row_scale.double(), strict=True)]
+    return torch.cat(terms).norm().item() if terms else 0.0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
