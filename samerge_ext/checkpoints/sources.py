@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.folder import Checkpoint
+from samerge_ext.checkpoints.naming import is_derived_buffer
 
 # Running statistics of normalisation layers, as state dicts and checkpoints name them.
-FLOAT_BUFFERS = ("*running_mean", "*running_var")
+STATISTICS = ("*running_mean", "*running_var")
 
 
 class Source(ABC):
@@ -46,9 +48,18 @@ class Source(ABC):
             raise ValueError(f"{self.label}: '{name}' was {list(shape)} when packed and is {list(found)} now")
         return self.read(name)
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
+        out.copy_(self.read(name).reshape(-1)[start : start + out.numel()])
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the tensors are in."""
+        return ()
+
     def is_buffer(self, name: str) -> bool:
-        """Whether a tensor is a buffer. Without its module: counters, masks and positions, or running statistics."""
-        return self.dtype(name) in (torch.int64, torch.bool) or matches(name, FLOAT_BUFFERS)
+        """Whether a tensor is a buffer. Without its module: integers, running statistics, and what a model makes for itself."""
+        return not self.dtype(name).is_floating_point or matches(name, STATISTICS) or is_derived_buffer(name, self.shape(name))
 
     @abstractmethod
     def _shape(self, name: str) -> torch.Size: ...
@@ -121,8 +132,14 @@ class CheckpointSource(Source):
         self.names = checkpoint.names
         self.aliases = dict(checkpoint.tied)
         self._stored = frozenset(checkpoint.names)
-        self.files, self.read_into = checkpoint.files, checkpoint.read_into
         self._checkpoint = checkpoint
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        self._checkpoint.read_into(self.aliases.get(name, name), start, out)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._checkpoint.files
 
     def _shape(self, name: str) -> torch.Size:
         return self._checkpoint.shape(name)
@@ -132,6 +149,10 @@ class CheckpointSource(Source):
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name)
+
+
+# Tasks and the models that were fine-tuned for them.
+Experts = Sequence[tuple[str, Source]]
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from samerge_ext.checkpoints.alignment import Aligned, align
 from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
 from samerge_ext.checkpoints.saving import (
@@ -31,7 +32,7 @@ from samerge_ext.checkpoints.saving import (
     sync,
 )
 from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of, plan_shards
-from samerge_ext.checkpoints.sources import CheckpointSource, matches
+from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Source, matches
 from samerge_ext.elementwise.file_pieces import FilePieces
 from samerge_ext.elementwise.piecewise import Piece, Rule, WholeRule, merge_pieces
 from samerge_ext.packing.validation import check_finite, check_headers, check_ties, shared_names
@@ -44,7 +45,8 @@ class FileMerge:
     """What is merged from files.
 
     base: its folder; None where the experts themselves are combined, not their differences from it.
-    experts: tasks and folders. heads: patterns of tensors that are kept per task.
+    experts: tasks and folders. heads: patterns of tensors that are kept per task. keep: of those that not
+        all models have, and that stay as they are.
     rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
     names_from: the folder that says which tensors there are, and whose configuration and tokenizer are copied.
@@ -59,6 +61,7 @@ class FileMerge:
     names_from: Path
     base: Path | None = None
     heads: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     whole: bool = False
     factors_of: Callable[[Sequence[float], Sequence[str]], list[float]] | None = None
     dtype: torch.dtype | None = None
@@ -88,7 +91,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         experts = [(task, CheckpointSource(opened[path], f"expert '{task}'")) for task, path in merge.experts]
         stored = {file: _identity(file) for checkpoint in opened.values() for file in checkpoint.files}
         identity = {**merge.identity, "files": {str(file): list(found) for file, found in stored.items()}}
-        run = _Run(merge, names, experts, target, stored)
+        run = _Run(merge, align(names, experts, merge.heads, merge.keep, merge.names_from), target, stored)
         record = stack.enter_context(_record(state, json.loads(json.dumps(identity))))
         if record.is_whole() and not record.folder.exists():  # interrupted after the folder got its name
             return Path(out)
@@ -109,19 +112,19 @@ class _Run:
     def __init__(
         self,
         merge: FileMerge,
-        names: CheckpointSource,
-        experts: list[tuple[str, CheckpointSource]],
+        models: Aligned,
         target: Path,
         stored: dict[Path, tuple[int, int]],
     ):
-        check_headers(names, experts, merge.heads, torch.float32, torch.float32)
+        names, experts = models.base, models.experts
+        check_headers(names, experts, models.heads, torch.float32, torch.float32)
         for _, expert in experts:
             check_ties(names, expert)
-        self._merge, self._names, self._experts = merge, names, experts
+        self._merge, self._names, self._experts, self._heads, self._kept = merge, names, experts, models.heads, models.kept
         self._target, self._stored = target, stored
         self._threads = torch.get_num_threads()
-        shared = shared_names(names, merge.heads)
-        self._buffers = {name for name in shared if names.is_buffer(name)}
+        shared = shared_names(names, models.heads)
+        self._buffers = {name for name in shared if names.is_buffer(name)} | self._kept.keys()
         base = names if merge.base is not None else None
         sources = [source for _, source in experts] + ([base] if base else [])
         layers = [name for name in shared if name not in self._buffers]
@@ -140,7 +143,8 @@ class _Run:
             self._rules = {
                 name: merge.rule_of(name, names.shape(name).numel(), dtype) for name, dtype in self._dtypes.items()
             }
-        written = [(name, self._written_dtype(name), names.shape(name)) for name in shared]
+        shared += [name for name in self._kept if name not in names]
+        written = [(name, self._written_dtype(name), self._whose(name).shape(name)) for name in shared]
         self.shards = plan_shards(written, merge.shard_bytes)
 
     def merge(self, record: _Record, left: list[Shard]) -> None:
@@ -179,7 +183,7 @@ class _Run:
         if len(self.shards) > 1:
             (folder / "model.safetensors.index.json").write_text(index_of(self.shards))
         for task, expert in self._experts:
-            head = {name: expert.read(name) for name in expert.names if matches(name, merge.heads)}
+            head = {name: expert.read(name) for name in expert.names if name in self._heads}
             if head:
                 (folder / "heads").mkdir(exist_ok=True)
                 (folder / f"heads/{task}.safetensors").write_bytes(save(head))
@@ -192,7 +196,7 @@ class _Run:
 
     def _in_order(self, shard: Shard) -> list[str]:
         """The shard's tensors in the order of the model, which decides between equal magnitudes of a whole vector."""
-        return [name for name in self._names.names if name in shard.begins]
+        return [name for name in dict.fromkeys((*self._names.names, *self._kept)) if name in shard.begins]
 
     def _new_pieces(self, name: str) -> Callable[[], Iterator[Piece]]:
         return self._pieces.of(name, self._dtypes[name], self._names.shape(name).numel())
@@ -221,6 +225,15 @@ class _Run:
             writer.write(name, 0, self._merged_buffer(name).reshape(-1))
             return
         dtype, pieces = self._written_dtype(name), self._new_pieces(name)
+        try:
+            self._write_merged(name, dtype, pieces, writer)
+        except ValueError:
+            mask = self._names.read(name)
+            if not all(torch.equal(expert.read(name), mask) for _, expert in self._experts):
+                raise
+            writer.write(name, 0, mask.reshape(-1).to(dtype))  # infinite in all models: a mask
+
+    def _write_merged(self, name: str, dtype: torch.dtype, pieces: Callable[[], Iterator[Piece]], writer: ShardWriter) -> None:
         with self._blaming([name]):
             if self._merge.whole:
                 results: Iterator[tuple[Piece, Tensor]] = ((piece, self._rules[""].merge(piece)) for piece in pieces())
@@ -233,14 +246,29 @@ class _Run:
                 writer.write(name, piece.start, numbers)
 
     def _merged_buffer(self, name: str) -> Tensor:
-        """Float buffers (running statistics) are averaged, others are the base's."""
-        buffer = self._names.read(name)
-        if not buffer.is_floating_point():
+        """Running statistics move towards the experts' as the weights do, and stay within the range of all models'; what is
+        kept, and other buffers, are as they are."""
+        buffer = self._whose(name).read(name)
+        if name in self._kept or not matches(name, STATISTICS):
             return buffer
-        return torch.stack([expert.read(name).double() for _, expert in self._experts]).mean(0).to(buffer.dtype)
+        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.numel(), buffer.dtype).shares]
+        total = sum(shares)
+        if total > 1 or (self._merge.base is None and total):
+            shares = [share / total for share in shares]
+        merged = (1 - sum(shares)) * buffer.double()
+        for share, (_, expert) in zip(shares, self._experts, strict=True):
+            finetuned = expert.read(name)
+            check_finite(expert, name, finetuned)
+            merged += share * finetuned.double()
+        check_finite(self._names, name, merged)
+        return merged.to(buffer.dtype)
+
+    def _whose(self, name: str) -> Source:
+        """The model that a tensor's shape, and what is not merged of it, is from."""
+        return self._kept.get(name, self._names)
 
     def _written_dtype(self, name: str) -> torch.dtype:
-        return self._names.dtype(name) if name in self._buffers else self._merge.out_dtype or self._dtypes[name]
+        return self._whose(name).dtype(name) if name in self._buffers else self._merge.out_dtype or self._dtypes[name]
 
     def _squares(self) -> list[float]:
         """Of the task vectors' norms."""

@@ -50,6 +50,11 @@ class Rule:
     def merge(self, piece: Piece) -> Tensor:  # [n]
         raise NotImplementedError
 
+    @property
+    def shares(self) -> list[float]:
+        """How much of every task vector is in the merge, were all of it kept."""
+        raise NotImplementedError
+
 
 class WholeRule(Rule):
     """A rule for all tensors as one vector: what it knows between two of them can be kept as JSON and taken up again."""
@@ -80,6 +85,12 @@ class Combination(Rule):
         weights *= self.scale / (total if self.normalize and total.abs() >= 1e-8 else 1)
         one_layer = torch.zeros(piece.base.numel() // BLOCK, dtype=torch.int32, device=piece.base.device)
         return weighted_sum(piece.base, piece.task_vectors, weights[:, None].to(piece.base.device), one_layer)
+
+
+    @property
+    def shares(self) -> list[float]:
+        total = sum(self.weights)
+        return [weight * self.scale / (total if self.normalize and abs(total) >= 1e-8 else 1) for weight in self.weights]
 
 
 def merge_pieces(rule: Rule, pieces: Callable[[], Iterator[Piece]]) -> Iterator[tuple[Piece, Tensor]]:

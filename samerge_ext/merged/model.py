@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.checkpoints.naming import correspondence
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
 from samerge_ext.merged.streamed import StreamedWeights
 from samerge_ext.packing.packed_weights import PackedWeights
@@ -179,13 +180,17 @@ def _find(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
 
 
 def _places(module: nn.Module, packed: PackedWeights) -> Places:
-    """Where every layer stands in the module: one place, or several when its tensor is tied."""
+    """Where every layer stands in the module: one place, or several when its tensor is tied. The module may call it otherwise,
+    as a model with a head does a backbone's layers, or a new version old ones."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    stored_as = {id(p): name for name, p in parameters.items() if name in packed.layout.names}
-    places: Places = {name: [] for name in packed.layout.names}
+    shapes = dict(zip(packed.layout.names, packed.layout.shapes, strict=True))
+    found = correspondence(shapes, {name: parameter.shape for name, parameter in parameters.items()})
+    layers = {name: layer for layer, name in found.items()}
+    stored_as = {id(parameters[name]): layer for name, layer in layers.items()}
+    places: Places = {name: [] for name in shapes}
     heads = {name for head in packed.heads.values() for name in head}
     for name, parameter in parameters.items():
-        layer = packed.aliases.get(name, stored_as.get(id(parameter)))
+        layer = layers.get(name, packed.aliases.get(name, stored_as.get(id(parameter))))
         if layer is not None:
             places[layer].append(_find(module, name))
         elif name not in heads:
@@ -193,12 +198,13 @@ def _places(module: nn.Module, packed: PackedWeights) -> Places:
                 f"the module's parameter '{name}' {list(parameter.shape)} is not among the packed layers; pass a module of "
                 "the experts' architecture (if it is a task's head, pack it with heads=)"
             )
-    for name, shape in zip(packed.layout.names, packed.layout.shapes, strict=True):
+    for name, shape in shapes.items():
         if not places[name]:
             raise ValueError(f"packed layer '{name}' {list(shape)} has no parameter of that name in the module")
-        if parameters[name].shape != shape:
+        own = parameters[found[name]].shape
+        if own != shape:
             raise ValueError(
-                f"the module's parameter '{name}' is {list(parameters[name].shape)}, the packed layer is {list(shape)}; "
+                f"the module's parameter '{found[name]}' is {list(own)}, the packed layer is {list(shape)}; "
                 "pass a module of the experts' architecture"
             )
     return places

@@ -47,6 +47,10 @@ class Dare(Rule):
         self.drop_(piece)
         return self.combination.merge(piece)
 
+    @property
+    def shares(self) -> list[float]:
+        return self.combination.shares
+
 
 def random_mask(key: str, density: float, device: torch.device) -> Tensor:
     """[65536] int32, all bits set with probability ``density``, else none: the same on every device and at any time.

@@ -61,6 +61,10 @@ class Ties(WholeRule):
         self.trim_(piece)
         return self.combination.merge(piece)
 
+    @property
+    def shares(self) -> list[float]:
+        return self.combination.shares
+
 
 def ties(
     packed: PackedWeights,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
-from samerge_ext.packing.into_memory import check_form, empty_task_vectors, outline, quantise, stored_dtype
+from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
 from samerge_ext.packing.quantised import QuantisedTaskVectors
@@ -55,12 +55,13 @@ def open_packed(file: Path, device: torch.device, verify: bool, made_from: dict 
 
 def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dtype, heads) -> None:
     """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer."""
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
     form = task_vector_dtype or dtype
+    models = aligned(base, experts, heads, about["folder"])
+    base, experts = models.base, models.experts
     check_form(form, experts)
     quantised = not isinstance(form, torch.dtype)
-    changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, form))
-    fields = outline(base, experts, heads, changed, dtype, "cpu")
+    changed = check_sources(base, experts, models.heads, dtype, stored_dtype(dtype, form))
+    fields = outline(models, changed, dtype, "cpu")
     layout, tasks = fields["layout"], fields["tasks"]
     small = {key: fields[key] for key in ("unchanged", "buffers")}
     for t, task in enumerate(tasks):
@@ -96,13 +97,14 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
         raise
 
 
-def described(base, experts, dtype, task_vector_dtype, heads, device) -> dict[str, Any]:
+def described(base, experts, dtype, task_vector_dtype, heads, device, folder) -> dict[str, Any]:
     """The fields that packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
 
     Every layer counts as changed. Values are read of heads, buffers and LoRA factors alone.
     """
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    fields = outline(base, experts, heads, base.names, dtype, device)
+    models = aligned(base, experts, heads, folder)
+    base, experts = models.base, models.experts
+    fields = outline(models, base.names, dtype, device)
     form = task_vector_dtype or dtype
     check_form(form, experts)
     task_vectors = empty_task_vectors(experts, fields["layout"], dtype, form, "meta")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.sources import Source, matches
+from samerge_ext.checkpoints.alignment import Aligned, align
+from samerge_ext.checkpoints.naming import is_derived_buffer
+from samerge_ext.checkpoints.sources import Experts, Source, matches
 from samerge_ext.packing.factors import LORA, FactoredTaskVectors, require_adapters
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.packing.stores import Numbers
-from samerge_ext.packing.validation import Experts, check_sources, shared_names
+from samerge_ext.packing.validation import check_sources, check_tasks, shared_names
 
 
 def pack_into_memory(
@@ -23,15 +26,17 @@ def pack_into_memory(
     task_vector_dtype: torch.dtype | str | None,
     device: torch.device | str,
     heads: str | Sequence[str],
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """The fields of packed weights. Checks everything, then packs tensor by tensor: what is held beside them is one tensor of
-    each model."""
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    each model. folder: of the base, where it is from one."""
     task_vector_dtype = task_vector_dtype or dtype
+    models = aligned(base, experts, heads, folder)
+    base, experts = models.base, models.experts
     check_form(task_vector_dtype, experts)
-    changed = check_sources(base, experts, heads, dtype, stored_dtype(dtype, task_vector_dtype))
+    changed = check_sources(base, experts, models.heads, dtype, stored_dtype(dtype, task_vector_dtype))
 
-    fields = outline(base, experts, heads, changed, dtype, device)
+    fields = outline(models, changed, dtype, device)
     layout: Layout = fields["layout"]
     packed = torch.zeros(layout.numel, dtype=dtype, device=device)  # [N]
     task_vectors = empty_task_vectors(experts, layout, dtype, task_vector_dtype, device)  # [T, N]
@@ -67,22 +72,22 @@ def empty_task_vectors(
     return QuantisedTaskVectors.zeros(len(experts), layout.numel, form, device)
 
 
-def outline(
-    base: Source,
-    experts: Experts,
-    heads: tuple[str, ...],
-    changed: Collection[str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> dict[str, Any]:
+def aligned(base: Source, experts: Experts, heads: str | Sequence[str], folder: str | Path | None) -> Aligned:
+    """The models under one set of names; raises ValueError where they do not agree."""
+    check_tasks(experts)
+    return align(base, experts, (heads,) if isinstance(heads, str) else heads, folder=folder)
+
+
+def outline(models: Aligned, changed: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
     """The fields of packed weights but for base and task vectors: the layout, and copies of all that is not packed.
 
     changed: the layers that have a task vector.
     """
+    base, experts, heads = models.base, models.experts, models.heads
     shared = shared_names(base, heads)
     layers = [name for name in shared if not base.is_buffer(name)]
     buffers = {name: base.read(name).clone() for name in shared if base.is_buffer(name)}
-    float_buffers = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+    own = [name for name, buffer in buffers.items() if buffer.is_floating_point() and not is_derived_buffer(name, buffer.shape)]
     shapes, dtypes = [base.shape(name) for name in layers], [base.dtype(name) for name in layers]
     return {
         "layout": Layout.build(layers, shapes, dtypes, [name in changed for name in layers], device),
@@ -90,7 +95,7 @@ def outline(
         "unchanged": {name: base.read(name).to(device, dtype, copy=True) for name in layers if name not in changed},
         "aliases": {alias: name for alias, name in base.aliases.items() if name in layers},
         "buffers": buffers,
-        "expert_buffers": {task: {name: expert.read(name).clone() for name in float_buffers} for task, expert in experts},
+        "expert_buffers": {task: {name: expert.read(name).clone() for name in own} for task, expert in experts},
         "heads": {
             task: {name: expert.read(name).clone() for name in expert.names if matches(name, heads)} for task, expert in experts
         },

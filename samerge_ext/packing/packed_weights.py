@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.checkpoints.alignment import as_in_base
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
 from samerge_ext.checkpoints.sources import CheckpointSource, ModuleSource, Source, StateDictSource
@@ -136,7 +137,7 @@ class PackedWeights:
                 about = {"folder": str(base), "experts": experts_at, "identity": identity}
                 pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
                 return cls.open(file, device=device, verify=False)
-            packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads))
+            packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads, Path(base)))
         packed.folder = Path(base)
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
@@ -155,7 +156,7 @@ class PackedWeights:
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
         with _sources(base, experts) as (base_source, sources):
-            return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device))
+            return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device, Path(base)))
 
     @classmethod
     def open(
@@ -258,8 +259,9 @@ class PackedWeights:
         expert = self.experts.get(task)
         if isinstance(expert, Path):
             with open_checkpoint(self.folder) as base:
-                with open_expert(expert, CheckpointSource(base, "base"), f"expert '{task}'") as source:
-                    yield source
+                pretrained = CheckpointSource(base, "base")
+                with open_expert(expert, pretrained, f"expert '{task}'") as source:
+                    yield as_in_base(pretrained, source, self.folder)
         else:
             yield expert
 
@@ -280,7 +282,7 @@ class PackedWeights:
         average = {
             name: torch.stack([self.expert_buffers[task][name].double() for task in self.tasks]).mean(0).to(buffer.dtype)
             for name, buffer in self.buffers.items()
-            if buffer.is_floating_point()
+            if all(name in self.expert_buffers[task] for task in self.tasks)
         }
         return {**self.buffers, **average}
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.sources import Source, matches
+from samerge_ext.checkpoints.advice import QUANTISED, heads_advice
+from samerge_ext.checkpoints.naming import is_derived_buffer
+from samerge_ext.checkpoints.sources import Experts, Source, matches
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Experts = Sequence[tuple[str, Source]]
 
 
 def check_sources(
@@ -38,17 +37,15 @@ def check_headers(
             raise ValueError(f"{what}={wanted} cannot hold packed weights; use float32, bfloat16 or float16")
     if (dtype == torch.float64) != (task_vector_dtype == torch.float64):
         raise ValueError(f"dtype={dtype} with task_vector_dtype={task_vector_dtype}; float64 goes with float64 only")
-    _check_tasks(experts)
     shared = shared_names(base, heads)
     for _, expert in experts:
-        _check_names(base, expert, shared, heads)
         _check_shapes(base, expert, shared)
-    _check_heads(base, experts, heads)
     for source in (base, *(expert for _, expert in experts)):
-        _check_dtypes(source, [name for name in shared if not base.is_buffer(name)])
+        _check_dtypes(base, source, shared)
 
 
-def _check_tasks(experts: Experts) -> None:
+def check_tasks(experts: Experts) -> None:
+    """Raises ValueError unless every task has a name of its own."""
     tasks = [task for task, _ in experts]
     if not tasks:
         raise ValueError("there are no experts to merge; pass {'task name': expert, …}")
@@ -59,43 +56,25 @@ def _check_tasks(experts: Experts) -> None:
             raise ValueError(f"two experts are named '{task}'; give every task its own name")
 
 
-def _check_names(base: Source, expert: Source, shared: list[str], heads: tuple[str, ...]) -> None:
-    missing = [name for name in shared if name not in expert]
-    extra = [n for n in (*expert.names, *expert.aliases) if n not in base and not matches(n, heads)]
-    if missing or extra:
-        parts = [
-            f"{label} {_some(names)}"
-            for label, names in ((f"lacks {base.label}'s", missing), (f"has, and {base.label} lacks,", extra))
-            if names
-        ]
-        raise ValueError(f"{expert.label} {'; and '.join(parts)}. {_head_advice(missing + extra)}")
-
-
 def _check_shapes(base: Source, expert: Source, shared: list[str]) -> None:
-    differ = [name for name in shared if expert.shape(name) != base.shape(name)]
+    shapes = [(name, base.shape(name), expert.shape(name)) for name in shared]
+    differ = [name for name, ours, theirs in shapes if ours != theirs and not is_derived_buffer(name, ours)]
     if differ:
         name = differ[0]
         raise ValueError(
             f"{expert.label}: '{name}' is {list(expert.shape(name))}, in {base.label} it is {list(base.shape(name))}"
-            f"{f' ({len(differ) - 1} more tensors differ too)' if len(differ) > 1 else ''}. {_head_advice(differ)}"
+            f"{f' ({len(differ) - 1} more tensors differ too)' if len(differ) > 1 else ''}. {heads_advice(differ)}"
         )
 
 
-def _check_heads(base: Source, experts: Experts, heads: tuple[str, ...]) -> None:
-    """A pattern fits a tensor of every expert, or the base's own head, which the merged model does without."""
-    for pattern in heads:
-        for _, expert in experts:
-            if not any(matches(name, (pattern,)) for name in (*expert.names, *base.names)):
-                last = _some(expert.names[-3:])
-                raise ValueError(f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {last}")
-
-
-def _check_dtypes(source: Source, layers: list[str]) -> None:
-    for name in layers:
-        if source.dtype(name) not in STORAGE_DTYPES:
+def _check_dtypes(base: Source, source: Source, shared: list[str]) -> None:
+    for name in shared:
+        dtype = source.dtype(name)
+        coded = QUANTISED.search(name) or (name.endswith("weight") and not dtype.is_floating_point)
+        if coded or (dtype not in STORAGE_DTYPES and not base.is_buffer(name)):
             raise ValueError(
-                f"{source.label}: '{name}' is {source.dtype(name)}; weights must be float32, bfloat16, float16 or float64: "
-                "dequantise the checkpoint first, or name a task's tensors in heads="
+                f"{source.label}: '{name}' is {dtype}; weights must be float32, bfloat16, float16 or float64: the checkpoint is "
+                "quantised, dequantise it first"
             )
 
 
@@ -104,9 +83,14 @@ def _check_values(base: Source, experts: Experts, shared: list[str]) -> set[str]
     changed_by: set[str] = set()
     for name in shared:
         pretrained = base.read(name)
-        check_finite(base, name, pretrained)
+        if pretrained.is_meta:
+            raise ValueError(f"{base.label}: '{name}' is on meta and has no numbers; load the model's weights first")
+        finite = is_finite(pretrained)
         for task, expert in experts:
             finetuned = expert.read(name)
+            if not finite and torch.equal(finetuned, pretrained):  # a mask of all models
+                continue
+            check_finite(base, name, pretrained)
             check_finite(expert, name, finetuned)
             if not base.is_buffer(name) and not torch.equal(*_widened(finetuned, pretrained)):
                 changed.add(name)
@@ -133,24 +117,19 @@ def check_ties(base: Source, expert: Source) -> None:
 
 def check_finite(source: Source, name: str, tensor: Tensor) -> None:
     """Raises ValueError naming the model and the tensor where it holds NaN or Inf."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    low, high = torch.aminmax(tensor)  # both are NaN where one number is; unlike isfinite(tensor), needs no memory
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        what = "NaN" if torch.isnan(high) else "Inf"
+    if not is_finite(tensor):
+        what = "NaN" if tensor.isnan().any() else "Inf"
         raise ValueError(f"{source.label}: '{name}' holds {what}; repair or leave out this model")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or Inf."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN where one number is; unlike isfinite(tensor), needs no memory
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
-
-
-def _head_advice(names: list[str]) -> str:
-    patterns = list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in names))
-    return f"If these belong to the task, keep them per task with heads={patterns[:4]}."
-
-
-def _some(names: Collection[str]) -> str:
-    listed = ", ".join(f"'{name}'" for name in list(names)[:4])
-    return listed + (f" and {len(names) - 4} more" if len(names) > 4 else "")
