@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import folders
 import pytest
 import torch
 from folders import assert_same, read_all
@@ -150,7 +151,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, threads):
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}, {support!r}
 from test_file_merge import merge_of
 from samerge_ext.elementwise.file_merge import merge_files
 print("started", flush=True)
@@ -166,7 +167,8 @@ def test_kills_lose_nothing(tmp_path, whole):
     merge_files(merge_of(models, whole=whole, align=True, shard_bytes=2_000_000), tmp_path / "one")
     seconds = time.perf_counter() - started
     script = textwrap.dedent(SCRIPT).format(
-        tests=os.path.dirname(__file__), models=str(models), whole=whole, out=str(tmp_path / "out")
+        tests=os.path.dirname(__file__), support=os.path.dirname(folders.__file__), models=str(models), whole=whole,
+        out=str(tmp_path / "out"),
     )
     command = [sys.executable, "-c", script]
     finished = []
