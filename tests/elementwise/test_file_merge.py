@@ -22,6 +22,7 @@ from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 from samerge_ext.memory import PeakMemory
 from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
 
 TASKS = ("news", "spam")
@@ -67,10 +68,10 @@ def models(tmp_path):
     return write(tmp_path)
 
 
-def merge_of(models, method="ties", **keys):
+def merge_of(models, method="ties", align=False, **keys):
     experts = [(task, models / task) for task in TASKS]
-    identity = {"method": method, "out_dtype": str(keys.get("out_dtype"))}
-    return FileMerge(experts, rules(method), models / "base", models / "base", identity=identity, card="card", **keys)
+    keys |= {"identity": {"method": method, "out_dtype": str(keys.get("out_dtype"))}, "card": "card"}
+    return FileMerge(experts, rules(method), models / "base", models / "base", factors_of=shortening if align else None, **keys)
 
 
 @pytest.mark.parametrize("align", [False, True])
