@@ -11,7 +11,8 @@ SITE := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-pa
 SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 VADER := vaderSentiment-3.3.2.tar.gz
 
-GPU_TESTS := $(patsubst %,tests/test_%.py,weighted_sum coefficient_grad quantised softmax_kl gram_product lanczos svd_topk layer_stats gpu)
+GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes softmax_kl gram_product lanczos svd_topk layer_stats)
+GPU_TESTS += tests/whole/test_gpu.py
 
 .PHONY: help setup data demo test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
 
@@ -54,7 +55,7 @@ test: $(DATA)/$(VADER) $(VENV)/test-ready
 
 # Two hundred random plans and a hundred kills of learned merges.
 soak: $(VENV)/test-ready
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/support/soak.py
 
 SANITIZED := build/sanitized
 SANITIZED_OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/level*.cpp tests/cpp/*.cpp))

@@ -1,9 +1,7 @@
-import contextlib
-
 import pytest
 import streaming
 import torch
-from helpers import CPU_LEVELS, INTERPRETED, need_backend
+from helpers import CPU_LEVELS, INTERPRETED, need_backend, running_on
 
 from samerge_ext import backend
 
@@ -32,19 +30,6 @@ if INTERPRETED:
 else:
     ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
     BACKENDS, LEVELS = ("reference", "cpu", *ON_GPU), ("reference", *CPU_LEVELS, *ON_GPU)
-
-
-@contextlib.contextmanager
-def running_on(name):
-    """One backend; the GPU's make their device the default one, so that a test's tensors are created there."""
-    need_backend(name)
-    before = torch.get_default_device()
-    torch.set_default_device("cuda" if name in ("cuda", "triton") and not INTERPRETED else before)
-    try:
-        with backend.use_backend(name):
-            yield name
-    finally:
-        torch.set_default_device(before)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -19,7 +19,7 @@ WARM_UP = 3  # calls before the capture: kernels are compiled, tuned and their w
 class GraphedPasses:
     """``passes``, captured at its fourth call and replayed from then on, on inputs of the same shapes.
 
-    A graph launches the kernels of the calls, so results should be theirs bit for bit, which tests/test_gpu.py checks where
+    A graph launches the kernels of the calls, so results should be theirs bit for bit, which tests/whole/test_gpu.py checks where
     there is a GPU. The optimiser's step stays outside,
     so that any optimiser and schedule will do (torch's capturable Adam corrects its bias in fp32 and gives other numbers).
     """

@@ -1,11 +1,15 @@
-"""One tolerance table, and the packed inputs that the operator tests share."""
+"""One tolerance table, and what the operator tests share: packed inputs, a backend to run on."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from samerge_ext import backend
+
+ROOT = Path(__file__).parents[2]  # of the source tree
 
 # Relative L2 error against the reference in fp64 on the same stored inputs, by the dtype of the result. The largest errors
 # measured over the operator tests, reference and C++ (best level and forced ones): fp64 1.6e-15, fp32 8.1e-7 (the
@@ -71,3 +75,16 @@ def random_normal(*shapes: tuple[int, ...], seed: int, dtype=torch.float32) -> l
 def need_backend(name: str) -> None:
     if reason := backend.available()[name]:
         pytest.skip(f"backend {name}: {reason}")
+
+
+@contextlib.contextmanager
+def running_on(name):
+    """One backend; the GPU's make their device the default one, so that a test's tensors are created there."""
+    need_backend(name)
+    before = torch.get_default_device()
+    torch.set_default_device("cuda" if name in ("cuda", "triton") and not INTERPRETED else before)
+    try:
+        with backend.use_backend(name):
+            yield name
+    finally:
+        torch.set_default_device(before)

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import streaming
 import torch
+from helpers import ROOT
 from typer.testing import CliRunner
 
 import samerge_ext as sm
@@ -157,7 +157,7 @@ def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(pack
 
 def test_a_process_stays_within_its_plan(tmp_path):
     """A model of 9 M parameters with six experts in a process of its own, by each way: measured beside predicted."""
-    script = Path(__file__).parents[1] / "benchmarks" / "large_models.py"
+    script = ROOT / "benchmarks" / "large_models.py"
     options = ["--shape", "test", "--ways", "resident,memory,smallest", "--work", tmp_path, "--out", tmp_path / "out.json"]
     subprocess.run([sys.executable, script, *options], check=True)
     rows = json.loads((tmp_path / "out.json").read_text())["ways"]

@@ -1,15 +1,13 @@
-"""Tables, plots and the model card of the demo."""
+"""Tables, the plot and the model card of the demo."""
 
 import json
 from io import StringIO
 
 import pytest
-import torch
 from rich.console import Console
 
 from samerge_ext.demo import report
 from samerge_ext.demo.report import Cell
-from samerge_ext.reports import plots
 
 CELLS = [
     Cell("average", 0, {"r8": 0.5, "icd": 0.3}, seconds=1.0, peak_bytes=2**20),
@@ -43,34 +41,10 @@ def test_a_repeated_cell_is_named():
         report.table_rows([*CELLS, CELLS[0]])
 
 
-def test_layers_are_grouped_by_block():
-    names = [
-        "embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias", "encoder.layer.0.attention.self.query.weight",
-        "encoder.layer.0.output.dense.bias", "encoder.layer.10.output.dense.bias", "pooler.dense.weight",
-    ]  # fmt: skip
-    assert plots.layer_groups(names) == ([0, 2, 4, 5], ["embeddings", "layer 0", "layer 10", "pooler"])
-
-
-def test_plots_are_png_files_and_nothing_else_is_left(tmp_path):
+def test_the_plot_is_a_png_file_and_nothing_else_is_left(tmp_path):
     report.plot_accuracies(CELLS, tmp_path / "accuracies.png")
-    plots.plot_coefficients(torch.rand(2, 3), ["r8", "icd"], ["a.0.w", "a.1.w", "b.w"], tmp_path / "coefficients.png")
-    statistics = torch.rand(2, 3, 3 + 2)
-    statistics[:, 1, 4] = 0.0
-    plots.plot_singular_values(statistics, ["r8", "icd"], ["a.0.w", "a.1.w", "b.w"], tmp_path / "singular_values.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracies.png", "coefficients.png", "singular_values.png"]
-    for path in tmp_path.iterdir():
-        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_coefficients_of_another_shape_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"\[3, 2\], not \[2 tasks, 3 layers\]"):
-        plots.plot_coefficients(torch.rand(3, 2), ["r8", "icd"], ["a", "b", "c"], tmp_path / "x.png")
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 3), (3, 3, 6), (2, 6)])
-def test_statistics_without_singular_values_are_refused(tmp_path, shape):
-    with pytest.raises(ValueError, match=r"not \[2 tasks, 3 layers, 3 \+ k\] with k ≥ 1"):
-        plots.plot_singular_values(torch.rand(shape), ["r8", "icd"], ["a", "b", "c"], tmp_path / "x.png")
+    (path,) = tmp_path.iterdir()
+    assert path.name == "accuracies.png" and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_card_says_what_was_merged_how_and_how_well(tmp_path):

@@ -1,52 +1,22 @@
 """`samerge merge`: recipes, what is refused in them, and folders that transformers loads."""
 
-import csv
 import json
 
+import classifiers
 import pytest
 import torch
 import yaml
+from classifiers import LABELS, transformers, weights
 from typer.testing import CliRunner
 
 import samerge_ext as sm
 from samerge_ext.cli.commands import app
 from samerge_ext.recipes.recipe import load_recipe, run_recipe
 
-transformers = pytest.importorskip("transformers")
-
-WORDS = ["good", "bad", "rain", "sun", "goal", "vote"]
-LABELS = {"mood": 2, "topic": 3}
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A tiny BERT classifier, two experts with heads of their own, and calibration texts."""
-    root = tmp_path_factory.mktemp("models")
-    vocabulary = root / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(vocabulary))
-
-    def classifier(seed, labels):
-        torch.manual_seed(seed)
-        config = transformers.BertConfig(
-            vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=labels
-        )
-        return transformers.BertForSequenceClassification(config)
-
-    base = classifier(0, 2)
-    shared = {n: t for n, t in base.state_dict().items() if not n.startswith("classifier")}
-    for seed, (name, labels) in enumerate({"base": 2, **LABELS}.items()):
-        model = classifier(seed, labels)
-        model.load_state_dict(shared, strict=False)
-        if name != "base":
-            with torch.no_grad():
-                for parameter in model.bert.parameters():
-                    parameter += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    (root / "mood.txt").write_text("good rain\nbad sun sun\n\nrain rain good\nsun\n")
-    (root / "topic.jsonl").write_text("".join(json.dumps({"text": f"{a} {b}"}) + "\n" for a in WORDS for b in WORDS[:2]))
-    return root
+    return classifiers.write(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -74,10 +44,6 @@ def learned(models, **keys):
         "parameters": {"steps": 4, "learning_rate": 0.01, "progress": False},
         **keys,
     }
-
-
-def weights(folder):
-    return transformers.AutoModel.from_pretrained(folder).state_dict()
 
 
 def test_task_arithmetic_with_mergekits_keys(models, write, tmp_path):
@@ -325,13 +291,6 @@ def test_a_jsonl_record_without_text_names_its_line(models, write, tmp_path):
         run_recipe(load_recipe(write(**keys), {}), tmp_path / "out")
 
 
-def test_info_lists_backends():
-    run = CliRunner().invoke(app, ["info"])
-    assert run.exit_code == 0
-    for word in (sm.__version__, torch.__version__, "backend reference", "backend cuda", "threads"):
-        assert word in run.output
-
-
 def test_statsmergings_own_parameters_are_a_recipes(models, write, tmp_path):
     keys = learned(models, merge_method="statsmerging")
     keys["parameters"] |= {"of": "task_vectors", "singular_values": 1, "loss": "kl", "hidden": 8}
@@ -342,45 +301,3 @@ def test_statsmergings_own_parameters_are_a_recipes(models, write, tmp_path):
     keys["parameters"] |= {"of": "base"}
     with pytest.raises(ValueError, match="of='base'"):
         load_recipe(write(**keys), {})
-
-
-def stats(models, *options):
-    arguments = ["stats", str(models / "base"), str(models / "mood"), f"news={models / 'topic'}", "--head", "classifier.*"]
-    return CliRunner().invoke(app, [*arguments, *options])
-
-
-def test_stats_are_printed(models):
-    run = stats(models)
-    assert run.exit_code == 0, run.output
-    lines = run.output.splitlines()
-    assert lines[0].split() == ["task", "layer", "mean", "variance", "norm", "sigma_1", "sigma_2", "sigma_3"]
-    word, norm = "bert.pooler.dense.weight", weights(models / "topic")["pooler.dense.weight"].norm()
-    (row,) = [line.split() for line in lines if line.split()[:2] == ["news", word]]
-    assert float(row[4]) == pytest.approx(norm.item(), rel=1e-5)
-
-
-def test_stats_are_written_by_suffix(models, tmp_path):
-    run = stats(models, "--of", "task_vectors", "--singular-values", "2", "--out", str(tmp_path / "stats.csv"))
-    assert run.exit_code == 0, run.output
-    with open(tmp_path / "stats.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["task"] for row in rows} == {"mood", "news"}
-    base, mood = (weights(models / name)["pooler.dense.weight"] for name in ("base", "mood"))
-    (row,) = [row for row in rows if row["task"] == "mood" and row["layer"] == "bert.pooler.dense.weight"]
-    assert float(row["mean"]) == pytest.approx((mood - base).mean().item(), rel=1e-4)
-    assert list(row) == ["task", "layer", "mean", "variance", "norm", "sigma_1", "sigma_2"]
-
-    run = stats(models, "--out", str(tmp_path / "stats.json"), "--plot", str(tmp_path / "spectra.png"))
-    assert run.exit_code == 0, run.output
-    content = json.loads((tmp_path / "stats.json").read_text())
-    assert content["of"] == "experts" and len(content["statistics"]) == len(rows)
-    assert (tmp_path / "spectra.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_stats_that_cannot_be_made_are_refused(models, tmp_path):
-    run = stats(models, "--out", str(tmp_path / "stats.txt"))
-    assert run.exit_code == 1 and "written as .csv or .json" in run.output
-    run = stats(models, "--of", "heads")
-    assert run.exit_code == 1 and "heads" in run.output
-    run = CliRunner().invoke(app, ["stats", str(models / "base"), str(tmp_path / "nowhere")])
-    assert run.exit_code == 1 and "nowhere" in run.output

@@ -5,14 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import literal
 import pytest
 import tiny
 import torch
-from conftest import running_on
-from helpers import assert_close, packed, random_normal
+from helpers import ROOT, assert_close, packed, random_normal, running_on
 from safetensors.torch import save_file
 
 import samerge_ext as sm
@@ -122,7 +120,7 @@ def test_quantised_task_vectors_stream_from_pinned_memory(problem, form):
 
 def test_a_gpu_stays_within_its_plan(tmp_path):
     """A model of 9 M parameters with six experts in a process of its own, by each way: measured beside predicted."""
-    script = Path(__file__).parents[1] / "benchmarks" / "large_models.py"
+    script = ROOT / "benchmarks" / "large_models.py"
     options = ["--shape", "test", "--device", "cuda", "--ways", "resident,memory,host,smallest"]
     subprocess.run([sys.executable, script, *options, "--work", tmp_path, "--out", tmp_path / "out.json"], check=True)
     rows = json.loads((tmp_path / "out.json").read_text())["ways"]
@@ -335,8 +333,7 @@ def test_sanitized(tool):
         pytest.skip(reason)
     command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=samerge", sys.executable, "-c", SMALL_CALLS]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
     if "Device not supported" in result.stdout + result.stderr:
         pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -1,6 +1,6 @@
 """What packing folders takes beyond the packed weights, measured in a process of its own.
 
-    python tests/packing_memory.py FOLDER FORM     # prints MiB; FORM: bfloat16 or one of the quantised ones
+    python tests/support/packing_memory.py FOLDER FORM     # prints MiB; FORM: bfloat16 or one of the quantised ones
 """
 
 import os

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the emulated device is preloaded, as Linux does it"),
 ]
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(streaming.__file__).parent
 TORCH = Path(torch.__file__).parent
 BUILD = """
 import sys
@@ -73,11 +73,11 @@ def emulated(tmp_path_factory):
     """A function that runs Python with the device in place, and returns what it prints."""
     folder = tmp_path_factory.mktemp("emulated")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # ninja
-    build = [sys.executable, "-c", BUILD, TESTS / "emulated_cuda.cpp", folder]
+    build = [sys.executable, "-c", BUILD, SUPPORT / "emulated_cuda.cpp", folder]
     built = subprocess.run(build, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     environment |= {"LD_PRELOAD": str(folder / "emulated_cuda.so"), "LD_LIBRARY_PATH": str(TORCH / "lib")}
-    environment |= {"PYTHONPATH": str(TESTS)}
+    environment |= {"PYTHONPATH": str(SUPPORT)}
 
     def run(*arguments):
         done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
@@ -88,7 +88,7 @@ def emulated(tmp_path_factory):
 
 
 def test_methods_run_on_the_device(emulated):
-    chosen = ["-m", "gpu", "-k", f"not triton and ({' or '.join(EMULATED)})", TESTS / "test_gpu.py"]
+    chosen = ["-m", "gpu", "-k", f"not triton and ({' or '.join(EMULATED)})", Path(__file__).with_name("test_gpu.py")]
     printed = emulated("-m", "pytest", "-v", "-p", "emulated_cuda", *chosen)
     for name in EMULATED:
         assert any(f"::{name}" in line and "PASSED" in line for line in printed.splitlines()), name

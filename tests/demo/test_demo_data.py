@@ -5,9 +5,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from samerge_ext.demo import corpora, data
 from samerge_ext.demo.corpora import CORPORA, PINS, Example, MissingData
@@ -156,7 +156,7 @@ def test_an_unknown_task_lists_those_there_are():
 
 
 def test_requirements_pin_what_messages_name():
-    lines = (Path(__file__).parent.parent / "requirements-demo.txt").read_text().splitlines()
+    lines = (ROOT / "requirements-demo.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert pinned == {name: version for name, version in PINS.items() if name != "vadersentiment"}
 

@@ -1,7 +1,7 @@
 """Random plans and random kills: every merge stays within its memory budget or is refused, and whatever is killed continues to
 the same numbers.
 
-    python tests/soak.py --plans 200 --kills 100        # make soak
+    python tests/support/soak.py --plans 200 --kills 100        # make soak
 """
 
 import argparse

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import folders
 import pytest
 import torch
 from folders import assert_same, read_all
@@ -21,6 +22,7 @@ from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 from samerge_ext.memory import PeakMemory
 from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
 
 TASKS = ("news", "spam")
@@ -66,10 +68,10 @@ def models(tmp_path):
     return write(tmp_path)
 
 
-def merge_of(models, method="ties", **keys):
+def merge_of(models, method="ties", align=False, **keys):
     experts = [(task, models / task) for task in TASKS]
-    identity = {"method": method, "out_dtype": str(keys.get("out_dtype"))}
-    return FileMerge(experts, rules(method), models / "base", models / "base", identity=identity, card="card", **keys)
+    keys |= {"identity": {"method": method, "out_dtype": str(keys.get("out_dtype"))}, "card": "card"}
+    return FileMerge(experts, rules(method), models / "base", models / "base", factors_of=shortening if align else None, **keys)
 
 
 @pytest.mark.parametrize("align", [False, True])
@@ -150,7 +152,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, threads):
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}, {support!r}
 from test_file_merge import merge_of
 from samerge_ext.elementwise.file_merge import merge_files
 print("started", flush=True)
@@ -166,7 +168,8 @@ def test_kills_lose_nothing(tmp_path, whole):
     merge_files(merge_of(models, whole=whole, align=True, shard_bytes=2_000_000), tmp_path / "one")
     seconds = time.perf_counter() - started
     script = textwrap.dedent(SCRIPT).format(
-        tests=os.path.dirname(__file__), models=str(models), whole=whole, out=str(tmp_path / "out")
+        tests=os.path.dirname(__file__), support=os.path.dirname(folders.__file__), models=str(models), whole=whole,
+        out=str(tmp_path / "out"),
     )
     command = [sys.executable, "-c", script]
     finished = []

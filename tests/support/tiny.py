@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
-from samerge_ext import PackedWeights
+from samerge_ext import PackedWeights, StatsMergeLearner, StatsMergingConfig
 from samerge_ext.models import SharedEncoder
+from samerge_ext.statistics.features import Features
 
 TASKS = ("red", "green", "blue")
 CLASSES = {"red": 3, "green": 5, "blue": 2}
 WIDTH = 8
+LEARNERS = {"shared": {}, "per layer": {"per_layer": True}, "task-wise": {"granularity": "task"}}
 
 
 class Encoder(nn.Module):
@@ -70,6 +72,16 @@ def shared_encoder(heads):
 
 def plain(heads):
     return lambda module, batch, task: module(batch) @ heads[task]
+
+
+def make_learner(packed, granularity="layer", per_layer=False, of="experts", singular_values=3, hidden=8, seed=0):
+    """A learner at its start, and the statistics that it reads."""
+    config = StatsMergingConfig(
+        granularity=granularity, per_layer=per_layer, of=of, singular_values=singular_values, hidden=hidden
+    )
+    statistics = Features.of_packed(packed, of=of, singular_values=singular_values).of_granularity(granularity)
+    settings = config.learner_settings(packed.layout.names)
+    return StatsMergeLearner.made_for(statistics, settings, start=0.3, seed=seed, dtype=packed.coefficient_dtype), statistics
 
 
 def make_problem():

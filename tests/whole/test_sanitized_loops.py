@@ -3,11 +3,10 @@
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "g++")  # as make chooses it
 
 pytestmark = [

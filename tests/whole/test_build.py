@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "samerge_ext", "kernels", "csrc")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")

@@ -77,3 +77,20 @@ def learn(
         optimizer.step()
         trajectory.append(coefficients.detach().expand(len(tasks), layers).clone())
     return trajectory
+
+
+def statistics(models, singular_values=3):
+    """[T, L, 3 + k] by the definitions; models: T lists of L tensors."""
+    rows = []
+    for tensors in models:
+        rows.append([])
+        for weight in tensors:
+            sigma = torch.linalg.svdvals(weight.reshape(weight.shape[0], -1))[:singular_values]
+            moments = [weight.mean(), (weight - weight.mean()).square().mean(), weight.square().sum().sqrt()]
+            rows[-1].append(torch.cat([torch.stack(moments), sigma, sigma.new_zeros(singular_values - len(sigma))]))
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def weights(experts):
+    """T lists of L tensors."""
+    return [[parameter.detach() for parameter in expert.parameters()] for expert in experts.values()]

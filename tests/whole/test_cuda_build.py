@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+CUDA = ROOT / "csrc" / "cuda"
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=TOOLKIT / "bin")
 ARCHITECTURES = ("80", "90", "100")

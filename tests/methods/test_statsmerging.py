@@ -10,12 +10,8 @@ from torch.nn.functional import cross_entropy
 
 import samerge_ext as sm
 from samerge_ext.learning.passes import losses_and_gradient
-from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad
-from samerge_ext.statistics.features import RTOL, Features
-from samerge_ext.statistics.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
-
-SHAPES = {"shared": {}, "per layer": {"per_layer": True}, "task-wise": {"granularity": "task"}}
+from samerge_ext.statistics.features import Features
 
 
 @pytest.fixture
@@ -33,15 +29,6 @@ def run(packed, *, batches=None, logits=None, **settings):
     logits = logits or tiny.plain(tiny.make_heads())
     config = sm.StatsMergingConfig(**settings)
     return sm.statsmerging(tiny.make(1), packed, batches or tiny.make_batches(), logits, config=config)
-
-
-def learner_for(packed, granularity="layer", per_layer=False, of="experts", singular_values=3, hidden=8, seed=0):
-    config = sm.StatsMergingConfig(
-        granularity=granularity, per_layer=per_layer, of=of, singular_values=singular_values, hidden=hidden
-    )
-    statistics = Features.of_packed(packed, of=of, singular_values=singular_values).of_granularity(granularity)
-    settings = config.learner_settings(packed.layout.names)
-    return StatsMergeLearner.made_for(statistics, settings, start=0.3, seed=seed, dtype=packed.coefficient_dtype), statistics
 
 
 class Merged(torch.autograd.Function):
@@ -65,10 +52,10 @@ class Merged(torch.autograd.Function):
         return grad * ctx.gradient, None, None, None, None
 
 
-@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("options", tiny.LEARNERS.values(), ids=tiny.LEARNERS)
 def test_gradcheck_from_features_through_the_learner_to_the_merged_loss(problem, options):
     base, experts, packed, heads, batches = problem
-    learner, statistics = learner_for(packed, hidden=4, **options)
+    learner, statistics = tiny.make_learner(packed, hidden=4, **options)
     model = sm.MergedModel(tiny.make(1), packed)
     teachers = {task: (experts[task](batches[task][0]) @ heads[task]).detach() for task in experts}
     names = [name for name, _ in learner.named_parameters()]
@@ -80,22 +67,9 @@ def test_gradcheck_from_features_through_the_learner_to_the_merged_loss(problem,
     assert torch.autograd.gradcheck(loss, tuple(learner.parameters()), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
-def test_every_parameter_of_the_learner_has_a_gradient_at_the_start(packed, options):
-    learner, statistics = learner_for(packed, **options)
-    predicted = PredictedCoefficients(learner, statistics)()
-    torch.manual_seed(0)
-    predicted.backward(torch.randn_like(predicted))
-    for name, parameter in learner.named_parameters():
-        # A feature that is constant (the variance of a tensor that is one number, say) says nothing, and W has no use for it.
-        informative = learner.scale > 0 if name == "weight" else slice(None)
-        per_unit = parameter.grad[:, informative] if name == "weight" else parameter.grad
-        assert (per_unit != 0).all(), name
-
-
-@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("options", tiny.LEARNERS.values(), ids=tiny.LEARNERS)
 def test_the_start_is_constant_for_any_statistics_and_does_not_last(packed, options):
-    learner, statistics = learner_for(packed, **options)
+    learner, statistics = tiny.make_learner(packed, **options)
     for values in (statistics, torch.randn_like(statistics)):
         predicted = learner(values)
         assert_close(predicted, torch.full_like(predicted, 0.3))
@@ -104,36 +78,20 @@ def test_the_start_is_constant_for_any_statistics_and_does_not_last(packed, opti
     assert (spread > 1e-4).any()
 
 
-def literal_statistics(models, singular_values=3):
-    """[T, L, 3 + k] by the definitions; models: T lists of L tensors."""
-    rows = []
-    for tensors in models:
-        rows.append([])
-        for weight in tensors:
-            sigma = torch.linalg.svdvals(weight.reshape(weight.shape[0], -1))[:singular_values]
-            moments = [weight.mean(), (weight - weight.mean()).square().mean(), weight.square().sum().sqrt()]
-            rows[-1].append(torch.cat([torch.stack(moments), sigma, sigma.new_zeros(singular_values - len(sigma))]))
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-def weights(experts):
-    return [[parameter.detach() for parameter in expert.parameters()] for expert in experts.values()]
-
-
 @pytest.mark.parametrize("sam", ["off", "paper"])
 @pytest.mark.parametrize("task_wise", [False, True])
 def test_a_run_follows_a_literal_loop(problem, sam, task_wise, monkeypatch):
     """Autograd through the learner, the merge and the model; a new learner with the same start; StepLR."""
     base, experts, packed, heads, batches = problem
-    statistics = literal_statistics(weights(experts))
+    statistics = literal.statistics(literal.weights(experts))
     monkeypatch.setattr("samerge_ext.statistics.features.layer_stats", lambda packed, **_: statistics)
     steps, decay = 10, 0.5
     result = run(
         packed, steps=steps, sam=sam, learning_rate=0.01, learning_rate_decay=decay, granularity="task" if task_wise else "layer"
     )
-    learner, _ = learner_for(packed, granularity="task" if task_wise else "layer")
+    learner, _ = tiny.make_learner(packed, granularity="task" if task_wise else "layer")
     if task_wise:
-        vectors = [torch.cat([weight.flatten() for weight in tensors]) for tensors in weights(experts)]
+        vectors = [torch.cat([weight.flatten() for weight in tensors]) for tensors in literal.weights(experts)]
         moments = torch.stack([torch.stack([v.mean(), v.var(correction=0), v.norm()]) for v in vectors])
         statistics = torch.cat([moments, statistics[..., 3:].flatten(1).sort(descending=True).values[:, :3]], 1)[:, None]
     mean, deviation = statistics.flatten(0, 1).mean(0), statistics.flatten(0, 1).std(0, correction=0)
@@ -181,47 +139,6 @@ def test_the_kl_loss_is_the_one_of_samerging(packed):
         ).history[0]["losses"],
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-
-
-def test_a_constant_feature_is_zero_and_not_nan(packed):
-    values = Features.of_packed(packed).values.clone()
-    values[..., 1] = 0.1
-    values[0, :, 2], values[1:, :, 2] = 0.1, 0.1 + 2e-17  # the next number but one
-    learner = StatsMergeLearner.made_for(values, LearnerSettings(), start=0.3, seed=0, dtype=torch.float64)
-    assert (learner.scale[1:3] == 0).all() and (learner.scale[[0, 3, 4, 5]] > 0).all()
-    assert torch.isfinite(learner(values)).all()
-    changed = values.clone()
-    changed[..., 1] = 7.0
-    with torch.no_grad():
-        learner.output.add_(1.0)
-    assert torch.equal(learner(changed), learner(values))
-
-
-def test_features_are_standardised_over_tasks_and_layers(packed):
-    learner, statistics = learner_for(packed)
-    rows = ((statistics - learner.mean) * learner.scale).flatten(0, 1)
-    assert_close(rows.mean(0), torch.zeros(6, dtype=torch.float64), at_least=1.0)
-    assert_close(rows.square().mean(0), torch.ones(6, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("singular_values", [0, 1, 3])
-def test_statistics_of_the_whole_model_are_those_of_all_its_numbers(problem, singular_values):
-    _, experts, packed, _, _ = problem
-    layers = [[name, list(shape)] for name, shape in zip(packed.layout.names, packed.layout.shapes, strict=True)]
-    features = Features(literal_statistics(weights(experts), singular_values), {"layers": layers})
-    found = features.of_granularity("task")
-    assert found.shape == (3, 1, 3 + singular_values)
-    for row, tensors in zip(found[:, 0], weights(experts), strict=True):
-        numbers = torch.cat([tensor.flatten() for tensor in tensors])
-        assert_close(row[:3], torch.stack([numbers.mean(), numbers.var(correction=0), numbers.norm()]))
-        blocks = torch.block_diag(*(tensor.reshape(tensor.shape[0], -1) for tensor in tensors))
-        assert_close(row[3:], torch.linalg.svdvals(blocks)[:singular_values])
-
-
-@pytest.mark.parametrize(("of", "singular_values"), [("experts", 2), ("task_vectors", 0)])
-def test_features_are_what_the_operator_computes(packed, of, singular_values):
-    features = Features.of_packed(packed, of=of, singular_values=singular_values)
-    assert torch.equal(features.values, layer_stats(packed, top_k=singular_values, of=of, rtol=RTOL))
 
 
 def test_features_are_read_from_their_file(packed, tmp_path, monkeypatch):
@@ -304,7 +221,7 @@ def test_a_saved_learner_merges_experts_it_was_not_trained_with(packed, tmp_path
 
 
 def test_a_network_per_layer_is_not_applied_to_other_layers(packed):
-    learner, _ = learner_for(packed, per_layer=True)
+    learner, _ = tiny.make_learner(packed, per_layer=True)
     base = torch.nn.Linear(4, 4)
     other = sm.PackedWeights.from_modules(base, {"cyan": torch.nn.Linear(4, 4)})
     with pytest.raises(ValueError, match="a network for each of 8 layers"):
