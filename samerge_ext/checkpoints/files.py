@@ -97,13 +97,13 @@ class SafetensorsFile:
         """The tensor in new CPU memory, in its stored type and shape."""
         entry = self._entries[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")  # [nbytes]
-        self._fill(memoryview(buffer.numpy()), name, entry.begin)
+        self._fill(buffer.numpy().data, name, entry.begin)
         return buffer.view(entry.dtype).reshape(entry.shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
         entry = self._entries[name]
-        self._fill(memoryview(out.view(torch.uint8).numpy()), name, entry.begin + start * entry.dtype.itemsize)
+        self._fill(out.view(torch.uint8).numpy().data, name, entry.begin + start * entry.dtype.itemsize)
 
     def _fill(self, view: memoryview, name: str, begin: int) -> None:
         done = 0

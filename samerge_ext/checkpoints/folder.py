@@ -18,7 +18,12 @@ from samerge_ext.checkpoints.files import (
     folder_of,
 )
 
-READERS = {".safetensors": SafetensorsFile, ".bin": TorchFile, ".pt": TorchFile, ".pth": TorchFile}
+READERS: dict[str, type[SafetensorsFile | TorchFile]] = {
+    ".safetensors": SafetensorsFile,
+    ".bin": TorchFile,
+    ".pt": TorchFile,
+    ".pth": TorchFile,
+}
 
 
 class Checkpoint:
@@ -72,7 +77,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _find(self, name: str) -> SafetensorsFile | TorchFile:
@@ -100,7 +105,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         indexed = _read_index(weights)
         paths = [weights.parent / shard for shard in sorted(set(indexed.values()))]
     with ExitStack() as stack:
-        files = []
+        files: list[SafetensorsFile | TorchFile] = []
         for file in paths:
             files.append(_reader(file)(file))
             stack.callback(files[-1].close)
@@ -146,7 +151,7 @@ def _adapter(path: Path) -> CheckpointError:
     )
 
 
-def _reader(path: Path) -> type[SafetensorsFile] | type[TorchFile]:
+def _reader(path: Path) -> type[SafetensorsFile | TorchFile]:
     if path.suffix not in READERS:
         raise CheckpointError(f"{path}: a weight file ends in one of {', '.join(READERS)}; convert to safetensors")
     return READERS[path.suffix]

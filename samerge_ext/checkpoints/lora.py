@@ -68,7 +68,7 @@ class AdapterSource(Source):
     def __enter__(self) -> AdapterSource:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
     def is_buffer(self, name: str) -> bool:
@@ -90,8 +90,9 @@ class AdapterSource(Source):
             own = self._file.read(self._whole[name])
             wide = torch.promote_types(own.dtype, torch.float32)
             return own.to(wide) - self._base.read(name).to(wide)
-        if name not in self._factors:
-            return None
+        return self._product(name) if name in self._factors else None
+
+    def _product(self, name: str) -> tuple[Tensor, Tensor]:
         first, second, transposed = self._factors[name]
         a, b = self._file.read(first).float(), self._file.read(second).float()  # [r, n], [m, r]
         b = b * self._scaling(name.removesuffix(".weight"), a.shape[0])
@@ -102,7 +103,7 @@ class AdapterSource(Source):
             return self._file.read(self._whole[name])
         if name not in self._factors:
             return self._base.read(name)
-        left, right = self.change(name)
+        left, right = self._product(name)
         return torch.addmm(self._base.read(name).float(), left, right)
 
     def _scaling(self, module: str, rank: int) -> float:

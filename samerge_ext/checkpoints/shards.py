@@ -80,10 +80,9 @@ class ShardWriter:
 
     def write(self, name: str, start: int, numbers: Tensor) -> None:
         """Numbers ``start`` … of a tensor, [n], contiguous."""
-        data = memoryview(numbers.view(torch.uint8).numpy())
-        self._put(data, self._shard.begins[name] + start * numbers.dtype.itemsize)
+        self._put(numbers.view(torch.uint8).numpy().data, self._shard.begins[name] + start * numbers.dtype.itemsize)
 
-    def __exit__(self, kind, *exception) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
             if kind is None:
                 os.ftruncate(self._file, self._shard.total_bytes)

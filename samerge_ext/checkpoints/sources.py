@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.checkpoints.folder import Checkpoint
+
 # Running statistics of normalisation layers, as state dicts and checkpoints name them.
 FLOAT_BUFFERS = ("*running_mean", "*running_var")
 
 
-class Source:
+class Source(ABC):
     """Named tensors of one model.
 
     label: what messages call it.
@@ -23,6 +26,7 @@ class Source:
     label: str
     names: tuple[str, ...]
     aliases: dict[str, str]
+    _stored: Container[str]
 
     def __contains__(self, name: str) -> bool:
         return name in self.aliases or name in self._stored
@@ -45,6 +49,15 @@ class Source:
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor is a buffer. Without its module: counters, masks and positions, or running statistics."""
         return self.dtype(name) in (torch.int64, torch.bool) or matches(name, FLOAT_BUFFERS)
+
+    @abstractmethod
+    def _shape(self, name: str) -> torch.Size: ...
+
+    @abstractmethod
+    def _dtype(self, name: str) -> torch.dtype: ...
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor: ...
 
 
 class _Held(Source):
@@ -101,15 +114,24 @@ class StateDictSource(_Held):
 
 
 class CheckpointSource(Source):
-    """A model folder, opened as a `checkpoints.Checkpoint`."""
+    """A model folder, opened as a `folder.Checkpoint`."""
 
-    def __init__(self, checkpoint, label: str):
+    def __init__(self, checkpoint: Checkpoint, label: str):
         self.label = f"{label} ({checkpoint.path})"
         self.names = checkpoint.names
         self.aliases = dict(checkpoint.tied)
         self._stored = frozenset(checkpoint.names)
         self.files, self.read_into = checkpoint.files, checkpoint.read_into
-        self._shape, self._dtype, self._read = checkpoint.shape, checkpoint.dtype, checkpoint.read
+        self._checkpoint = checkpoint
+
+    def _shape(self, name: str) -> torch.Size:
+        return self._checkpoint.shape(name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.dtype(name)
+
+    def _read(self, name: str) -> Tensor:
+        return self._checkpoint.read(name)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ console = Console()
 MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError)
 
 
-def _pairs(option: str, values: list[str] | None, parse=lambda text: text) -> dict[str, Any]:
+def _pairs(option: str, values: list[str] | None, parse: Callable[[str], Any] = str) -> dict[str, Any]:
     pairs = {}
     for value in values or ():
         key, equals, text = value.partition("=")
@@ -86,7 +87,7 @@ def merge(
     except MISTAKES as error:
         _fail(error)
     seconds = time.perf_counter() - started
-    console.print(f"{recipe.merge_method}: {len(recipe.tasks)} experts merged in {seconds:.1f} s, written to {out}")
+    console.print(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -105,7 +106,14 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
 
 
 class _Run:
-    def __init__(self, merge: FileMerge, names: CheckpointSource, experts, target: Path, stored: dict[Path, tuple]):
+    def __init__(
+        self,
+        merge: FileMerge,
+        names: CheckpointSource,
+        experts: list[tuple[str, CheckpointSource]],
+        target: Path,
+        stored: dict[Path, tuple[int, int]],
+    ):
         check_headers(names, experts, merge.heads, torch.float32, torch.float32)
         for _, expert in experts:
             check_ties(names, expert)
@@ -141,7 +149,8 @@ class _Run:
             if "factors" not in record.content:
                 record.note(factors=self._merge.factors_of(self._squares(), [task for task, _ in self._experts]))
             self._pieces.factors = record.content["factors"]
-        whole: WholeRule | None = self._rules.get("")
+        rule = self._rules.get("")
+        whole = rule if isinstance(rule, WholeRule) else None
         if whole is not None:
             if "trims" not in record.content:
                 with self._blaming(list(self._dtypes)):
@@ -153,7 +162,7 @@ class _Run:
             whole.restore((record.content["shards"] or [record.content["trims"]])[-1])
         for shard in left:
             with ShardWriter(record.folder, shard) as writer:
-                self._each(self._in_order(shard), lambda name, writer=writer: self._merge_tensor(name, writer))
+                self._merge_all(self._in_order(shard), writer)
             self._check_unchanged()
             record.note(shards=[*record.content["shards"], whole.state() if whole else None])
 
@@ -191,7 +200,7 @@ class _Run:
     def _all_pieces(self) -> Iterator[Piece]:
         return (piece for name in self._dtypes for piece in self._new_pieces(name)())
 
-    def _each(self, names: list[str], work: Callable[[str], None]) -> None:
+    def _merge_all(self, names: list[str], writer: ShardWriter) -> None:
         """Threads take one tensor after the other, so that some read or write while others compute.
 
         As one vector tensors wait for each other: which of equal magnitudes are kept is a matter of their order.
@@ -199,7 +208,7 @@ class _Run:
         workers = 1 if self._merge.whole else self._threads + 1  # one of them waits for the disk
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                for done in [pool.submit(work, name) for name in names]:
+                for done in [pool.submit(self._merge_tensor, name, writer) for name in names]:
                     done.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -214,7 +223,7 @@ class _Run:
         dtype, pieces = self._written_dtype(name), self._new_pieces(name)
         with self._blaming([name]):
             if self._merge.whole:
-                results = ((piece, self._rules[""].merge(piece)) for piece in pieces())
+                results: Iterator[tuple[Piece, Tensor]] = ((piece, self._rules[""].merge(piece)) for piece in pieces())
             else:
                 results = merge_pieces(self._rules[name], pieces)
             for piece, merged in results:
@@ -280,7 +289,7 @@ class _Record:
     def is_whole(self) -> bool:
         return self.content.get("whole", False)
 
-    def note(self, **entries) -> None:
+    def note(self, **entries: Any) -> None:
         self.content.update(entries)
         with atomic_write(self._path) as file:
             file.write(json.dumps(self.content).encode())

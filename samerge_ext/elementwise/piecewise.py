@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,33 +36,36 @@ class Piece:
         return self.task_vectors[:, : self.size]
 
 
-class Rule(Protocol):
+class Rule:
     """How one tensor, or the whole vector, is merged. It sees all pieces `rounds` times in order, then merges them in order."""
 
-    rounds: int
+    rounds = 0
 
-    def look(self, piece: Piece) -> None: ...
+    def look(self, piece: Piece) -> None:
+        """Sees one piece of a round."""
 
-    def next_round(self) -> None: ...
+    def next_round(self) -> None:
+        """All pieces were seen."""
 
-    def merge(self, piece: Piece) -> Tensor: ...  # [n]
+    def merge(self, piece: Piece) -> Tensor:  # [n]
+        raise NotImplementedError
 
 
-class WholeRule(Rule, Protocol):
+class WholeRule(Rule):
     """A rule for all tensors as one vector: what it knows between two of them can be kept as JSON and taken up again."""
 
-    def state(self) -> list: ...
+    def state(self) -> list:
+        raise NotImplementedError
 
-    def restore(self, state: Sequence) -> None: ...
+    def restore(self, state: Sequence) -> None:
+        raise NotImplementedError
 
 
-class Combination:
+class Combination(Rule):
     """Σ_t w_t τ_t, or with ``elect`` the sum of those that agree with its sign (TIES), times ``scale``; it needs no rounds.
 
     normalize: divide by the sum of the weights that counted.
     """
-
-    rounds = 0
 
     def __init__(self, weights: Sequence[float], scale: float = 1.0, *, normalize: bool = False, elect: bool = False):
         self.weights, self.scale, self.normalize, self.elect = list(weights), scale, normalize, elect
@@ -99,7 +101,7 @@ def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, 
     for group in [layers] if whole else [[layer] for layer in layers]:
         rule = rule_of("", sum(numbers)) if whole else rule_of(layout.names[group[0]], numbers[group[0]])
         places = [
-            (layout.offsets[layer], start, min(PIECE, numbers[layer] - start))
+            (layout.extent(layer)[0], start, min(PIECE, numbers[layer] - start))
             for layer in group
             for start in range(0, numbers[layer], PIECE)
         ]

@@ -12,20 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.elementwise.magnitudes import BITS
-from samerge_ext.elementwise.piecewise import ALIGNMENT, Combination, Piece, merge_packed, per_task
+from samerge_ext.elementwise.piecewise import ALIGNMENT, Combination, Piece, Rule, merge_packed, per_task
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
 
 DRAWN = ALIGNMENT  # numbers that share a key
 
 
-class Dare:
+class Dare(Rule):
     """DARE over the tensor called ``name``: a `piecewise.Rule`.
 
     densities: 1 − p for every task. combination: what follows. rescale: by 1 / density.
     """
-
-    rounds = 0
 
     def __init__(self, name: str, densities: Sequence[float], seed: int, combination: Combination, rescale: bool = True):
         self.name, self.densities, self.seed = name, densities, seed

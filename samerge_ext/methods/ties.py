@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.elementwise.magnitudes import LargestMagnitudes, kept_count
-from samerge_ext.elementwise.piecewise import Combination, Piece, merge_packed, per_task
+from samerge_ext.elementwise.piecewise import Combination, Piece, WholeRule, merge_packed, per_task
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
 
 Scope = Literal["tensor", "vector"]
 
 
-class Ties:
+class Ties(WholeRule):
     """TIES over one vector of ``numel`` numbers in all: a `piecewise.Rule`.
 
     densities, weights: one per task. combination: what follows trimming.

@@ -100,11 +100,14 @@ class FactoredTaskVectors(InPieces):
             row[:count] = rows.view(-1)[start - first * right.shape[1] :][:count]
 
 
-def require_adapters(experts: Sequence[tuple[str, Source]]) -> None:
-    """Raises ValueError for an expert that has no factors."""
-    for _, expert in experts:
+def require_adapters(experts: Sequence[tuple[str, Source]]) -> list[tuple[str, AdapterSource]]:
+    """The experts; raises ValueError for one that has no factors."""
+    adapters = []
+    for task, expert in experts:
         if not isinstance(expert, AdapterSource):
             raise ValueError(f"{expert.label} is no LoRA adapter, and task_vector_dtype={LORA!r} keeps factors; leave it out")
+        adapters.append((task, expert))
+    return adapters
 
 
 def _parts(change: Change) -> tuple[Tensor, ...]:

@@ -13,12 +13,12 @@ from samerge_ext.packing.factors import LORA, FactoredTaskVectors, require_adapt
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.packing.stores import Numbers
-from samerge_ext.packing.validation import check_sources, shared_names
+from samerge_ext.packing.validation import Experts, check_sources, shared_names
 
 
 def pack_into_memory(
     base: Source,
-    experts: list[tuple[str, Source]],
+    experts: Experts,
     dtype: torch.dtype,
     task_vector_dtype: torch.dtype | str | None,
     device: torch.device | str,
@@ -40,7 +40,7 @@ def pack_into_memory(
     return {**fields, "base": packed, "task_vectors": task_vectors, "experts": kept}
 
 
-def check_form(form: torch.dtype | str, experts: list[tuple[str, Source]]) -> None:
+def check_form(form: torch.dtype | str, experts: Experts) -> None:
     """Raises ValueError unless task vectors of these experts can be kept in it."""
     if not isinstance(form, torch.dtype) and form not in (*FORMATS, LORA):
         raise ValueError(
@@ -57,19 +57,19 @@ def stored_dtype(dtype: torch.dtype, form: torch.dtype | str) -> torch.dtype:
 
 
 def empty_task_vectors(
-    experts: list[tuple[str, Source]], layout: Layout, dtype: torch.dtype, form: torch.dtype | str, device: torch.device | str
+    experts: Experts, layout: Layout, dtype: torch.dtype, form: torch.dtype | str, device: torch.device | str
 ) -> Numbers:
     """Room for the task vectors of the experts; factors are there already."""
+    if isinstance(form, torch.dtype):
+        return torch.zeros(len(experts), layout.numel, dtype=form, device=device)
     if form == LORA:
-        return FactoredTaskVectors.of(experts, layout, torch.promote_types(dtype, torch.float32))
-    if form in FORMATS:
-        return QuantisedTaskVectors.zeros(len(experts), layout.numel, form, device)
-    return torch.zeros(len(experts), layout.numel, dtype=form, device=device)
+        return FactoredTaskVectors.of(require_adapters(experts), layout, torch.promote_types(dtype, torch.float32))
+    return QuantisedTaskVectors.zeros(len(experts), layout.numel, form, device)
 
 
 def outline(
     base: Source,
-    experts: list[tuple[str, Source]],
+    experts: Experts,
     heads: tuple[str, ...],
     changed: Collection[str],
     dtype: torch.dtype,
@@ -97,7 +97,7 @@ def outline(
     }
 
 
-def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts: list[tuple[str, Source]]) -> None:
+def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts: Experts) -> None:
     """Writes base [N] and task vectors [T, N], one tensor at a time."""
     rows = [layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
     wide = torch.float64 if packed.dtype == torch.float64 else torch.float32
@@ -111,7 +111,7 @@ def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts
             quantise(stored.narrow(*extent), name, pretrained, experts)
 
 
-def quantise(layer: QuantisedTaskVectors, name: str, pretrained: Tensor, experts: list[tuple[str, Source]]) -> None:
+def quantise(layer: QuantisedTaskVectors, name: str, pretrained: Tensor, experts: Experts) -> None:
     """Writes one layer of all task vectors; with an offset, which is their mean, experts are read twice."""
     try:
         offset = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from samerge_ext.packing.in_pieces import InPieces
+from samerge_ext.packing.quantised import QuantisedTaskVectors
 
-Numbers = "Tensor | QuantisedTaskVectors | InPieces"
+Numbers: TypeAlias = Tensor | QuantisedTaskVectors | InPieces
 READ_AT_ONCE = 1 << 22  # numbers of all rows, where all are read into memory
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.sources import Source, matches
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Experts = list[tuple[str, Source]]
+Experts = Sequence[tuple[str, Source]]
 
 
 def check_sources(
@@ -149,6 +151,6 @@ def _head_advice(names: list[str]) -> str:
     return f"If these belong to the task, keep them per task with heads={patterns[:4]}."
 
 
-def _some(names) -> str:
+def _some(names: Collection[str]) -> str:
     listed = ", ".join(f"'{name}'" for name in list(names)[:4])
     return listed + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -93,6 +93,17 @@ class Recipe(_Strict):
             return self.models
         return [entry for entry in self.models if entry.model != self.base_model]
 
+    @property
+    def named_experts(self) -> list[tuple[str, ModelEntry]]:
+        """The experts with their tasks."""
+        return list(zip(self.tasks or (), self.experts, strict=True))
+
+    def learned_from(self) -> tuple[Path, CalibrationEntry]:
+        """The base and the calibration set of a learned method; raises ValueError for another one."""
+        if self.base_model is None or self.calibration is None:
+            raise ValueError(f"{self.merge_method} learns nothing; plans are for {', '.join(LEARNED)}")
+        return self.base_model, self.calibration
+
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         if self.base_model is None and self.merge_method != "linear":
@@ -146,10 +157,9 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
-    if recipe.merge_method not in LEARNED:
-        raise ValueError(f"{recipe.merge_method} learns nothing; plans are for {', '.join(LEARNED)}")
-    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)]
-    packed = PackedWeights.describe(recipe.base_model, experts, **_packing(recipe))
+    base, _ = recipe.learned_from()
+    experts = [(task, entry.model) for task, entry in recipe.named_experts]
+    packed = PackedWeights.describe(base, experts, **_packing(recipe))
     module, logits, calibration = _model_and_calibration(recipe)
     settings = recipe.method_settings()
     teachers = recipe.merge_method != "adamerging"
@@ -167,10 +177,11 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
         merge_files(_file_merge(recipe), out, overwrite=overwrite)
         return None
     require_target(out, overwrite=overwrite)
-    experts = [(task, entry.model) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)]
+    base, _ = recipe.learned_from()
+    experts = [(task, entry.model) for task, entry in recipe.named_experts]
     state = out.with_name(f"{out.name}.state")
     file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    packed = PackedWeights.from_folders(recipe.base_model, experts, file=file, **_packing(recipe))
+    packed = PackedWeights.from_folders(base, experts, file=file, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     result = _learned(recipe, packed, state)
@@ -185,7 +196,7 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
 def _file_merge(recipe: Recipe) -> FileMerge:
     return file_merge(
         recipe.merge_method,
-        [(task, entry.model, entry.parameters) for task, entry in zip(recipe.tasks, recipe.experts, strict=True)],
+        [(task, entry.model, entry.parameters) for task, entry in recipe.named_experts],
         recipe.base_model,
         recipe.parameters,
         heads=recipe.heads,
@@ -217,10 +228,10 @@ def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
 
 def _model_and_calibration(recipe: Recipe) -> tuple:
     """The model without memory for its weights, its logits function, and the batches of every task."""
-    first = next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), recipe.base_model)
+    base, options = recipe.learned_from()
+    first = next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), base)
     with parameters_on_meta():
         module, logits = empty_model(first)
-    options = recipe.calibration
     calibration = {
         task: text_batches(read_texts(path, options.texts), first, options.batch_size, options.max_length)
         for task, path in options.files.items()
