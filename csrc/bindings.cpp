@@ -29,8 +29,8 @@ at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vecto
                        const at::Tensor& scale, const at::Tensor& basis, const at::Tensor& projected, int64_t width,
                        int64_t first, int64_t last);
 
-at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights, double scale,
-                           bool normalize);
+at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights,
+                           double scale, bool normalize);
 
 at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 
@@ -43,7 +43,7 @@ bool map_large_tensors(bool on);
 #ifdef SAMERGE_CUDA
 void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
                        const at::Tensor& coefficients, const at::Tensor& block_layer,
-                      const std::optional<at::Tensor>& scales);
+                       const std::optional<at::Tensor>& scales);
 
 at::Tensor coefficient_grad_cuda(const at::Tensor& grad, const at::Tensor& task_vectors, const at::Tensor& block_layer,
                                  int64_t num_layers, const std::optional<at::Tensor>& scales);

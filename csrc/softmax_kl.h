@@ -14,16 +14,16 @@ enum class RowLoss : int { kl, cross_entropy, entropy };
 // "real" is double where the student is f64, else float.
 struct SoftmaxKl {
   RowLoss loss;
-  int64_t num_teachers;          // K, 0 for entropy
-  int64_t num_rows;              // R
-  int64_t num_columns;           // V
-  const void* student;           // [R, V], rows student_stride apart
-  const void* teacher;           // [K, R, V], strides teacher_stride and teacher_row_stride
-  const void* teacher_weights;   // [K, R] real v, null for 1 / K
-  const int64_t* num_classes;    // [R], null for V: the first classes of a row count, the others get gradient 0
-  const void* row_scale;         // [R] real, null for no gradient
-  void* losses;                  // [R] real
-  void* grad;                    // [R, V] in the student's dtype, null for no gradient
+  int64_t num_teachers;         // K, 0 for entropy
+  int64_t num_rows;             // R
+  int64_t num_columns;          // V
+  const void* student;          // [R, V], rows student_stride apart
+  const void* teacher;          // [K, R, V], strides teacher_stride and teacher_row_stride
+  const void* teacher_weights;  // [K, R] real v, null for 1 / K
+  const int64_t* num_classes;   // [R], null for V: the first classes of a row count, the others get gradient 0
+  const void* row_scale;        // [R] real, null for no gradient
+  void* losses;                 // [R] real
+  void* grad;                   // [R, V] in the student's dtype, null for no gradient
   int64_t student_stride, teacher_stride, teacher_row_stride;  // in numbers
   double student_temperature, teacher_temperature;
   DType student_dtype, teacher_dtype;

@@ -53,7 +53,8 @@ struct SoftmaxKlCall {
     a.student_stride = student.stride(0);
     if (given_teacher) {
       TORCH_CHECK_VALUE(given_teacher->dim() == 3 && given_teacher->size(0) > 0 && given_teacher->size(1) == rows &&
-                            given_teacher->size(2) == columns && here(*given_teacher) && accumulator(*given_teacher) == real,
+                            given_teacher->size(2) == columns && here(*given_teacher) &&
+                            accumulator(*given_teacher) == real,
                         "teacher must be [K, R, V] on the student's device, and float64 only where student is");
       teacher = dense_rows(*given_teacher);
       a.num_teachers = teacher.size(0);
@@ -80,8 +81,9 @@ struct SoftmaxKlCall {
     losses = at::empty({rows}, student.options().dtype(real));
     a.losses = losses.mutable_data_ptr();
     if (given_row_scale) {
-      TORCH_CHECK_VALUE(given_row_scale->numel() == rows && given_row_scale->scalar_type() == real && here(*given_row_scale),
-                        "row_scale must be [R] of the accumulation dtype");
+      TORCH_CHECK_VALUE(
+          given_row_scale->numel() == rows && given_row_scale->scalar_type() == real && here(*given_row_scale),
+          "row_scale must be [R] of the accumulation dtype");
       row_scale = given_row_scale->contiguous();
       TORCH_CHECK_VALUE(!out || (out->sizes() == given_student.sizes() && out->is_contiguous() && here(*out) &&
                                  out->scalar_type() == given_student.scalar_type()),

@@ -28,7 +28,8 @@ template <class Real, class Vector>
 SAMERGE_INLINE KlTerm<Vector> kl_term(Vector p, Vector q, Vector d, Vector remainder) {
   const auto close = d * d < Real(0.0625);
   const Vector difference = close ? p * (remainder - d) : q - p;
-  const Vector finite = p == Real(0) ? Vector{} - Real(1) : d;  // what p = 0 is multiplied with: d may be infinite there
+  const Vector finite =
+      p == Real(0) ? Vector{} - Real(1) : d;  // what p = 0 is multiplied with: d may be infinite there
   return {close ? p * remainder : p * finite + difference, difference};
 }
 

@@ -17,7 +17,9 @@ inline DType dtype_of(const at::Tensor& tensor) {
     case at::kBFloat16: return DType::bf16;
     case at::kHalf: return DType::f16;
     case at::kDouble: return DType::f64;
-    default: TORCH_CHECK_TYPE(false, "samerge_ext computes in float32, bfloat16, float16 and float64, not ", tensor.scalar_type());
+    default:
+      TORCH_CHECK_TYPE(false, "samerge_ext computes in float32, bfloat16, float16 and float64, not ",
+                       tensor.scalar_type());
   }
 }
 
@@ -42,10 +44,10 @@ inline void check_packed(const at::Tensor& vector, const at::Tensor& task_vector
                          const std::optional<at::Tensor>& scales,
                          at::DeviceType device) {  // [N], [T, N], [N / kBlock], [T, N / kGroup]
   const int64_t per_element = task_dtype_of(task_vectors, scales) == DType::i4 ? 2 : 1;
-  TORCH_CHECK_VALUE(vector.dim() == 1 && task_vectors.dim() == 2 &&
-                        per_element * task_vectors.size(1) == vector.size(0) &&
-                        block_layer.numel() * kBlock == vector.size(0) && block_layer.scalar_type() == at::kInt,
-                    "packed tensors do not fit: ", vector.sizes(), ", ", task_vectors.sizes(), ", ", block_layer.sizes());
+  TORCH_CHECK_VALUE(
+      vector.dim() == 1 && task_vectors.dim() == 2 && per_element * task_vectors.size(1) == vector.size(0) &&
+          block_layer.numel() * kBlock == vector.size(0) && block_layer.scalar_type() == at::kInt,
+      "packed tensors do not fit: ", vector.sizes(), ", ", task_vectors.sizes(), ", ", block_layer.sizes());
   if (scales) {
     TORCH_CHECK_VALUE(scales->dim() == 2 && scales->size(0) == task_vectors.size(0) &&
                           scales->size(1) * kGroup == vector.size(0) && scales->scalar_type() == at::kBFloat16 &&

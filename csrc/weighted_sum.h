@@ -15,7 +15,7 @@ struct WeightedSum {
   int64_t num_layers;          // L
   int64_t task_stride;         // in stored elements: numbers, or bytes of codes
   DType out_dtype, base_dtype, task_dtype;
-  const uint16_t* scales;      // [T, N / kGroup] bf16 of codes, rows scale_stride apart
+  const uint16_t* scales;  // [T, N / kGroup] bf16 of codes, rows scale_stride apart
   int64_t scale_stride;
 };
 

@@ -5,6 +5,7 @@ The operators are imported with the package; everything built on them is importe
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import ops
 from .backend import available, use_backend
@@ -48,34 +49,69 @@ _LAZY = {  # public name -> module that defines it
 _LAZY_MODULES = ("models",)
 
 __all__ = [
+    "AdaMergingConfig",
+    "DistillationConfig",
+    "Layout",
+    "MergedModel",
+    "PackedWeights",
+    "Result",
+    "SAMergingConfig",
+    "StatsMergeLearner",
+    "StatsMergingConfig",
+    "adamerging",
+    "align_norms",
+    "apply_learner",
     "argmax_cross_entropy",
     "argmax_cross_entropy_with_grad",
     "available",
+    "average",
     "coefficient_grad",
+    "dare",
+    "distill_expert",
     "entropy",
     "entropy_with_grad",
     "layer_stats",
+    "models",
     "ops",
+    "samerging",
     "softmax_kl",
     "softmax_kl_with_grad",
+    "statsmerging",
     "svd_topk",
+    "task_arithmetic",
+    "ties",
+    "trimmed",
     "use_backend",
     "weighted_sum",
-    *_LAZY,
-    *_LAZY_MODULES,
 ]
 
+if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers and editors
+    from . import models
+    from .merged.model import MergedModel
+    from .merged.result import Result
+    from .methods.adamerging import AdaMergingConfig, adamerging
+    from .methods.arithmetic import average, task_arithmetic
+    from .methods.dare import dare
+    from .methods.distac import align_norms
+    from .methods.distillation import DistillationConfig, distill_expert
+    from .methods.samerging import SAMergingConfig, samerging
+    from .methods.statsmerging import StatsMergingConfig, apply_learner, statsmerging
+    from .methods.ties import ties, trimmed
+    from .packing.layout import Layout
+    from .packing.packed_weights import PackedWeights
+    from .statistics.learner import StatsMergeLearner
+else:  # a type checker that saw it would take any name for one of the package's
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    elif name in _LAZY_MODULES:
-        value = importlib.import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str):
+        if name in _LAZY:
+            value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        elif name in _LAZY_MODULES:
+            value = importlib.import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

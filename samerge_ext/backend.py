@@ -17,6 +17,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 
@@ -28,8 +29,8 @@ _kernels: dict[tuple[str, str, str], Callable] = {}  # (operator, requested back
 _warned: set[str] = set()
 
 try:
-    _C = importlib.import_module("samerge_ext._C")
-    _extension_error = None
+    _C: ModuleType | None = importlib.import_module("samerge_ext._C")
+    _extension_error: str | None = None
 except ImportError as error:
     _C = None
     _extension_error = f"the C++ extension samerge_ext._C cannot be imported ({error}); {_REBUILD}"
@@ -155,4 +156,4 @@ def _best(op: str, device: str) -> Callable:
     if why not in _warned:
         _warned.add(why)
         warnings.warn(f"samerge_ext runs on the PyTorch reference ({why})", RuntimeWarning, stacklevel=2)
-    return _lookup(op, "reference")
+    return _named(op, "reference", device)

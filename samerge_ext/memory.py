@@ -42,7 +42,7 @@ class PeakMemory:
             self._start = _status("VmRSS")
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         high = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
         self.rise = max(0, high - self._start)
 
@@ -93,7 +93,7 @@ def large_tensors_mapped() -> Iterator[None]:
 def trim_heap() -> None:
     """Has glibc return the memory that is free now."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
+    if libc is not None and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 

@@ -10,7 +10,8 @@
 
 namespace samerge {
 
-constexpr int64_t kSegmentBlocks = 64;  // whose sums are added: fixed, so that they do not depend on the number of threads
+constexpr int64_t kSegmentBlocks =
+    64;  // whose sums are added: fixed, so that they do not depend on the number of threads
 constexpr int64_t kPieceSegments = 8;
 
 // The first block of every segment, then the number of blocks. A segment has at most kSegmentBlocks, all of one layer, whose

@@ -43,7 +43,8 @@ void read_block_pairs(const void* source, float* grad) {  // [kBlock], [kBlock]
 
 // sums[k] += grad . block k of kCount, which lie task_stride apart.
 template <class Storage, int kCount, class Real = lane_t<typename Storage::Vector>>
-SAMERGE_INLINE void dot_some(const typename Storage::Stored* block, int64_t task_stride, const Real* grad, double* sums) {
+SAMERGE_INLINE void dot_some(const typename Storage::Stored* block, int64_t task_stride, const Real* grad,
+                             double* sums) {
   using Vector = typename Storage::Vector;
   constexpr int kStep = kLanes<Vector>;
   Halves<Vector> totals[kCount] = {};
@@ -74,8 +75,8 @@ void dot_blocks(const CoefficientGrad& a, int64_t b, const Real* grad, double* s
 
 // As above, of codes: a group's products are summed lane by lane before they are scaled.
 template <class Codes, int kCount, class Real = lane_t<typename Codes::Vector>>
-SAMERGE_INLINE void dot_some_codes(const uint8_t* block, int64_t task_stride, const uint16_t* scales, int64_t scale_stride,
-                                   const Real* grad, double* sums) {
+SAMERGE_INLINE void dot_some_codes(const uint8_t* block, int64_t task_stride, const uint16_t* scales,
+                                   int64_t scale_stride, const Real* grad, double* sums) {
   using Vector = typename Codes::Vector;
   Vector totals[kCount] = {};
   for (int64_t group = 0; group < kBlock / kGroup; ++group) {
@@ -112,7 +113,8 @@ void dot_codes(const CoefficientGrad& a, int64_t b, const Real* grad, double* su
 
 template <class Real>
 void contract_segments(const CoefficientGrad& a, void (*read)(const void*, Real*), int64_t bytes,  // of a block of grad
-                       void (*dot)(const CoefficientGrad&, int64_t, const Real*, double*), int64_t first, int64_t last) {
+                       void (*dot)(const CoefficientGrad&, int64_t, const Real*, double*), int64_t first,
+                       int64_t last) {
   alignas(64) Real grad[kBlock];
   for (int64_t segment = first; segment < last; ++segment) {
     double* sums = a.partials + segment * a.num_tasks;  // [T]
@@ -130,9 +132,10 @@ void coefficient_grad(const CoefficientGrad& a, int64_t first, int64_t last) {
     const auto dot_of = dot[int(a.task_dtype) - int(DType::f64)];
     return contract_segments<double>(a, read_block<F64>, kBlock * sizeof(double), dot_of, first, last);
   }
-  constexpr decltype(&read_block<F32>) read[][3] = {{read_block<F32>, read_block<BF16>, read_block<F16>},
-                                                    {read_block_pairs<F32>, read_block_pairs<BF16>, read_block_pairs<F16>}};
-  constexpr decltype(&dot_blocks<F32>) dot[] = {dot_blocks<F32>, dot_blocks<BF16>,        dot_blocks<F16>,
+  constexpr decltype(&read_block<F32>) read[][3] = {
+      {read_block<F32>, read_block<BF16>, read_block<F16>},
+      {read_block_pairs<F32>, read_block_pairs<BF16>, read_block_pairs<F16>}};
+  constexpr decltype(&dot_blocks<F32>) dot[] = {dot_blocks<F32>, dot_blocks<BF16>,       dot_blocks<F16>,
                                                 nullptr,         dot_codes<Int8<Float>>, dot_codes<Int4<Float>>};
   const int64_t bytes = kBlock * (a.grad_dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t));
   const auto read_of = read[a.task_dtype == DType::bf16][int(a.grad_dtype)];

@@ -18,8 +18,7 @@ struct Level {
 const Level* levels_begin() {
 #ifdef SAMERGE_X86_LEVELS
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   static const Level levels[] = {{"avx512", &avx512_loops, avx512},
@@ -39,8 +38,9 @@ const Level* find(const char* name) {
     if (!std::strcmp(name, level->name) || !std::strcmp(name, "auto")) return level;
     names += std::string(", ") + level->name;
   }
-  throw std::invalid_argument("CPU level '" + std::string(name) + "' is unknown or does not run on this machine; choose auto" +
-                              names + " (SAMERGE_CPU_LEVEL, set_cpu_level)");
+  throw std::invalid_argument("CPU level '" + std::string(name) +
+                              "' is unknown or does not run on this machine; choose auto" + names +
+                              " (SAMERGE_CPU_LEVEL, set_cpu_level)");
 }
 
 const Level*& active() {

@@ -16,10 +16,9 @@
 
 namespace samerge {
 
-const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,
-                                                     SAMERGE_LEVEL::softmax_kl,   SAMERGE_LEVEL::moments,
-                                                     SAMERGE_LEVEL::gram_product, SAMERGE_LEVEL::orthogonalise,
-                                                     SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,
-                                                     SAMERGE_LEVEL::trim};
+const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {
+    SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad, SAMERGE_LEVEL::softmax_kl,
+    SAMERGE_LEVEL::moments,      SAMERGE_LEVEL::gram_product,     SAMERGE_LEVEL::orthogonalise,
+    SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,     SAMERGE_LEVEL::trim};
 
 }  // namespace samerge

@@ -157,7 +157,8 @@ SAMERGE_INLINE lane_t<Vector> max_lane(Vector v) {
 // arithmetic and |x * scale| * 2^-24 for the rounding of the factor: 2^(n + f) with |f| <= 1/2 and a polynomial in f, whose
 // coefficients are a minimax fit of the relative error, 2e-9.
 SAMERGE_INLINE Float exp_scaled(Float x, float scale) {
-  constexpr float kRound = 12582912.f + 127;  // 1.5 * 2^23: adding it leaves the nearest integer, biased, in the low bits
+  constexpr float kRound =
+      12582912.f + 127;  // 1.5 * 2^23: adding it leaves the nearest integer, biased, in the low bits
   const float factor = scale * 1.44269504088896341f;
   const Float shifted = x * factor + kRound;
   const Float n = shifted - kRound;
@@ -222,9 +223,7 @@ struct BF16 {
     const Bits pairs = load<Bits>(p);
     return {(Float)(pairs << 16), (Float)(pairs & 0xffff0000u)};
   }
-  static SAMERGE_INLINE Float read(const uint16_t* p) {
-    return (Float)(widen(load<HalfBits>(p)) << 16);
-  }
+  static SAMERGE_INLINE Float read(const uint16_t* p) { return (Float)(widen(load<HalfBits>(p)) << 16); }
   static SAMERGE_INLINE HalfBits round(Float v) {
     const Bits bits = (Bits)v;
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

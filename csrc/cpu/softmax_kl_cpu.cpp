@@ -26,8 +26,9 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
   const SoftmaxKl& a = call.arguments;
   if (call.grad && !out) use_huge_pages(*call.grad);
   for (int64_t r = 0; a.num_classes && r < a.num_rows; ++r)
-    TORCH_CHECK_VALUE(a.num_classes[r] >= 1 && a.num_classes[r] <= a.num_columns, "num_classes[", r, "] is ", a.num_classes[r],
-                      "; num_classes must lie in 1 ... ", a.num_columns, ", the number of columns of student");
+    TORCH_CHECK_VALUE(a.num_classes[r] >= 1 && a.num_classes[r] <= a.num_columns, "num_classes[", r, "] is ",
+                      a.num_classes[r], "; num_classes must lie in 1 ... ", a.num_columns,
+                      ", the number of columns of student");
   const auto loop = loops().softmax_kl;
   const bool streamed = call.grad && is_streamed(*call.grad);
   const int64_t chunks = (a.num_columns + kSoftmaxKlChunk - 1) / kSoftmaxKlChunk;

@@ -18,8 +18,9 @@ struct Row {
   Real* buffer;      // [kChunk] its other numbers
   int64_t ahead;     // from a number to the one that is fetched into the cache meanwhile, in bytes
   Real inverse_temperature;
-  Real* exponentials;  // [n up to whole chunks] of each chunk relative to the maximum so far; null where there is no room
-  Real* maxima;        // [chunks] those maxima
+  Real*
+      exponentials;  // [n up to whole chunks] of each chunk relative to the maximum so far; null where there is no room
+  Real* maxima;      // [chunks] those maxima
   Real max;
   double sum;      // Z
   Real scale;      // 1 / Z
@@ -107,7 +108,8 @@ Exponentials<Real> exponentials(const Row<Vector>& row, int64_t begin, int64_t c
                                 Real* buffer) {
   if (row.exponentials) {
     const Real max = row.maxima[begin / kChunk];
-    const Real factor = max == row.max ? Real(1) : Real(__builtin_exp((double(max) - row.max) * row.inverse_temperature));
+    const Real factor =
+        max == row.max ? Real(1) : Real(__builtin_exp((double(max) - row.max) * row.inverse_temperature));
     return {row.exponentials + begin, factor * row.scale};
   }
   for (int64_t i = 0; i < count; i += kLanes<Vector>)
@@ -141,7 +143,8 @@ double kl_chunk(const Row<Vector>& teacher, ConstChunk<Vector> t, Exponentials<R
   const Real inverse_teacher = teacher.inverse_temperature, inverse_student = student.inverse_temperature;
   const Real teacher_max = teacher.max, student_max = student.max;
   // KL is homogeneous in p and q, so both are computed in units of p's factor, which may not be too small to divide by.
-  const Real unit = p.factor > Real(1e-30) ? p.factor : Real(1e-30), ratio = q.factor / unit, slope_weight = weight * unit;
+  const Real unit = p.factor > Real(1e-30) ? p.factor : Real(1e-30), ratio = q.factor / unit,
+             slope_weight = weight * unit;
   Vector total = {};
   for_vectors<Vector>(n, [=, &total](int64_t i, bool last) SAMERGE_INLINE_BODY {
     const Vector t_i = load<Vector>(t.vector(i, last)), s_i = load<Vector>(s.vector(i, last));
@@ -185,12 +188,12 @@ struct Teacher {
 };
 
 template <class Vector, class Real = lane_t<Vector>>
-void row_losses(const SoftmaxKl& a, const RowFunctions<Vector>& students, const RowFunctions<Vector>& teachers, int64_t first,
-                int64_t last, void* scratch, bool streamed) {
+void row_losses(const SoftmaxKl& a, const RowFunctions<Vector>& students, const RowFunctions<Vector>& teachers,
+                int64_t first, int64_t last, void* scratch, bool streamed) {
   const Real inverse_student = 1 / a.student_temperature, inverse_teacher = 1 / a.teacher_temperature;
   // Not a page apart: a load waits for a store to the same place in another page.
-  alignas(64) Real student_buffer[kChunk + 48], teacher_buffer[kChunk + 48], p_buffer[kChunk + 48], q_buffer[kChunk + 48],
-      slope_buffer[kChunk];
+  alignas(64) Real student_buffer[kChunk + 48], teacher_buffer[kChunk + 48], p_buffer[kChunk + 48],
+      q_buffer[kChunk + 48], slope_buffer[kChunk];
   auto* teacher = static_cast<Teacher<Vector>*>(__builtin_alloca(a.num_teachers * sizeof(Teacher<Vector>)));  // [K]
   const bool same = inverse_student == inverse_teacher, is_alone = a.num_teachers == 1;
   const auto set_kl = same ? kl_chunk<Vector, true, Slope::set> : kl_chunk<Vector, false, Slope::set>;
@@ -255,7 +258,7 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Vector>& students, const 
             const ConstChunk<Vector> numbers = t.row.chunk(begin, count);
             const Exponentials<Real> p = exponentials(t.row, begin, count, numbers, p_buffer);
             loss += t.weight * (k ? add_kl : first_kl)(t.row, numbers, p, student, x, q, t.offset, count,
-                                                        t.weight * grad_scale, slope, grad_ahead);
+                                                       t.weight * grad_scale, slope, grad_ahead);
           }
         } else {
           const Real factor = total_weight * grad_scale * q.factor;

@@ -10,9 +10,10 @@ namespace samerge {
 constexpr int64_t kLeastBlocks = 32;  // fewer do not pay for a thread
 constexpr int64_t kPieceBlocks = 512;
 
-void weighted_sum_cpu(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
-                      const at::Tensor& coefficients, const at::Tensor& block_layer,
-                      const std::optional<at::Tensor>& scales) {  // [N], [N], [T, N], [T, L], [N / kBlock], [T, N / kGroup]
+void weighted_sum_cpu(
+    const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& coefficients,
+    const at::Tensor& block_layer,
+    const std::optional<at::Tensor>& scales) {  // [N], [N], [T, N], [T, L], [N / kBlock], [T, N / kGroup]
   const auto layer = block_layer.contiguous();
   check_weighted_sum(out, base, task_vectors, coefficients, layer, scales, at::kCPU);
   check_block_layer(layer, coefficients.size(1));

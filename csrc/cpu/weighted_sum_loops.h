@@ -64,8 +64,8 @@ void add_blocks(const WeightedSum& a, int64_t b, Real* sum) {
 
 // As above, of codes.
 template <class Codes, int kCount, class Real = lane_t<typename Codes::Vector>>
-SAMERGE_INLINE void add_some_codes(const uint8_t* block, int64_t task_stride, const uint16_t* scales, int64_t scale_stride,
-                                   const Real* coefficients, Real* sum) {
+SAMERGE_INLINE void add_some_codes(const uint8_t* block, int64_t task_stride, const uint16_t* scales,
+                                   int64_t scale_stride, const Real* coefficients, Real* sum) {
   using Vector = typename Codes::Vector;
   for (int64_t group = 0; group < kBlock / kGroup; ++group) {
     Real factors[kCount];
@@ -117,11 +117,12 @@ struct BlockFunctions {
 template <class Storage, class Real>
 constexpr BlockFunctions<Real> block_functions = {read_block<Storage>, add_blocks<Storage>, write_block<Storage, false>,
                                                   write_block<Storage, true>,
-                                                  kBlock * int64_t(sizeof(typename Storage::Stored))};
+                                                  int64_t(sizeof(typename Storage::Stored)) * kBlock};
 
 template <class Real>
-void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base, void (*add)(const WeightedSum&, int64_t, Real*),
-                  const BlockFunctions<Real>& out, int64_t first, int64_t last, bool streamed) {
+void merge_blocks(const WeightedSum& a, const BlockFunctions<Real>& base,
+                  void (*add)(const WeightedSum&, int64_t, Real*), const BlockFunctions<Real>& out, int64_t first,
+                  int64_t last, bool streamed) {
   alignas(64) Real sum[kBlock];
   const auto write = streamed ? out.stream : out.write;
   for (int64_t b = first; b < last; ++b) {
@@ -140,7 +141,8 @@ void weighted_sum(const WeightedSum& a, int64_t first, int64_t last, bool stream
   }
   constexpr BlockFunctions<float> of[] = {block_functions<F32, float>, block_functions<BF16, float>,
                                           block_functions<F16, float>};
-  constexpr decltype(of[0].add) add[] = {of[0].add, of[1].add, of[2].add, nullptr, add_codes<Int8<Float>>, add_codes<Int4<Float>>};
+  constexpr decltype(of[0].add) add[] = {
+      of[0].add, of[1].add, of[2].add, nullptr, add_codes<Int8<Float>>, add_codes<Int4<Float>>};
   merge_blocks<float>(a, of[int(a.base_dtype)], add[int(a.task_dtype)], of[int(a.out_dtype)], first, last, streamed);
 }
 

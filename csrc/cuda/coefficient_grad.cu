@@ -137,11 +137,13 @@ template <class Real>
 cudaError_t launch(Kernel kernel, const CoefficientGrad& a, void* out, const int32_t* block_layer, int64_t num_blocks,
                    int64_t num_layers, cudaStream_t stream) {
   int64_t grid;
-  if (const cudaError_t error = resident_blocks(kernel, kThreads, 0, (num_blocks + kWarps - 1) / kWarps, &grid)) return error;
+  if (const cudaError_t error = resident_blocks(kernel, kThreads, 0, (num_blocks + kWarps - 1) / kWarps, &grid))
+    return error;
   kernel<<<grid, kThreads, 0, stream>>>(a, num_blocks);
   if (const cudaError_t error = cudaGetLastError()) return error;
   const dim3 sums(num_layers, a.num_tasks);
-  add_blocks<Real><<<sums, kThreads, 0, stream>>>(static_cast<Real*>(out), a.partials, block_layer, num_blocks, num_layers);
+  add_blocks<Real>
+      <<<sums, kThreads, 0, stream>>>(static_cast<Real*>(out), a.partials, block_layer, num_blocks, num_layers);
   return cudaGetLastError();
 }
 

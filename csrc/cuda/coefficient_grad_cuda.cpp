@@ -23,8 +23,8 @@ at::Tensor coefficient_grad_cuda(
   a.grad = dense_grad.const_data_ptr();
   set_task_vectors(a, tasks, dense_scales);
   a.grad_dtype = dtype_of(grad);
-  C10_CUDA_CHECK(gpu::coefficient_grad(a, out.mutable_data_ptr(), layer.const_data_ptr<int32_t>(), layer.numel(), num_layers,
-                                       c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(gpu::coefficient_grad(a, out.mutable_data_ptr(), layer.const_data_ptr<int32_t>(), layer.numel(),
+                                       num_layers, c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 

@@ -140,7 +140,8 @@ struct Codes {
     return kBits == 8 ? piece * 8 : piece / 8 * int(kGroup) + piece % 8 * 8;
   }
 
-  static __device__ __forceinline__ Piece load(const void* codes, int64_t row, int64_t block, int piece) {  // row: its first byte
+  static __device__ __forceinline__ Piece load(const void* codes, int64_t row, int64_t block,
+                                               int piece) {  // row: its first byte
     return reinterpret_cast<const Piece*>(static_cast<const char*>(codes) + row + block * (kBlock * kBits / 8))[piece];
   }
 

@@ -43,10 +43,9 @@ __device__ void multiply_rows(const GramProduct& a, const MatrixSource<Real>& so
     const int rows = end - first < kPanelRows ? end - first : kPanelRows;
     for (int group = warp * kTogether; group < rows; group += kWarps * kTogether) {
       Real sums[kTogether][kVectors] = {};
-      dot_rows<kVectors>(
-          a.columns, sums,
-          [&](int r, int64_t c) { return group + r < rows ? scale * source(first + group + r, c) : Real(0); },
-          [&](int j, int64_t c) { return q[j * a.columns + c]; });
+      dot_rows<kVectors>(a.columns, sums, [&](int r, int64_t c) {
+        return group + r < rows ? scale * source(first + group + r, c) : Real(0);
+      }, [&](int j, int64_t c) { return q[j * a.columns + c]; });
 #pragma unroll
       for (int r = 0; r < kTogether; ++r)
 #pragma unroll
@@ -98,10 +97,9 @@ __device__ void multiply_columns(const GramProduct& a, const MatrixSource<Real>&
     __syncthreads();
     for (int64_t row = warp * kTogether; row < a.rows; row += kWarps * kTogether) {
       Real sums[kTogether][kVectors] = {};
-      dot_rows<kVectors>(
-          columns, sums,
-          [&](int r, int64_t c) { return row + r < a.rows ? scale * source(row + r, first + c) : Real(0); },
-          [&](int j, int64_t c) { return y[j][c]; });
+      dot_rows<kVectors>(columns, sums, [&](int r, int64_t c) {
+        return row + r < a.rows ? scale * source(row + r, first + c) : Real(0);
+      }, [&](int j, int64_t c) { return y[j][c]; });
 #pragma unroll
       for (int r = 0; r < kTogether; ++r)
 #pragma unroll

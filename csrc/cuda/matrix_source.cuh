@@ -9,14 +9,10 @@ namespace samerge::gpu {
 template <class Real>
 __device__ __forceinline__ Real number_at(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::f32:
-      return static_cast<const float*>(data)[i];
-    case DType::f64:
-      return static_cast<const double*>(data)[i];
-    case DType::f16:
-      return __half2float(static_cast<const __half*>(data)[i]);
-    default:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::f32: return static_cast<const float*>(data)[i];
+    case DType::f64: return static_cast<const double*>(data)[i];
+    case DType::f16: return __half2float(static_cast<const __half*>(data)[i]);
+    default: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
   }
 }
 

@@ -13,8 +13,8 @@ namespace samerge::gpu {
 namespace {
 
 template <class Team, class Row, int kCount, class Real>
-__device__ Normalizer<Real> normalize(const Team& team, const Row& row, const Share& share, Temperature<Real> temperature,
-                                      bool with_entropy) {
+__device__ Normalizer<Real> normalize(const Team& team, const Row& row, const Share& share,
+                                      Temperature<Real> temperature, bool with_entropy) {
   Partition<Real, Real> seen = {-INFINITY, 0, 0};
   row.first_pass(share, [&](int, const Real* x) {
     Real larger = seen.max;
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
   for (int64_t r = team.index(); r < a.num_rows; r += team.count()) {
     const int64_t given = a.num_classes ? a.num_classes[r] : a.num_columns;
     const bool valid = given >= 1 && given <= a.num_columns;
-    const Share share = {team.block_in_cluster() * plan.chunks * Team::kThreads * kCount, plan.chunks, int(a.num_columns),
-                         int(valid ? given : a.num_columns), plan.aligned};
+    const Share share = {team.block_in_cluster() * plan.chunks * Team::kThreads * kCount, plan.chunks,
+                         int(a.num_columns), int(valid ? given : a.num_columns), plan.aligned};
     const StudentRow student = {static_cast<const Student*>(a.student) + r * a.student_stride,
                                 keep ? reinterpret_cast<Pack<Student, kCount>*>(kept) : nullptr, a.student_dtype};
     const auto teacher_row = [&](int64_t k) {
@@ -129,8 +129,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
             for (int k = 0; k < kCount; ++k) {
               const Real p = of_teacher.exp(y[k] - t.max) * t.inverse_sum;
               // y - x is exact where they are close, which (y - max) - (x - max) is not.
-              const Real gap = same_temperature ? ((y[k] - x[k]) - t.max_gap) * of_teacher.inverse
-                                                : (y[k] - t.max) * of_teacher.inverse - (x[k] - s.max) * of_student.inverse;
+              const Real gap = same_temperature
+                                   ? ((y[k] - x[k]) - t.max_gap) * of_teacher.inverse
+                                   : (y[k] - t.max) * of_teacher.inverse - (x[k] - s.max) * of_student.inverse;
               const Real d = gap - t.log_sum_gap;
               const KlTerm<Real> term = kl_term<Real>(p, q[k], d, exp_remainder(d));
               terms += t.weight * term.loss;
@@ -180,7 +181,8 @@ int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32
 template <class Team>
 Kernel kernel_for(int student_bytes, int teacher_bytes) {
   if (student_bytes == 8) return row_losses<Team, double, double>;
-  if (student_bytes == 4) return teacher_bytes == 4 ? row_losses<Team, float, float> : row_losses<Team, float, uint16_t>;
+  if (student_bytes == 4)
+    return teacher_bytes == 4 ? row_losses<Team, float, float> : row_losses<Team, float, uint16_t>;
   return teacher_bytes == 4 ? row_losses<Team, uint16_t, float> : row_losses<Team, uint16_t, uint16_t>;
 }
 
@@ -190,9 +192,9 @@ bool on_16_bytes(const void* data, int64_t stride_bytes) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kShortRow = 1024;              // the longest row that one warp takes
-constexpr int64_t kShareBytes = 72 << 10;    // three blocks then fit on a multiprocessor with 228 KB of shared memory
-constexpr int64_t kStaticBytes = 2 << 10;    // upper bound of what reductions use, beside the launch's own bytes
+constexpr int kShortRow = 1024;            // the longest row that one warp takes
+constexpr int64_t kShareBytes = 72 << 10;  // three blocks then fit on a multiprocessor with 228 KB of shared memory
+constexpr int64_t kStaticBytes = 2 << 10;  // upper bound of what reductions use, beside the launch's own bytes
 
 }  // namespace
 

@@ -17,7 +17,8 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
   const c10::cuda::OptionalCUDAGuard guard(student.device());
   const SoftmaxKlCall call(at::kCUDA, student, teacher, teacher_weights, num_classes, row_scale, out, loss,
                            student_temperature, teacher_temperature);
-  TORCH_CHECK_VALUE(student.size(1) < (int64_t(1) << 30), "a row has ", student.size(1), " classes; at most 2^30 are possible");
+  TORCH_CHECK_VALUE(student.size(1) < (int64_t(1) << 30), "a row has ", student.size(1),
+                    " classes; at most 2^30 are possible");
   if (student.size(0)) C10_CUDA_CHECK(gpu::softmax_kl(call.arguments, c10::cuda::getCurrentCUDAStream()));
   return {call.losses, call.grad};
 }

@@ -87,7 +87,8 @@ struct WarpTeam : Team<WarpTeam> {
 
 // One block, or a cluster of blocks, which sm_90 has and earlier devices have not.
 struct BlockTeam : Team<BlockTeam> {
-  static constexpr int kThreads = gpu::kThreads, kResident = 3;  // blocks on a multiprocessor that registers must suffice for
+  static constexpr int kThreads = gpu::kThreads,
+                       kResident = 3;  // blocks on a multiprocessor that registers must suffice for
   static constexpr bool kKeeps = true;
   int blocks;
 
@@ -132,7 +133,8 @@ struct Temperature {
   __device__ explicit Temperature(double temperature)
       : inverse(1 / temperature), inverse_log2(1.4426950408889634 / temperature) {}
 
-  __device__ __forceinline__ float exp(float difference) const {  // within 2 ulp near 0; 0 below the smallest normal number
+  __device__ __forceinline__ float exp(
+      float difference) const {  // within 2 ulp near 0; 0 below the smallest normal number
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(difference * inverse_log2));
     return y;
@@ -168,8 +170,8 @@ struct Normalizer {
 
 template <class Real>
 struct Teacher {
-  Real max, inverse_sum;     // kl
-  Real max_gap, log_sum_gap; // its m and log Z beyond the student's; kl
+  Real max, inverse_sum;      // kl
+  Real max_gap, log_sum_gap;  // its m and log Z beyond the student's; kl
   Real weight;
   int target;  // cross_entropy
 };

@@ -5,9 +5,10 @@
 
 namespace samerge {
 
-void weighted_sum_cuda(const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors,
-                       const at::Tensor& coefficients, const at::Tensor& block_layer,
-                       const std::optional<at::Tensor>& scales) {  // [N], [N], [T, N], [T, L], [N / kBlock], [T, N / kGroup]
+void weighted_sum_cuda(
+    const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& coefficients,
+    const at::Tensor& block_layer,
+    const std::optional<at::Tensor>& scales) {  // [N], [N], [T, N], [T, L], [N / kBlock], [T, N / kGroup]
   check_weighted_sum(out, base, task_vectors, coefficients, block_layer, scales, at::kCUDA);
   if (base.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(base.device());

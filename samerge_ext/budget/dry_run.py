@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, losses_and_gradient
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.stores import Numbers, Store, empty_like, parts
+from samerge_ext.packing.stores import InMemory, WholeStore, empty_like, parts
 
 
 @dataclass
@@ -71,12 +71,13 @@ def dry_run(
 
     with mode:
         module = _without_memory(module, fake)
-        base, task_vectors = (empty_like(x, packed.layout.numel, device) for x in (packed.base, packed.task_vectors))
+        numel = packed.layout.numel
+        base, task_vectors = empty_like(packed.base, numel, device), empty_like(packed.task_vectors, numel, device)
         for part in (base, *parts(task_vectors).values()):
             meter.ignore(part)
         empty = _packed_without_memory(packed, base, task_vectors, fake)
         inputs = {task: (map_tensors(fake, batch), task) for task, batch in batches.items()}
-        store = _DryStore(empty, found.fetched) if streamed else None
+        store = _DryStore(base, task_vectors, found.fetched) if streamed else None
         try:
             with meter:
                 model = MergedModel(module, empty, streamed=streamed, store=store)
@@ -99,14 +100,14 @@ def dry_run(
     return found
 
 
-class _DryStore(Store):
+class _DryStore(WholeStore):
     """Records what is fetched."""
 
-    def __init__(self, packed: PackedWeights, fetched: list[list]):
-        super().__init__(packed.base, packed.task_vectors)
+    def __init__(self, base: Tensor, task_vectors: InMemory, fetched: list[list]):
+        super().__init__(base, task_vectors)
         self._fetched = fetched
 
-    def fetch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+    def fetch(self, start: int, length: int) -> tuple[Tensor, InMemory]:
         if self._fetched and self._fetched[-1][:2] == [start, length]:
             self._fetched[-1][2] = True
         else:
@@ -120,10 +121,11 @@ class _Meter(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.device, self.live, self.peak = device, 0, 0
-        self._known = weakref.WeakValueDictionary()  # address of a storage -> the storage
+        # address of a storage -> the storage
+        self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        masks = args[1] if function is torch.ops.aten.index.Tensor else ()
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        masks: Sequence[Any] = args[1] if function is torch.ops.aten.index.Tensor else ()
         if len(masks) == 1 and masks[0].dtype == torch.bool:
             # How many are selected is not known: at most all.
             result = args[0].new_empty((masks[0].numel(), *args[0].shape[masks[0].dim() :]))
@@ -152,7 +154,7 @@ class _Meter(TorchDispatchMode):
         self.live -= nbytes
 
 
-def _without_memory(module: nn.Module, fake) -> nn.Module:
+def _without_memory(module: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of the module whose parameters and buffers are fake; the module itself is not touched."""
     memo = {}
     for tensor in (*module.parameters(), *module.buffers()):
@@ -161,10 +163,10 @@ def _without_memory(module: nn.Module, fake) -> nn.Module:
     return copy.deepcopy(getattr(module, "_orig_mod", module), memo)
 
 
-def _packed_without_memory(packed: PackedWeights, base: Numbers, task_vectors: Numbers, fake) -> PackedWeights:
-    def all_of(tensors: dict) -> dict:
-        return {name: fake(tensor) if isinstance(tensor, Tensor) else all_of(tensor) for name, tensor in tensors.items()}
-
-    others = {name: all_of(getattr(packed, name)) for name in ("unchanged", "buffers", "expert_buffers", "heads")}
+def _packed_without_memory(
+    packed: PackedWeights, base: Tensor, task_vectors: InMemory, fake: Callable[[Tensor], Tensor]
+) -> PackedWeights:
+    names = ("unchanged", "buffers", "expert_buffers", "heads")
+    others = map_tensors(fake, {name: getattr(packed, name) for name in names})
     layout = replace(packed.layout, block_layer=fake(packed.layout.block_layer))
     return replace(packed, layout=layout, base=base, task_vectors=task_vectors, **others)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
@@ -18,14 +18,19 @@ from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import indexed
 
+Arguments = ParamSpec("Arguments")
+Merged = TypeVar("Merged")
 
-def within_budget(method: Callable) -> Callable:
+
+def within_budget(method: Callable[Arguments, Merged]) -> Callable[Arguments, Merged]:
     """A learning method; where its configuration has a memory budget, large CPU tensors leave nothing behind when freed."""
 
     @functools.wraps(method)
-    def run(*args: Any, config: LearningConfig | None = None, **others: Any):
-        with large_tensors_mapped() if config and config.memory_budget is not None else nullcontext():
-            return method(*args, config=config, **others)
+    def run(*args: Arguments.args, **keywords: Arguments.kwargs) -> Merged:
+        config = keywords.get("config")
+        has_budget = isinstance(config, LearningConfig) and config.memory_budget is not None
+        with large_tensors_mapped() if has_budget else nullcontext():
+            return method(*args, **keywords)
 
     return run
 

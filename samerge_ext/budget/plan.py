@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits
 from samerge_ext.memory import machine_bytes, parse_bytes, resident_bytes, show_bytes
 from samerge_ext.merged.model import MergedModel
-from samerge_ext.packing.factors import LORA
+from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import on_host
@@ -138,8 +139,8 @@ def plan(
     if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
         raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
-    options = {"device": device, "tasks_per_batch": config.tasks_per_batch, "precision": config.precision}
-    resident, streamed = (dry_run(module, packed, largest, logits, streamed=s, **options) for s in (False, True))
+    run = partial(dry_run, device=device, tasks_per_batch=config.tasks_per_batch, precision=config.precision)
+    resident, streamed = (run(module, packed, largest, logits, streamed=way) for way in (False, True))
     kept = 0
     for task, held in batches.items() if teachers else ():
         kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
@@ -173,9 +174,19 @@ def planned_way(
     return way
 
 
-def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryRun, kept: int, passes: int):
+def _ways(
+    module: nn.Module,
+    packed: PackedWeights,
+    device: torch.device,
+    resident: DryRun,
+    streamed: DryRun,
+    kept: int,
+    passes: int,
+) -> Iterator[Way]:
     stored = packed.base.nbytes + packed.task_vectors.nbytes
-    factored = packed.task_vector_form == LORA
+    # Of a number of a product, which is multiplied out before it is in its place.
+    product_bytes = packed.task_vectors.dtype.itemsize if isinstance(packed.task_vectors, FactoredTaskVectors) else 0
+    factored = product_bytes > 0
     whole, numel = _whole_bytes(packed), max(1, packed.layout.numel)
     in_memory = on_host(packed.base) and not packed.base.is_meta
     on_cpu = device.type == "cpu"
@@ -186,7 +197,7 @@ def _ways(module, packed, device: torch.device, resident: DryRun, streamed: DryR
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
         buffers = 0 if piece is None else written_of_buffers(streamed.fetched, piece) if on_cpu else 2 * piece
         staged = -(-buffers * whole // numel)
-        staged += (piece or 0) * packed.task_vectors.dtype.itemsize if factored else 0  # a product, before it is in its place
+        staged += (piece or 0) * product_bytes
         there = {"device": whole, "factors": stored}.get(store, 0)
         on_device = peak + kept + staged + there + (held if on_cpu else 0)
         between = staged if store == "file" and not on_cpu else 0
@@ -219,12 +230,12 @@ def written_of_buffers(fetched: Sequence[Sequence[int]], piece: int) -> int:
 def _whole_bytes(packed: PackedWeights) -> int:
     """Of base and task vectors where they are whole."""
     task_vectors = packed.task_vectors
-    if packed.task_vector_form == LORA:
+    if isinstance(task_vectors, FactoredTaskVectors):
         return packed.base.nbytes + task_vectors.shape.numel() * task_vectors.dtype.itemsize
     return packed.base.nbytes + task_vectors.nbytes
 
 
-def _pieces(largest: int):
+def _pieces(largest: int) -> Iterator[int]:
     """Whole units, then halves as long as that pays."""
     while True:
         yield largest
@@ -234,6 +245,6 @@ def _pieces(largest: int):
 
 
 def _numel(batch: Any) -> int:
-    sizes = []
+    sizes: list[int] = []
     map_tensors(lambda tensor: sizes.append(tensor.numel()), batch)
     return sum(sizes)

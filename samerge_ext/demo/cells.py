@@ -16,10 +16,11 @@ from torch import nn
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.saving import atomic_write
-from samerge_ext.demo.data import calibration_texts, load_tasks
+from samerge_ext.demo.data import Task, calibration_texts, load_tasks
 from samerge_ext.demo.experts import (
     Batch,
     Evaluator,
+    Heads,
     Protocol,
     base_folder,
     build_heads,
@@ -67,11 +68,11 @@ class Workbench:
         return self.protocol.name == "full"
 
     @cached_property
-    def tasks(self):
+    def tasks(self) -> dict[str, Task]:
         return load_tasks(self.protocol.tasks)
 
     @cached_property
-    def heads(self):
+    def heads(self) -> Heads:
         return build_heads(self.tasks, self.protocol)
 
     @cached_property
@@ -133,7 +134,7 @@ def task_arithmetic(bench: Workbench, settings: dict) -> sm.Result:
     if "scale" in settings:
         return sm.task_arithmetic(bench.packed, settings["scale"], module=bench.module())
     results = (sm.task_arithmetic(bench.packed, scale, module=bench.module()) for scale in SCALES)
-    return max(results, key=lambda result: mean(bench.tuning.accuracies(result.module)))
+    return max(results, key=lambda result: mean(accuracies_of(result, bench.tuning)))
 
 
 def samerging(bench: Workbench, settings: dict) -> sm.Result:
@@ -187,9 +188,10 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
             started = perf_counter()
             result = KINDS[row.kind](bench, row.settings)
             seconds = perf_counter() - started
-        accuracies = evaluator.accuracies(result.module)
+        accuracies = accuracies_of(result, evaluator)
         cell |= {"seconds": seconds, "peak_bytes": peak.rise}
-        cell["coefficients"] = result.coefficients.tolist()  # [T, L]: whoever has the experts can merge them again
+        if result.coefficients is not None:  # [T, L]: whoever has the experts can merge them again
+            cell["coefficients"] = result.coefficients.tolist()
         if result.history:
             losses = [record["loss"] for record in result.history]
             cell |= {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
@@ -219,7 +221,7 @@ def elsewhere(bench: Workbench, row: Row, evaluator: Evaluator, where: str) -> d
         if "coefficients" not in cell:
             cell = run_cell(bench, row, again=True)  # it was computed before cells kept them
         merged = sm.task_arithmetic(bench.packed, torch.tensor(cell["coefficients"]), module=bench.module())
-        accuracies = evaluator.accuracies(merged.module)
+        accuracies = accuracies_of(merged, evaluator)
     with atomic_write(path, "w") as file:
         file.write(json.dumps(accuracies, indent=1))
     return accuracies
@@ -228,6 +230,12 @@ def elsewhere(bench: Workbench, row: Row, evaluator: Evaluator, where: str) -> d
 def as_cell(bench: Workbench, row: Row, found: dict) -> Cell:
     """What `run_cell` found, as a row of a table."""
     return Cell(row.label, bench.seed, found["accuracies"], found.get("seconds"), found.get("peak_bytes"))
+
+
+def accuracies_of(result: sm.Result, evaluator: Evaluator) -> dict[str, float]:
+    if result.module is None:
+        raise ValueError(f"{result.method} was given no module to merge into")
+    return evaluator.accuracies(result.module)
 
 
 def mean(accuracies: dict[str, float]) -> float:

@@ -129,12 +129,12 @@ def read_icd(path: Path, classes: dict[str, int]) -> list[Example]:
     """Descriptions of diagnosis codes by chapter, grouped by three-character category."""
     examples = []
     for chapter in ElementTree.parse(path).getroot().iter("chapter"):
-        if chapter.findtext("name") not in classes:
+        label = classes.get(chapter.findtext("name", ""))
+        if label is None:
             continue  # chapter 22 has five codes
         for category in chapter.findall("section/diag"):
-            name = category.findtext("name")
-            texts = sorted({code.findtext("desc") for code in category.iter("diag")}, key=stable_order)
-            label = classes[chapter.findtext("name")]
+            name = category.findtext("name", "")
+            texts = sorted({code.findtext("desc", "") for code in category.iter("diag")}, key=stable_order)
             examples += [Example(text, label, name) for text in texts[:CODES_PER_CATEGORY]]
     return examples
 
@@ -143,8 +143,8 @@ def read_vader(path: Path, classes: dict[str, int], corpus: str, by_document: bo
     """A corpus inside VADER's sdist: id, mean valence by human raters, text. Product reviews are grouped by review."""
     with tarfile.open(path) as sdist:
         (inner,) = [name for name in sdist.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz")]
-        with tarfile.open(fileobj=io.BytesIO(sdist.extractfile(inner).read())) as corpora:
-            content = corpora.extractfile(f"hutto_ICWSM_2014/{corpus}_GroundTruth.txt").read()
+        with tarfile.open(fileobj=io.BytesIO(_content(sdist, inner))) as corpora:
+            content = _content(corpora, f"hutto_ICWSM_2014/{corpus}_GroundTruth.txt")
     examples = []
     for line in content.decode("utf-8", errors="replace").splitlines():
         key, valence, text = line.split("\t", 2)
@@ -152,6 +152,13 @@ def read_vader(path: Path, classes: dict[str, int], corpus: str, by_document: bo
             label = classes["positive" if float(valence) > 0 else "negative"]
             examples.append(Example(html.unescape(text), label, key.split("_")[0] if by_document else text))
     return examples
+
+
+def _content(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise MissingData(f"{name} in {archive.name!r} is no file; fetch the package again")
+    return file.read()
 
 
 def stable_order(text: str) -> str:

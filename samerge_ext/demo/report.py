@@ -12,14 +12,17 @@ Rows and columns come in the order in which methods and tasks first appear in ``
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.reports.plots import colour_map, plot_figure, save_figure
+
+if TYPE_CHECKING:  # an optional dependency
+    from rich.table import Table
 
 LICENCES = (
     "The backbone, all-MiniLM-L6-v2, is Apache-2.0. The experts were fine-tuned on corpora that are not part of this "
@@ -97,7 +100,7 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     return ["method", *tasks, "mean", "seconds", "peak MiB"], rows
 
 
-def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test texts, %"):
+def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test texts, %") -> Table:
     """A ``rich.table.Table``; the mean column is bold. No column is ever cut, however narrow the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -106,8 +109,8 @@ def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test tex
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, width=sum(widths) + 3 * len(widths))
     for name in header:
-        align, style = ("left" if name == "method" else "right"), ("bold" if name == "mean" else None)
-        table.add_column(name, justify=align, style=style, no_wrap=True)
+        style = "bold" if name == "mean" else None
+        table.add_column(name, justify="left" if name == "method" else "right", style=style, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -120,7 +123,7 @@ def markdown_table(cells: Sequence[Cell]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]) + "\n"
 
 
-def plot_accuracies(cells: Sequence[Cell], path: str | os.PathLike) -> None:
+def plot_accuracies(cells: Sequence[Cell], path: str | Path) -> None:
     """Bars per task and for the mean, one colour per method; whiskers are standard deviations over seeds."""
     grouped, tasks = by_method(cells), tasks_of(cells)
     figure, axes = plot_figure(width=1.2 + 1.3 * (len(tasks) + 1), height=4)
@@ -141,7 +144,7 @@ def plot_accuracies(cells: Sequence[Cell], path: str | os.PathLike) -> None:
 
 
 def write_card(
-    path: str | os.PathLike,
+    path: str | Path,
     *,
     base: str,
     method: str,

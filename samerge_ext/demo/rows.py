@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from samerge_ext.demo.cells import Row
 from samerge_ext.packing.quantised import FORMATS
 
@@ -21,7 +23,7 @@ RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)
 OURS = "SAMerging"
 
 
-def learned(label: str, kind: str, **settings) -> Row:
+def learned(label: str, kind: str, **settings: Any) -> Row:
     """A learned row, at its method's tuned learning rate unless one is given."""
     method = f"{kind}, task-wise" if settings.get("granularity") == "task" else kind
     return Row(label, kind, {"learning_rate": TUNED[method], **settings})
@@ -63,7 +65,7 @@ def claims_rows(full: bool) -> list[Row]:
 
 
 def tuning_rows(full: bool) -> list[Row]:
-    methods = {
+    methods: dict[str, tuple[str, dict[str, Any]]] = {
         "SAMerging": ("samerging", {}),
         "AdaMerging": ("adamerging", {}),
         "StatsMerging": ("statsmerging", {}),
@@ -93,7 +95,7 @@ def ablation_rows(full: bool) -> list[Row]:
 
 def features_rows(full: bool) -> list[Row]:
     """What StatsMerging gains from its statistics, its loss and its calibration texts."""
-    variations = {
+    variations: dict[str, dict[str, Any]] = {
         "StatsMerging": {},
         "moments only": {"singular_values": 0},
         "statistics of task vectors": {"of": "task_vectors"},

@@ -36,7 +36,8 @@ class LargestMagnitudes:
 
     def __init__(self, count: int, dtype: torch.dtype):
         self.rounds = dtype.itemsize // 2
-        self.key, self.ties = 0, count
+        self.key = 0
+        self.ties: int | None = count
         self._shift = 16 * (self.rounds - 1)
         self._infinity = int(torch.tensor(torch.inf, dtype=dtype).view(BITS[dtype.itemsize])) >> self._shift
         self._first = True
@@ -50,9 +51,10 @@ class LargestMagnitudes:
             count(self._counts, numbers, self._shift, -1 if self._first else self.key)
             return
         for part in numbers.split(2 * PART):
-            self._count(part)
+            self._counts += self._digits(part)
 
-    def _count(self, numbers: Tensor) -> None:
+    def _digits(self, numbers: Tensor) -> Tensor:
+        """[65536], how often every digit occurs in [n]."""
         keys = _keys(numbers)
         if not self._first:
             keys = keys[(keys >> (self._shift + 16)) == self.key]
@@ -60,7 +62,7 @@ class LargestMagnitudes:
             keys = keys >> self._shift
         if not self._first:
             keys = keys & (DIGITS - 1)
-        self._counts += torch.bincount(keys, minlength=DIGITS)
+        return torch.bincount(keys, minlength=DIGITS)
 
     def next_round(self) -> None:
         """Raises ValueError where one of the numbers is NaN or infinite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,17 +117,19 @@ def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, 
             for layer in group
             for start in range(0, numbers[layer], PIECE)
         ]
-        results = merge_pieces(rule, lambda places=places: (_packed_piece(packed, *place) for place in places))
+        results = merge_pieces(rule, functools.partial(_packed_pieces, packed, places))
         for (offset, start, _), (_, result) in zip(places, results, strict=True):
             merged[offset + start : offset + start + result.numel()] = result
     return merged
 
 
-def _packed_piece(packed: PackedWeights, offset: int, start: int, size: int) -> Piece:
-    first, length = offset + start, -(-size // BLOCK) * BLOCK
-    stored = narrow(packed.task_vectors, first, length)
-    task_vectors = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
-    return Piece(start, size, packed.base[first : first + length], task_vectors)
+def _packed_pieces(packed: PackedWeights, places: Sequence[tuple[int, int, int]]) -> Iterator[Piece]:
+    """places: where the layer begins among all numbers, where the piece does in the layer, and its size."""
+    for offset, start, size in places:
+        first, length = offset + start, -(-size // BLOCK) * BLOCK
+        stored = narrow(packed.whole_task_vectors(), first, length)
+        task_vectors = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
+        yield Piece(start, size, packed.base[first : first + length], task_vectors)
 
 
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:

@@ -81,7 +81,7 @@ class LearningConfig:
         "steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress", "log_every", "cuda_graph"
     )  # fmt: skip
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)!r}; choose one of {', '.join(map(repr, choices))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,13 +85,13 @@ def check_fixed_shapes(calibration: Calibration, device: torch.device) -> None:
                 )
 
 
-def _shapes(batch) -> str:
+def _shapes(batch: Any) -> str:
     return str(map_tensors(lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}", batch))
 
 
-def _copy(held, new) -> None:
+def _copy(held: Any, new: Any) -> None:
     """Writes the tensors of ``new`` into those of ``held``, which has the same structure."""
-    tensors = []
+    tensors: list[Tensor] = []
     map_tensors(tensors.append, new)
     places = iter(tensors)
     map_tensors(lambda tensor: tensor.copy_(next(places)), held)

@@ -136,7 +136,7 @@ def make_passes(model: MergedModel, logits: Logits, objective: Objective, config
 
 def make_optimizer(learner: nn.Module, config: LearningConfig) -> torch.optim.Optimizer:
     """torch's Adam, or SGD with momentum, on what is learned."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adam":
-        return torch.optim.Adam(learner.parameters(), **options)
-    return torch.optim.SGD(learner.parameters(), momentum=config.momentum, **options)
+        return torch.optim.Adam(learner.parameters(), lr=rate, weight_decay=decay)
+    return torch.optim.SGD(learner.parameters(), lr=rate, weight_decay=decay, momentum=config.momentum)

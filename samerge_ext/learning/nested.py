@@ -11,14 +11,15 @@ from torch import Tensor
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """``value`` with every tensor in it, or in dicts, tuples and lists of them, replaced by function(tensor)."""
+    kind = type(value)
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return type(value)({key: map_tensors(function, item) for key, item in value.items()})
+        return kind({key: map_tensors(function, item) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
+        return kind(*(map_tensors(function, item) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(map_tensors(function, item) for item in value)
+        return kind(map_tensors(function, item) for item in value)
     return value
 
 

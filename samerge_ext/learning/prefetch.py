@@ -38,16 +38,22 @@ def _one_ahead(fetch: Callable[[int], Inputs], device: torch.device, steps: rang
         with torch.cuda.stream(stream):
             return fetch(step), stream.record_event()
 
-    ahead = start(steps[0]) if steps else None
+    if not steps:
+        return
+    ahead = start(steps[0])
     for step in steps:
         inputs, arrived = ahead
         current = torch.cuda.current_stream(device)
         current.wait_event(arrived)
-        # Allocated on the copying stream, used on this one: must not be handed out again before that is done.
-        map_tensors(lambda tensor, stream=current: tensor.record_stream(stream), inputs)
+        _used_on(current, inputs)
         if step + 1 < steps.stop:
             ahead = start(step + 1)
         yield inputs
+
+
+def _used_on(stream: torch.cuda.Stream, inputs: Inputs) -> None:
+    """Allocated on the copying stream, used on this one: must not be handed out again before that is done."""
+    map_tensors(lambda tensor: tensor.record_stream(stream), inputs)
 
 
 def _pinned(batch: Any) -> Any:

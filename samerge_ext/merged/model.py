@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from samerge_ext.checkpoints.naming import correspondence
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
 from samerge_ext.merged.streamed import StreamedWeights
-from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.packed_weights import Buffers, PackedWeights
 from samerge_ext.packing.stores import Store
 
 
@@ -61,7 +62,7 @@ class MergedModel(nn.Module):
         self.module = module if train else module.eval()
         if streamed:
             store = store or packed.store()
-            self.weights = StreamedWeights(module, packed, places, dtype, store, units)
+            self.weights: ResidentWeights | StreamedWeights = StreamedWeights(module, packed, places, dtype, store, units)
         else:
             self.packed = packed = packed.in_memory()
             self.weights = ResidentWeights(packed, places, dtype)
@@ -72,7 +73,8 @@ class MergedModel(nn.Module):
             for owner, leaf in places[name]:
                 set_parameter(owner, leaf, unchanged)
         self._freeze_others(places)
-        self._buffers_of = {None: packed.merged_buffers(), **{t: packed.expert_buffers.get(t, {}) for t in packed.tasks}}
+        self._buffers_of: dict[str | None, Buffers] = {None: packed.merged_buffers()}
+        self._buffers_of.update((task, packed.expert_buffers.get(task, {})) for task in packed.tasks)
         self._move_buffers()
         self._heads = {
             task: {n: x.to(self.device, dtype) if x.is_floating_point() else x.to(self.device) for n, x in head.items()}
@@ -86,7 +88,7 @@ class MergedModel(nn.Module):
         """The merged weights [N]; None where the model is streamed."""
         return getattr(self.weights, "merged", None)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, at the weights of the last `merge()`."""
         return self.module(*args, **kwargs)
 
@@ -94,6 +96,15 @@ class MergedModel(nn.Module):
     def merge(self, coefficients: Tensor | None = None) -> None:
         """Merges the weights at ``coefficients`` [T, L], the parameter's value by default."""
         self.weights.merge(self.coefficients.detach() if coefficients is None else coefficients)
+
+    @torch.no_grad()
+    def take_on(self, merged: Tensor) -> Tensor:
+        """Weights [N] that no coefficients make, until the next `merge()`; returns the buffer that they are in."""
+        if self.merged is None:
+            raise RuntimeError("a streamed model has no buffer for merged weights")
+        self.merged.copy_(merged)
+        torch.clear_autocast_cache()
+        return self.merged
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
@@ -166,8 +177,8 @@ class MergedModel(nn.Module):
     def _set_buffers(self, task: str | None) -> None:
         for name, value in self._buffers_of[task].items():
             owner, leaf = _find(self.module, name)
-            if owner is not None and owner._buffers.get(leaf) is not None:
-                owner._buffers[leaf].copy_(value)
+            if owner is not None and (buffer := owner._buffers.get(leaf)) is not None:
+                buffer.copy_(value)
 
 
 def _find(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
@@ -192,7 +203,8 @@ def _places(module: nn.Module, packed: PackedWeights) -> Places:
     for name, parameter in parameters.items():
         layer = layers.get(name, packed.aliases.get(name, stored_as.get(id(parameter))))
         if layer is not None:
-            places[layer].append(_find(module, name))
+            path, _, leaf = name.rpartition(".")
+            places[layer].append((module.get_submodule(path), leaf))
         elif name not in heads:
             raise ValueError(
                 f"the module's parameter '{name}' {list(parameter.shape)} is not among the packed layers; pass a module of "

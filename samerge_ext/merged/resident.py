@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ class ResidentWeights:
                     "the module or on an optimiser of its parameters there"
                 )
         layout = self.packed.layout
-        return coefficient_grad(self.gradient, self.packed.task_vectors, layout.block_layer, layout.num_layers)
+        return coefficient_grad(self.gradient, self.packed.whole_task_vectors(), layout.block_layer, layout.num_layers)
 
     def unbind_gradients(self) -> None:
         for parameter in self._parameters.values():
@@ -66,8 +68,9 @@ class ResidentWeights:
         return bound
 
 
-def set_parameter(owner: nn.Module, leaf: str, value: Tensor) -> None:
+def set_parameter(owner: nn.Module, leaf: str, value: Tensor | None) -> None:
     """Puts a tensor in a parameter's place; recurrent layers keep a list of their weights beside it."""
-    dict.__setitem__(owner._parameters, leaf, value)
+    parameters: dict[str, Any] = owner._parameters  # torch's annotation allows parameters alone
+    dict.__setitem__(parameters, leaf, value)
     if isinstance(owner, nn.RNNBase):
         owner._flat_weights[owner._flat_weights_names.index(leaf)] = value

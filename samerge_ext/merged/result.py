@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,14 @@ class Result:
         """Merged weights [N] that no coefficients make; ``module``, where given, takes them on."""
         if module is not None:
             model = MergedModel(module, packed, 0.0)
-            model.merged.copy_(merged)
-            torch.clear_autocast_cache()
+            merged = model.take_on(merged)
             model.unbind_gradients()
-            merged, module = model.merged, model.module
+            module = model.module
         return cls(packed, None, merged, method, seconds=seconds, module=module)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``packed.heads``."""
-        merged = self.packed.merge(self.coefficients) if self.merged is None else self.merged
+        merged = self.packed.merge(self._merged_at()) if self.merged is None else self.merged
         return self.packed.state_dict(merged, dtype)
 
     def save_pretrained(
@@ -100,17 +100,16 @@ class Result:
         if configuration:
             files["config.json"] = json.dumps(configuration, indent=2)
         files["README.md"] = card or self._card()
-        options = {"companions_from": companions, "extra_files": files, "overwrite": overwrite}
+        write = partial(save_checkpoint, path, companions_from=companions, extra_files=files, overwrite=overwrite)
         if self.merged is None:
-            return save_checkpoint(path, self.packed.tensors(self.coefficients, dtype), shard_size=STREAMED_SHARD, **options)
-        tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
-        return save_checkpoint(path, tensors, **options)
+            return write(self.packed.tensors(self._merged_at(), dtype), shard_size=STREAMED_SHARD)
+        return write({n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases})
 
     def summary(self) -> dict:
         """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""
         from samerge_ext import __version__
 
-        settings = asdict(self.config) if is_dataclass(self.config) else {}
+        settings = asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}
         names = self.packed.layout.names
         return {
             "method": self.method,
@@ -125,8 +124,14 @@ class Result:
         """The content of config.json, from the folder or the module that has one."""
         if companions is not None:
             return read_config(companions) if (folder_of(companions) / "config.json").exists() else None
-        config = getattr(self.module, "config", None)
-        return json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
+        to_json = getattr(getattr(self.module, "config", None), "to_json_string", None)
+        return json.loads(to_json()) if to_json else None
+
+    def _merged_at(self) -> Tensor:
+        """The coefficients of weights that are not held."""
+        if self.coefficients is None:
+            raise ValueError(f"this result of {self.method} has neither merged weights nor coefficients to merge at")
+        return self.coefficients
 
     def _rows(self) -> list[tuple[str, Tensor]]:
         """Every task's coefficients [L]; none where the method has none."""

@@ -7,8 +7,10 @@ merged again. A layer's gradient is contracted into that of λ, and freed, as so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,15 +104,15 @@ class StreamedWeights:
                 owner._parameters = _Parameters(owner._parameters)
             absent = nn.Parameter(nan.expand(self.packed.layout.shapes[layer]), requires_grad=False)
             set_parameter(owner, leaf, absent)
-            owner._parameters.absent[leaf] = (absent, lambda layer=layer: self._merged(self._alone[layer])[layer])
+            owner._parameters.absent[leaf] = (absent, partial(self._merged_alone, layer))
 
     def _replace_forward(self, part: nn.Module, unit: Unit, places: list[tuple[nn.Module, str, int]]) -> None:
         forward = part.forward
 
-        def streamed(*args, **kwargs):
+        def streamed(*args: Any, **kwargs: Any) -> Any:
             merges = self._merges
 
-            def run(args, kwargs):
+            def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if merges != self._merges:
                     raise RuntimeError(f"the weights of '{unit.name}' were merged again between its forward and its backward")
                 with _in_place(places, self._merged(unit)):
@@ -121,6 +123,9 @@ class StreamedWeights:
             return checkpoint(run, args, kwargs, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(part)))
 
         part.forward = streamed
+
+    def _merged_alone(self, layer: int) -> Tensor:
+        return self._merged(self._alone[layer])[layer]
 
     def _merged(self, unit: Unit) -> dict[int, Tensor]:
         """The unit's layers at the λ of the last `merge`, as leaves of autograd whose gradient is contracted."""
@@ -168,24 +173,24 @@ class _Contracted(torch.autograd.Function):
     """A merged layer: its gradient goes into that of λ, which is kept outside of autograd."""
 
     @staticmethod
-    def forward(ctx, coefficients: Tensor, merged: Tensor, weights: StreamedWeights, unit: Unit, layer: int) -> Tensor:
+    def forward(ctx: Any, coefficients: Tensor, merged: Tensor, weights: StreamedWeights, unit: Unit, layer: int) -> Tensor:
         ctx.weights, ctx.unit, ctx.layer = weights, unit, layer
         return merged.view_as(merged)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         ctx.weights.contract(gradient, ctx.unit, ctx.layer)
         return None, None, None, None, None
 
 
-class _Parameters(dict):
+class _Parameters(dict[str, Any]):
     """A module's own parameters. One that is absent, since no running unit holds it, is merged when it is read."""
 
-    def __init__(self, parameters: dict[str, Tensor]):
+    def __init__(self, parameters: dict[str, nn.Parameter | None]):
         super().__init__(parameters)
-        self.absent = {}  # leaf -> what stands for it, how to merge it
+        self.absent: dict[str, tuple[nn.Parameter, Callable[[], Tensor]]] = {}  # leaf -> what stands for it, how to merge it
 
-    def __getitem__(self, leaf: str):
+    def __getitem__(self, leaf: str) -> Tensor | None:
         value = super().__getitem__(leaf)
         if leaf in self.absent and value is self.absent[leaf][0]:
             return self.absent[leaf][1]()

@@ -35,7 +35,8 @@ class Unit:
     def of(cls, name: str, layers: Iterable[int], layout: Layout, piece: int | None = None) -> Unit:
         """piece: the most numbers that are fetched at a time, a multiple of 1,024; otherwise as many as lie side by side."""
         layers = tuple(sorted(layers))
-        places, runs, numel = {}, [], 0
+        places, numel = {}, 0
+        runs: list[list[int]] = []
         for layer in layers:
             start, length = layout.extent(layer)
             places[layer] = numel

@@ -24,7 +24,7 @@ def task_arithmetic(
     return _at(packed, scale, module, "task_arithmetic")
 
 
-def _at(packed: PackedWeights, scale, module: nn.Module | None, method: str) -> Result:
+def _at(packed: PackedWeights, scale: float | Sequence[float] | Tensor, module: nn.Module | None, method: str) -> Result:
     started = time.perf_counter()
     coefficients = packed.coefficients(scale)
     if module is not None:

@@ -16,9 +16,9 @@ def align_norms(packed: PackedWeights) -> PackedWeights:
     The distillation that the paper has follow is not part of it. Raises ValueError where a task vector is zero, NaN or Inf,
     or quantised.
     """
-    packed.require_exact("aligning norms")
-    squares = [sum(float(piece.double().square().sum()) for piece in row.split(1 << 20)) for row in packed.task_vectors]
-    task_vectors = packed.task_vectors.clone()
+    stored = packed.exact_task_vectors("aligning norms")
+    squares = [sum(float(piece.double().square().sum()) for piece in row.split(1 << 20)) for row in stored]
+    task_vectors = stored.clone()
     for row, factor in zip(task_vectors, shortening(squares, packed.tasks), strict=True):
         row.mul_(factor)
     return replace(packed, task_vectors=task_vectors)

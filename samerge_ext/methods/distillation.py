@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from samerge_ext.ops.softmax_kl import softmax_kl
 
 # The forward of one of the two models: (module, batch) -> logits [B, V].
 Forward = Callable[[nn.Module, Any], Tensor]
+Target = TypeVar("Target", bound=nn.Module)
 WARM_UP = 0.1  # of the steps, in which the learning rate rises from 0; then it falls back to 0
 
 
@@ -43,7 +44,7 @@ class DistillationConfig:
     seed: int = 0
     progress: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("temperature", "gradient_norm"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
                 raise ValueError(f"{key}={getattr(self, key)!r}; expected a finite number > 0")
@@ -60,14 +61,14 @@ class DistillationConfig:
 
 def distill_expert(
     teacher: nn.Module,
-    target: nn.Module,
+    target: Target,
     data: Iterable[Any],
     teacher_logits: Forward,
     student_logits: Forward,
     *,
     labels: Iterable[Tensor] | None = None,
     config: DistillationConfig | None = None,
-) -> nn.Module:
+) -> Target:
     """Trains ``target``, which starts as the base of a merge, to be the expert that ``teacher`` is (arXiv 2506.04567).
 
         L = a · cross-entropy(y, z) + (1 − a) · τ² · KL(softmax(z_teacher/τ) ‖ softmax(z/τ))

@@ -32,7 +32,7 @@ class SAMergingConfig(LearningConfig):
     teacher_temperature: float | None = None
     scale_by_temperature: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("temperature", "teacher_temperature"):
             value = getattr(self, key)

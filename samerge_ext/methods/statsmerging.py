@@ -58,7 +58,7 @@ class StatsMergingConfig(LearningConfig):
     learning_rate_decay: float = 0.1
     features: str | Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
@@ -119,8 +119,8 @@ def statsmerging(
     def imitation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if config.loss == "cross_entropy":
             return argmax_cross_entropy_with_grad(student, teacher)
-        temperatures = {"student_temperature": config.temperature, "teacher_temperature": config.temperature}
-        return softmax_kl_with_grad(student, teacher, **temperatures)
+        tau = config.temperature
+        return softmax_kl_with_grad(student, teacher, student_temperature=tau, teacher_temperature=tau)
 
     statistics = features.of_granularity(config.granularity)
     learner = StatsMergeLearner.made_for(
@@ -157,6 +157,6 @@ def apply_learner(
 
 
 def _features_path(config: StatsMergingConfig) -> Path | None:
-    if config.features is None and config.checkpoint_dir is not None:
-        return Path(config.checkpoint_dir) / FEATURES_FILE
-    return config.features
+    if config.features is not None:
+        return Path(config.features)
+    return Path(config.checkpoint_dir) / FEATURES_FILE if config.checkpoint_dir is not None else None

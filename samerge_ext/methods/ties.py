@@ -43,11 +43,11 @@ class Ties(WholeRule):
 
     def state(self) -> list[tuple[int, int | None] | None]:
         """What decides over the numbers to come, once the rounds are over: ready for JSON."""
-        return [largest and (largest.key, largest.ties) for largest in self.largest]
+        return [(largest.key, largest.ties) if largest else None for largest in self.largest]
 
-    def restore(self, state: Sequence[Sequence[int] | None]) -> None:
+    def restore(self, state: Sequence[tuple[int, int | None] | None]) -> None:
         for largest, found in zip(self.largest, state, strict=True):
-            if largest:
+            if largest and found:
                 largest.key, largest.ties = found
 
     def trim_(self, piece: Piece) -> None:
@@ -107,11 +107,11 @@ def trimmed(packed: PackedWeights, density: float | Sequence[float] = 0.2, *, tr
     Experts' logits are no longer those of one-hot coefficients: methods that distil take them from the untrimmed weights.
     Raises ValueError for quantised task vectors.
     """
-    packed.require_exact("trimming")
+    stored = packed.exact_task_vectors("trimming")
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
     _check_scope(trim)
-    task_vectors = torch.zeros_like(packed.task_vectors)
-    rows = [packed.layout.views(row) for row in packed.task_vectors]
+    task_vectors = torch.zeros_like(stored)
+    rows = [packed.layout.views(row) for row in stored]
     kept = [packed.layout.views(row) for row in task_vectors]
     total = sum(shape.numel() for shape in packed.layout.shapes)
     for density, row, out in zip(densities, rows, kept, strict=True):
@@ -119,7 +119,7 @@ def trimmed(packed: PackedWeights, density: float | Sequence[float] = 0.2, *, tr
             count = kept_count(density, total if trim == "vector" else row[group[0]].numel())
             if not count:
                 continue
-            largest = LargestMagnitudes(count, packed.task_vectors.dtype)
+            largest = LargestMagnitudes(count, stored.dtype)
             for _ in range(largest.rounds):
                 for name in group:
                     largest.look(row[name].flatten())

@@ -14,8 +14,11 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 class Quantised(Protocol):
     """Task vectors of T tasks in few bits a number, as operators read them: `packing.quantised.QuantisedTaskVectors`."""
 
-    codes: torch.Tensor  # [R, N] int8 or [R, N // 2] uint8
-    scales: torch.Tensor  # [R, N // 128] bf16
+    @property
+    def codes(self) -> torch.Tensor: ...  # [R, N] int8 or [R, N // 2] uint8
+
+    @property
+    def scales(self) -> torch.Tensor: ...  # [R, N // 128] bf16
 
     @property
     def shape(self) -> torch.Size: ...  # [T, N]

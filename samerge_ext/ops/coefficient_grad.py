@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import backend
@@ -40,21 +42,33 @@ def coefficient_grad(
     return torch.ops.samerge.coefficient_grad(grad, task_vectors, block_layer, num_layers)
 
 
-def _forward(grad, task_vectors, block_layer, num_layers, scales=None):
+def _forward(
+    grad: torch.Tensor,
+    task_vectors: torch.Tensor,
+    block_layer: torch.Tensor,
+    num_layers: int,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     return backend.kernel("coefficient_grad", grad)(grad, task_vectors, block_layer, num_layers, scales)
 
 
-def _fake(grad, task_vectors, block_layer, num_layers, scales=None):
+def _fake(
+    grad: torch.Tensor,
+    task_vectors: torch.Tensor,
+    block_layer: torch.Tensor,
+    num_layers: int,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     return grad.new_empty(task_vectors.shape[0], num_layers, dtype=accumulator(grad))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     grad, task_vectors, block_layer, _, scales = inputs
     ctx.grad_dtype, ctx.numel = grad.dtype, grad.shape[0]
     ctx.save_for_backward(task_vectors, block_layer, scales)
 
 
-def _backward(ctx, coefficients):  # [T, L]
+def _backward(ctx: Any, coefficients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [T, L]
     task_vectors, block_layer, scales = ctx.saved_tensors
     zero = torch.zeros(ctx.numel, dtype=ctx.grad_dtype, device=task_vectors.device)
     return torch.ops.samerge.weighted_sum(zero, task_vectors, coefficients, block_layer, scales), None, None, None, None

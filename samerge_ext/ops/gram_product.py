@@ -60,7 +60,7 @@ def moments(matrices: list[torch.Tensor], bases: list[torch.Tensor]) -> torch.Te
     return torch.ops.samerge.moments(matrices, bases)
 
 
-def _check(matrices, bases):
+def _check(matrices: list[torch.Tensor], bases: list[torch.Tensor]) -> None:
     for name, tensors in (("matrices", matrices), ("bases", bases)):
         for i, tensor in enumerate(tensors):
             first = tensors[0]

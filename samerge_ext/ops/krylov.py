@@ -17,6 +17,9 @@ through several of them while it lies in the cache. Values and bounds are found 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,9 +73,10 @@ def top_singular_values(
         chunks = min(32, max(matrices[0].shape) * side // 2**18 + 1)  # of gram_product, each with a result of its own
         return _in_batches(_direct, (6 + chunks) * side * side * 8, matrices, bases, scale, k, rtol)
 
-    def search(wide: bool, *arguments) -> Found:
+    def search(wide: bool, matrices: list[Tensor], bases: list[Tensor], scale: Tensor) -> Found:
         bytes_each = (_BASIS_BLOCKS + 6) * width * side * (8 if wide else 4)
-        return _in_batches(_krylov, bytes_each, *arguments, k, rtol, width, seed, torch.float64 if wide else torch.float32)
+        dtype = torch.float64 if wide else torch.float32
+        return _in_batches(_krylov, bytes_each, matrices, bases, scale, k, rtol, width, seed, dtype)
 
     found = search(wide, matrices, bases, scale)
     rest = (found.in_range & ~found.settled).nonzero()[:, 0]
@@ -85,7 +89,15 @@ def _pick(matrices: list[Tensor], rows: Tensor) -> list[Tensor]:
     return [matrices[i] for i in rows.tolist()] if matrices else []
 
 
-def _in_batches(search, bytes_each: int, matrices, bases, scale, k, *arguments) -> Found:
+def _in_batches(
+    search: Callable[..., Found],
+    bytes_each: int,
+    matrices: list[Tensor],
+    bases: list[Tensor],
+    scale: Tensor,
+    k: int,
+    *arguments: Any,
+) -> Found:
     found = Found(len(matrices), k, scale.device)
     batch = max(1, _BASIS_BYTES // bytes_each)
     for i in range(0, len(matrices), batch):
@@ -94,7 +106,7 @@ def _in_batches(search, bytes_each: int, matrices, bases, scale, k, *arguments) 
     return found
 
 
-def _direct(matrices, bases, scale, k, rtol) -> Found:
+def _direct(matrices: list[Tensor], bases: list[Tensor], scale: Tensor, k: int, rtol: float) -> Found:
     batch, side = len(matrices), min(matrices[0].shape)
     identity = torch.eye(-(-side // WIDTH) * WIDTH, side, dtype=torch.float64, device=scale.device)
     gram = gram_product(matrices, bases, identity.expand(batch, -1, -1), scale)[:, :side]  # [B, side, side]
@@ -121,7 +133,16 @@ def _judge(values: Tensor, error: Tensor, dtype: torch.dtype, rtol: float) -> tu
     return sigma, bound, fine.all(1), (~fine & (error <= rounding)).any(1)
 
 
-def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
+def _krylov(
+    matrices: list[Tensor],
+    bases: list[Tensor],
+    scale: Tensor,
+    k: int,
+    rtol: float,
+    width: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> Found:
     batch, side, device = len(matrices), min(matrices[0].shape), scale.device
     found = Found(batch, k, device)
     rows = torch.arange(batch, device=device)  # the matrices still searched
@@ -165,7 +186,16 @@ def _krylov(matrices, bases, scale, k, rtol, width, seed, dtype) -> Found:
     return found
 
 
-def _lanczos(matrices, bases, scale, basis, projected, width, first, last) -> Tensor:
+def _lanczos(
+    matrices: list[Tensor],
+    bases: list[Tensor],
+    scale: Tensor,
+    basis: Tensor,
+    projected: Tensor,
+    width: int,
+    first: int,
+    last: int,
+) -> Tensor:
     """Steps `first` … `last` − 1. A step's q lies in basis [B, capacity, padded side] at step · width; its results are the
     rows of `projected` there, the next q behind it and, of the last step, what is returned: leaving [B, width, width]."""
     if fused := backend.fused("lanczos", basis):

@@ -1,16 +1,21 @@
 """Statistics of every layer of every expert: the features of StatsMerging."""
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from .svd_topk import statistics
 
+if TYPE_CHECKING:
+    from samerge_ext.packing.packed_weights import PackedWeights
+
 
 def layer_stats(
-    packed,
+    packed: PackedWeights,
     top_k: int = 3,
-    of: Literal["experts", "task_vectors"] = "experts",
+    of: str = "experts",
     rtol: float = 1e-3,
     seed: int = 0,
 ) -> torch.Tensor:
@@ -43,7 +48,7 @@ def layer_stats(
     out = torch.zeros(packed.num_tasks, layout.num_layers, 3 + top_k, dtype=torch.float64, device=device)
     position = {name: l for l, name in enumerate(layout.names)}
 
-    def fill(tensors, bases, tasks, layers):
+    def fill(tensors: list[torch.Tensor], bases: list[torch.Tensor], tasks: list[str], layers: list[int]) -> None:
         if not tensors:
             return
         count = max(top_k, 1)
@@ -58,8 +63,9 @@ def layer_stats(
 
     base = layout.views(packed.base)
     # Rows of a tensor are views; a quantised one is dequantised while its statistics are computed.
-    pairs = zip(packed.tasks, packed.task_vectors)
-    for rows in [list(pairs)] if isinstance(packed.task_vectors, torch.Tensor) else ([pair] for pair in pairs):
+    task_vectors = packed.whole_task_vectors()
+    pairs = zip(packed.tasks, task_vectors)
+    for rows in [list(pairs)] if isinstance(task_vectors, torch.Tensor) else ([pair] for pair in pairs):
         changed = [(t, name, view) for t, row in rows for name, view in layout.views(row).items()]
         fill(
             [view for _, _, view in changed],

@@ -10,6 +10,7 @@ and the reductions are Σ_r w_r · loss_r / R ("batchmean"), Σ_r w_r · loss_r 
 """
 
 import math
+from typing import Any, NoReturn
 
 import torch
 
@@ -142,7 +143,17 @@ def entropy_with_grad(
     return _loss_with_grad("entropy", student, None, temperature, 1.0, row_weights, None, num_classes, reduction, out)
 
 
-def _loss(loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction):
+def _loss(
+    loss: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    row_weights: torch.Tensor | None,
+    teacher_weights: torch.Tensor | None,
+    num_classes: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
     teacher, teacher_weights = _check(
         student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
     )
@@ -153,8 +164,17 @@ def _loss(loss, student, teacher, student_temperature, teacher_temperature, row_
 
 
 def _loss_with_grad(
-    loss, student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction, out
-):
+    loss: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    row_weights: torch.Tensor | None,
+    teacher_weights: torch.Tensor | None,
+    num_classes: torch.Tensor | None,
+    reduction: str,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     teacher, teacher_weights = _check(
         student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
     )
@@ -180,7 +200,7 @@ def _loss_with_grad(
     return losses.dot(row_scale), grad
 
 
-def _check_out(out, student) -> None:
+def _check_out(out: torch.Tensor | None, student: torch.Tensor) -> None:
     if out is None:
         return
     if out.shape != student.shape or out.dtype != student.dtype or not out.is_contiguous():
@@ -193,7 +213,7 @@ def _check_out(out, student) -> None:
     check_devices(student=student, out=out)
 
 
-def _reduce(losses, row_weights, reduction):  # [R], [R]
+def _reduce(losses: torch.Tensor, row_weights: torch.Tensor | None, reduction: str) -> torch.Tensor:  # [R], [R]
     if row_weights is not None:
         losses = losses * row_weights
     if reduction == "none":
@@ -203,7 +223,14 @@ def _reduce(losses, row_weights, reduction):  # [R], [R]
 
 
 def _check(
-    student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    row_weights: torch.Tensor | None,
+    teacher_weights: torch.Tensor | None,
+    num_classes: torch.Tensor | None,
+    reduction: str,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Raises on the first argument that does not fit; returns the teachers as [K, R, V] and their weights as [K, R]."""
     if reduction not in ("batchmean", "sum", "none"):
@@ -229,7 +256,7 @@ def _check(
             raise ValueError("teacher requires grad, but teachers are constants here; pass teacher.detach()")
     if row_weights is not None:
         _check_weights("row_weights", row_weights, student, ([rows],))
-    if teacher_weights is not None:
+    if teacher is not None and teacher_weights is not None:
         _check_weights("teacher_weights", teacher_weights, student, ([teacher.shape[0]], [teacher.shape[0], rows]))
         if teacher_weights.requires_grad:
             raise ValueError("teacher_weights requires grad, but it is a constant here; pass teacher_weights.detach()")
@@ -244,7 +271,7 @@ def _check(
     return teacher, teacher_weights
 
 
-def _check_weights(name, weights, student, shapes) -> None:
+def _check_weights(name: str, weights: torch.Tensor, student: torch.Tensor, shapes: tuple[list[int], ...]) -> None:
     if list(weights.shape) not in shapes:
         raise ValueError(f"{name} has shape {shape(weights)}; it must be {' or '.join(map(str, shapes))}")
     if weights.dtype != accumulator(student):
@@ -252,39 +279,52 @@ def _check_weights(name, weights, student, shapes) -> None:
     check_devices(**{"student": student, name: weights})
 
 
-def _forward(student, teacher, teacher_weights, num_classes, *settings):
+def _forward(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    teacher_weights: torch.Tensor | None,
+    num_classes: torch.Tensor | None,
+    *settings: str | float,
+) -> torch.Tensor:
     kernel = backend.kernel("softmax_kl", student)
     return kernel(student, teacher, teacher_weights, num_classes, None, None, *settings)[0]
 
 
-def _forward_grad(student, teacher, teacher_weights, num_classes, row_scale, *settings):
+def _forward_grad(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    teacher_weights: torch.Tensor | None,
+    num_classes: torch.Tensor | None,
+    row_scale: torch.Tensor,
+    *settings: str | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     kernel = backend.kernel("softmax_kl", student)
     return kernel(student, teacher, teacher_weights, num_classes, row_scale, None, *settings)
 
 
-def _forward_grad_out(student, *args):
+def _forward_grad_out(student: torch.Tensor, *args: Any) -> torch.Tensor:
     return backend.kernel("softmax_kl", student)(student, *args)[0]
 
 
-def _fake(student, *_):
+def _fake(student: torch.Tensor, *_: Any) -> torch.Tensor:
     return student.new_empty(student.shape[0], dtype=accumulator(student))
 
 
-def _fake_grad(student, *_):
+def _fake_grad(student: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _fake(student), student.new_empty(student.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.settings = inputs[4:]
 
 
-def _backward(ctx, row_scale):  # [R]
+def _backward(ctx: Any, row_scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [R]
     _, grad = torch.ops.samerge.softmax_kl_grad(*ctx.saved_tensors, row_scale, *ctx.settings)
     return grad, None, None, None, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
+def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     raise RuntimeError("softmax_kl, entropy and argmax_cross_entropy have no second derivative")
 
 

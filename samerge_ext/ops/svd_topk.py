@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 
@@ -10,6 +11,23 @@ from ._common import check_dtypes
 from .gram_product import moments
 
 
+@overload
+def svd_topk(
+    matrices: Sequence[torch.Tensor] | torch.Tensor,
+    k: int,
+    rtol: float = 1e-3,
+    return_bound: Literal[False] = False,
+    seed: int = 0,
+) -> torch.Tensor: ...
+@overload
+def svd_topk(
+    matrices: Sequence[torch.Tensor] | torch.Tensor,
+    k: int,
+    rtol: float = 1e-3,
+    *,
+    return_bound: Literal[True],
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def svd_topk(
     matrices: Sequence[torch.Tensor] | torch.Tensor,
     k: int,
@@ -86,9 +104,9 @@ def statistics(
     stats = torch.full((len(tensors), 4), torch.nan, dtype=torch.float64, device=device)
     sigma = torch.zeros(len(tensors), k, dtype=torch.float64, device=device)
     bound = torch.zeros_like(sigma)
-    unsettled = []
+    unsettled: list[int] = []
 
-    def search(rows, scale):
+    def search(rows: list[int], scale: torch.Tensor) -> list[int]:
         """Fills sigma and bound; -> the matrices whose numbers are out of range at this scale."""
         count = min(k, *matrices[rows[0]].shape)
         found = krylov.top_singular_values(*_select(matrices, added, rows), scale, count, rtol, seed)
@@ -137,11 +155,13 @@ def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _select(matrices, bases, rows):
+def _select(
+    matrices: list[torch.Tensor], bases: list[torch.Tensor], rows: list[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [matrices[i] for i in rows], [bases[i] for i in rows] if bases else []
 
 
-def _exact(matrix, base, k):
+def _exact(matrix: torch.Tensor, base: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = matrix.double() if base is None else matrix.double() + base.double()
     scale = 2.0 ** -torch.frexp(weight.abs().max())[1].item()
     values = torch.linalg.svdvals(weight * scale)[:k]

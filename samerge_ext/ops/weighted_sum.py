@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import backend
@@ -41,8 +43,9 @@ def weighted_sum(
         ValueError, TypeError: a shape, dtype or device does not fit, or `task_vectors` requires grad.
         RuntimeError: `out` is given while an input requires grad and grad mode is on.
     """
-    stored, scales = task_vectors, None
-    if not isinstance(task_vectors, torch.Tensor):
+    if isinstance(task_vectors, torch.Tensor):
+        stored, scales = task_vectors, None
+    else:
         stored, scales = task_vectors.codes, task_vectors.scales
     check_packed("base", base, stored, block_layer, scales)
     if coefficients.dim() != 2 or coefficients.shape[0] != task_vectors.shape[0]:
@@ -53,7 +56,7 @@ def weighted_sum(
     if coefficients.dtype != accumulator(base):
         raise TypeError(f"coefficients is {coefficients.dtype}; with base of {base.dtype} it must be {accumulator(base)}")
     check_devices(base=base, coefficients=coefficients)
-    if scales is not None:
+    if not isinstance(task_vectors, torch.Tensor):
         coefficients = task_vectors.of_rows(coefficients)
     if out is None:
         return torch.ops.samerge.weighted_sum(base, stored, coefficients, block_layer, scales)
@@ -70,17 +73,30 @@ def weighted_sum(
     return out
 
 
-def _forward(base, task_vectors, coefficients, block_layer, scales=None):
+def _forward(
+    base: torch.Tensor,
+    task_vectors: torch.Tensor,
+    coefficients: torch.Tensor,
+    block_layer: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     backend.kernel("weighted_sum", base)(out, base, task_vectors, coefficients, block_layer, scales)
     return out
 
 
-def _forward_out(out, base, task_vectors, coefficients, block_layer, scales=None):
+def _forward_out(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    task_vectors: torch.Tensor,
+    coefficients: torch.Tensor,
+    block_layer: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
     backend.kernel("weighted_sum", base)(out, base, task_vectors, coefficients, block_layer, scales)
 
 
-def _mark_written(keyset, out, *args):
+def _mark_written(keyset: torch._C.DispatchKeySet, out: torch.Tensor, *args: torch.Tensor | None) -> None:
     """Bumps the version counter, so that autograd notices a merge between a forward and its backward."""
     torch.autograd.graph.increment_version(out)
     with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -88,13 +104,13 @@ def _mark_written(keyset, out, *args):
         return torch.ops.samerge.weighted_sum_out.default.redispatch(below, out, *args)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     base, task_vectors, coefficients, block_layer, scales = inputs
     ctx.base_dtype, ctx.num_layers = base.dtype, coefficients.shape[1]
     ctx.save_for_backward(task_vectors, block_layer, scales)
 
 
-def _backward(ctx, grad):  # [N]
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [N]
     needs_base, needs_coefficients = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     grad_base = grad.to(ctx.base_dtype) if needs_base else None
     grad_coefficients = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,20 +20,20 @@ LORA = "lora"  # the form's name
 Change = tuple[Tensor, Tensor] | Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class FactoredTaskVectors(InPieces):
+class FactoredTaskVectors(InPieces[Tensor]):
     """T task vectors of N numbers, multiplied out piece by piece where they are read.
 
     changes: packed layer -> one `Change` per task, on the layout's device. dtype: of the products.
     """
 
-    layout: Layout
-    changes: dict[int, tuple[Change, ...]]
-    num_tasks: int
-    dtype: torch.dtype
-
     form = LORA
     where = "are kept as LoRA factors"
+
+    def __init__(self, layout: Layout, changes: dict[int, tuple[Change, ...]], num_tasks: int, dtype: torch.dtype):
+        self.layout, self.changes, self.num_tasks, self.dtype = layout, changes, num_tasks, dtype
+        self.shape = torch.Size((num_tasks, layout.numel))
+        self.device = self.reads_to = layout.block_layer.device
+        self.nbytes = sum(part.nbytes for of_layer in changes.values() for change in of_layer for part in _parts(change))
 
     @classmethod
     def of(cls, experts: Sequence[tuple[str, AdapterSource]], layout: Layout, dtype: torch.dtype) -> FactoredTaskVectors:
@@ -45,30 +45,12 @@ class FactoredTaskVectors(InPieces):
                 changes[layer] = tuple(_moved(expert.change(name), device, dtype) for _, expert in experts)
         return cls(layout, changes, len(experts), dtype)
 
-    @property
-    def shape(self) -> torch.Size:
-        """[T, N]."""
-        return torch.Size((self.num_tasks, self.layout.numel))
-
-    @property
-    def device(self) -> torch.device:
-        return self.layout.block_layer.device
-
-    @property
-    def reads_to(self) -> torch.device:
-        return self.device
-
-    @property
-    def nbytes(self) -> int:
-        """Of the factors."""
-        return sum(part.nbytes for changes in self.changes.values() for change in changes for part in _parts(change))
-
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> Tensor:
         return torch.empty(self.num_tasks, length, dtype=self.dtype, device=device, pin_memory=pin_memory)
 
     def read_into(self, start: int, length: int, out: Tensor) -> None:  # [T, ≥ length], on the device
         layers = list(self.changes)  # in the order of their offsets
-        at = bisect_right(layers, start, key=lambda layer: self.layout.offsets[layer]) - 1
+        at = bisect_right(layers, start, key=lambda layer: self.layout.extent(layer)[0]) - 1
         end = start + length
         for layer in layers[max(at, 0) :]:
             first, size = self.layout.extent(layer)
@@ -79,10 +61,9 @@ class FactoredTaskVectors(InPieces):
                 self._write(row, change, begin - first, self.layout.shapes[layer].numel())
 
     def to(self, device: torch.device | str) -> FactoredTaskVectors:
-        """The same on another device."""
         changes = {i: tuple(_moved(c, device, self.dtype) for c in changes) for i, changes in self.changes.items()}
         layout = replace(self.layout, block_layer=self.layout.block_layer.to(device))
-        return replace(self, layout=layout, changes=changes)
+        return FactoredTaskVectors(layout, changes, self.num_tasks, self.dtype)
 
     @staticmethod
     def _write(row: Tensor, change: Change, start: int, numel: int) -> None:
@@ -115,5 +96,9 @@ def _parts(change: Change) -> tuple[Tensor, ...]:
 
 
 def _moved(change: Change, device: torch.device | str, dtype: torch.dtype) -> Change:
-    moved = tuple(part.to(device, dtype).contiguous() for part in _parts(change))
-    return moved if isinstance(change, tuple) else moved[0] if moved else None
+    if change is None:
+        return None
+    if isinstance(change, Tensor):
+        return change.to(device, dtype).contiguous()
+    left, right = (part.to(device, dtype).contiguous() for part in change)
+    return left, right

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
+from samerge_ext.checkpoints.sources import Experts, Source
 from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
@@ -19,15 +21,26 @@ from samerge_ext.packing.validation import check_sources
 SUFFIXES = (".safetensors", ".bin", ".json")  # of the files that a model folder's weights may be in
 
 
-def open_packed(file: Path, device: torch.device, verify: bool, made_from: dict | None) -> dict[str, Any] | None:
+def open_packed(file: Path, device: torch.device, verify: bool) -> dict[str, Any]:
     """The fields of packed weights; see `PackedWeights.open`."""
     opened = PackedFile(file)
-    about = opened.about
-    if made_from is not None and about["identity"] != made_from:
-        opened.close()
-        return None
     if verify:
         opened.verify()
+    return _fields(opened, device)
+
+
+def open_made_from(identity: dict, file: Path, device: torch.device) -> dict[str, Any] | None:
+    """As `open_packed`; None, without reading on, where the file was made from something else."""
+    opened = PackedFile(file)
+    if opened.about["identity"] != identity:
+        opened.close()
+        return None
+    opened.verify()
+    return _fields(opened, device)
+
+
+def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
+    about = opened.about
     layout = Layout.build(
         about["names"],
         [torch.Size(shape) for shape in about["shapes"]],
@@ -53,13 +66,20 @@ def open_packed(file: Path, device: torch.device, verify: bool, made_from: dict 
     }
 
 
-def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dtype, heads) -> None:
+def pack_into_file(
+    path: Path,
+    about: dict,
+    base: Source,
+    experts: Experts,
+    dtype: torch.dtype,
+    task_vector_dtype: torch.dtype | str | None,
+    heads: str | Sequence[str],
+) -> None:
     """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer."""
     form = task_vector_dtype or dtype
     models = aligned(base, experts, heads, about["folder"])
     base, experts = models.base, models.experts
     check_form(form, experts)
-    quantised = not isinstance(form, torch.dtype)
     changed = check_sources(base, experts, models.heads, dtype, stored_dtype(dtype, form))
     fields = outline(models, changed, dtype, "cpu")
     layout, tasks = fields["layout"], fields["tasks"]
@@ -69,7 +89,7 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
     about = {
         **about,
         "tasks": tasks,
-        "form": form if quantised else None,
+        "form": None if isinstance(form, torch.dtype) else form,
         "names": layout.names,
         "shapes": [list(shape) for shape in layout.shapes],
         "dtypes": [SAFETENSORS_CODES[each] for each in layout.dtypes],
@@ -84,12 +104,13 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
         for layer, name in enumerate(layout.names):
             if name in changed:
                 pretrained = base.read(name).to(wide)
-                if quantised:
+                task_vectors: Iterable[Tensor]
+                if isinstance(form, torch.dtype):
+                    task_vectors = (expert.read(name).to(wide) - pretrained for _, expert in experts)
+                else:
                     codes = QuantisedTaskVectors.zeros(len(experts), layout.extent(layer)[1], form)
                     quantise(codes, name, pretrained, experts)
                     task_vectors = itertools.chain(codes.codes, codes.scales)
-                else:
-                    task_vectors = (expert.read(name).to(wide) - pretrained for _, expert in experts)
                 writer.write(layer, itertools.chain([pretrained], task_vectors))
         writer.finish()
     except BaseException:
@@ -97,7 +118,15 @@ def pack_into_file(path: Path, about: dict, base, experts, dtype, task_vector_dt
         raise
 
 
-def described(base, experts, dtype, task_vector_dtype, heads, device, folder) -> dict[str, Any]:
+def described(
+    base: Source,
+    experts: Experts,
+    dtype: torch.dtype,
+    task_vector_dtype: torch.dtype | str | None,
+    heads: str | Sequence[str],
+    device: torch.device | str,
+    folder: Path | None,
+) -> dict[str, Any]:
     """The fields that packing would give, for a plan: layout and shapes from the headers, base and task vectors on `meta`.
 
     Every layer counts as changed. Values are read of heads, buffers and LoRA factors alone.
@@ -112,7 +141,7 @@ def described(base, experts, dtype, task_vector_dtype, heads, device, folder) ->
     return {**fields, "base": numbers, "task_vectors": task_vectors}
 
 
-def identity_of(folders: Sequence[Path], **settings) -> dict:
+def identity_of(folders: Sequence[str | Path], **settings: object) -> dict:
     """What a packed file was made from: every weight file's size and time of change."""
     found = {}
     for folder in map(Path, folders):

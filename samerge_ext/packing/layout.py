@@ -68,7 +68,10 @@ class Layout:
 
     def extent(self, layer: int) -> tuple[int, int]:
         """First number and length, padding included, of a packed layer."""
-        return self.offsets[layer], -(-self.shapes[layer].numel() // BLOCK) * BLOCK
+        offset = self.offsets[layer]
+        if offset is None:
+            raise ValueError(f"layer '{self.names[layer]}' is the same in all models and not packed")
+        return offset, -(-self.shapes[layer].numel() // BLOCK) * BLOCK
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The packed layers of ``flat`` [N] as views of their own shapes, by name."""

@@ -11,15 +11,15 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, CheckpointError, SafetensorsFile
 from samerge_ext.checkpoints.saving import require_space
-from samerge_ext.packing.in_pieces import InPieces
+from samerge_ext.packing.in_pieces import InPieces, Room
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import GROUP, QuantisedTaskVectors, is_shared, parts_of
 
@@ -27,34 +27,27 @@ VERSION = 2
 _CHUNK = 4 << 20  # bytes that are read at once to check a body
 
 
-class InFile(InPieces):
+class InFile(InPieces[Room]):
     """What stays in a packed file."""
 
-    file: PackedFile
     reads_to = torch.device("cpu")
 
-    @property
-    def where(self) -> str:
-        return f"stay in {self.file.path}"
+    def __init__(self, file: PackedFile, shape: torch.Size, form: str, nbytes: int, device: torch.device):
+        self.file, self.shape, self.form, self.nbytes, self.device = file, shape, form, nbytes, device
+        self.where = f"stay in {file.path}"
+
+    def to(self, device: torch.device | str) -> NoReturn:
+        raise ValueError("weights in a packed file are on no device; give PackedWeights.open(device=) the one to compute on")
 
 
-@dataclass(frozen=True, eq=False)
-class FileNumbers(InFile):
+class FileNumbers(InFile[Tensor]):
     """Base [N] or task vectors [T, N] as numbers, a body per row."""
 
-    file: PackedFile
-    bodies: tuple[str, ...]
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def form(self) -> str:
-        return str(self.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
+    def __init__(
+        self, file: PackedFile, bodies: tuple[str, ...], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__(file, shape, str(dtype), shape.numel() * dtype.itemsize, device)
+        self.bodies, self.dtype = bodies, dtype
 
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> Tensor:
         return torch.empty(*self.shape[:-1], length, dtype=self.dtype, device=device, pin_memory=pin_memory)
@@ -64,40 +57,22 @@ class FileNumbers(InFile):
             self.file.read_into(body, start, row[:length])
 
 
-@dataclass(frozen=True, eq=False)
-class FileCodes(InFile):
+class FileCodes(InFile[QuantisedTaskVectors]):
     """Quantised task vectors: the bodies of their codes and of their scales. form: one of `quantised.FORMATS`."""
 
-    codes: FileNumbers
-    scales: FileNumbers
-    form: str
-    shape: torch.Size
-
-    @property
-    def file(self) -> PackedFile:
-        return self.codes.file
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+    def __init__(self, codes: FileNumbers, scales: FileNumbers, form: str, shape: torch.Size):
+        super().__init__(codes.file, shape, form, codes.nbytes + scales.nbytes, codes.device)
+        self.codes, self.scales = codes, scales
+        self._per_code = shape[-1] // codes.shape[-1]
 
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> QuantisedTaskVectors:
-        per_code = self._per_code
-        codes = self.codes.empty(length // per_code, device, pin_memory)
+        codes = self.codes.empty(length // self._per_code, device, pin_memory)
         scales = self.scales.empty(length // GROUP, device, pin_memory)
         return QuantisedTaskVectors(codes, scales, is_shared(self.form))
 
     def read_into(self, start: int, length: int, out: QuantisedTaskVectors) -> None:
         self.codes.read_into(start // self._per_code, length // self._per_code, out.codes)
         self.scales.read_into(start // GROUP, length // GROUP, out.scales)
-
-    @property
-    def _per_code(self) -> int:
-        return self.shape[-1] // self.codes.shape[-1]
 
 
 class PackedFile(SafetensorsFile):
@@ -160,7 +135,8 @@ class PackedFileWriter:
         sizes.update({name: (tensor.dtype, list(tensor.shape)) for name, tensor in small.items()})
         self._about = {"version": VERSION, **about, "checksums": dict.fromkeys(sizes, "0" * 8)}
         self._checksums = dict.fromkeys(sizes, 0)
-        self._header, position = {}, 0
+        self._header: dict[str, dict[str, Any]] = {}
+        position = 0
         for name, (dtype, shape) in sizes.items():
             end = position + torch.Size(shape).numel() * dtype.itemsize
             self._header[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": shape, "data_offsets": [position, end]}
@@ -194,7 +170,7 @@ class PackedFileWriter:
         self.partial.unlink(missing_ok=True)
 
     def _append(self, name: str, flat: Tensor) -> None:
-        view = memoryview(flat.cpu().view(torch.uint8).numpy())
+        view = flat.cpu().view(torch.uint8).numpy().data
         self._checksums[name] = zlib.crc32(view, self._checksums[name])
         position = self._begin + self._header[name]["data_offsets"][0] + self._written[name]
         self._written[name] += len(view)

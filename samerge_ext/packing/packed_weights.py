@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,29 @@ from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
 from samerge_ext.checkpoints.sources import CheckpointSource, ModuleSource, Source, StateDictSource
 from samerge_ext.ops.weighted_sum import weighted_sum
-from samerge_ext.packing.factors import LORA, FactoredTaskVectors
-from samerge_ext.packing.into_file import described, identity_of, open_packed, pack_into_file
+from samerge_ext.packing.factors import LORA
+from samerge_ext.packing.in_pieces import InPieces
+from samerge_ext.packing.into_file import described, identity_of, open_made_from, open_packed, pack_into_file
 from samerge_ext.packing.into_memory import pack_into_memory
 from samerge_ext.packing.layout import BLOCK, Layout
-from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
-from samerge_ext.packing.stores import StagedStore, Store, empty_like, in_memory, indexed, on_host, parts, pin
+from samerge_ext.packing.quantised import QuantisedTaskVectors
+from samerge_ext.packing.stores import (
+    InMemory,
+    Numbers,
+    StagedStore,
+    Store,
+    WholeStore,
+    empty_like,
+    in_memory,
+    indexed,
+    on_host,
+    parts,
+    pin,
+)
+from samerge_ext.packing.validation import Experts
 
 Buffers = dict[str, Tensor]
+Expert = TypeVar("Expert")
 PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
 
 
@@ -43,13 +59,13 @@ class PackedWeights:
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
 
     Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`), task vectors may be factors: they are then
-    `InPieces`, read some numbers at a time by what streams them.
+    `InPieces` (the base too, whatever a type checker is told), read some numbers at a time by what streams them.
     """
 
     layout: Layout
     tasks: tuple[str, ...]
     base: Tensor
-    task_vectors: Tensor | QuantisedTaskVectors | FactoredTaskVectors
+    task_vectors: Numbers
     unchanged: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: Buffers = field(default_factory=dict)
@@ -128,9 +144,9 @@ class PackedWeights:
                 [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
             )
             if Path(file).exists():
-                packed = cls.open(file, device=device, made_from=identity)
-                if packed is not None:
-                    return packed
+                fields = open_made_from(identity, Path(file), torch.device(device))
+                if fields is not None:
+                    return cls(**fields)
         with _sources(base, experts) as (base_source, sources):
             if file is not None:
                 experts_at = {task: str(path) for task, path in _pairs(experts)}
@@ -159,17 +175,13 @@ class PackedWeights:
             return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device, Path(base)))
 
     @classmethod
-    def open(
-        cls, file: str | Path, *, device: torch.device | str = "cpu", verify: bool = True, made_from: dict | None = None
-    ) -> PackedWeights | None:
+    def open(cls, file: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> PackedWeights:
         """Packed weights that stay in a packed file, made by `from_folders(file=)`.
 
         device: where they are computed with. verify: read the file once and compare its checksums.
-        made_from: return None, without reading on, where the file was made from something else.
         Raises CheckpointError for a file that is missing, cut off, damaged, or no packed file.
         """
-        fields = open_packed(Path(file), torch.device(device), verify, made_from)
-        return None if fields is None else cls(**fields)
+        return cls(**open_packed(Path(file), torch.device(device), verify))
 
     def store(self, *, device: torch.device | str | None = None, piece: int | None = None) -> Store:
         """What hands base and task vectors to a streamed model on ``device``, where they are by default.
@@ -177,10 +189,10 @@ class PackedWeights:
         piece: numbers that are staged at a time, a multiple of 1,024; 64 MiB of them by default. Not for what is there already.
         """
         device = indexed(device or self.base.device)
-        if self.is_whole and self.base.device == device:
-            return Store(self.base, self.task_vectors)
+        if self.base.device == device and not isinstance(self.task_vectors, InPieces):
+            return WholeStore(self.base, self.task_vectors)
         for numbers in (self.base, self.task_vectors) if device.type == "cuda" else ():
-            for part in parts(numbers).values() if on_host(numbers) else ():
+            for part in () if isinstance(numbers, InPieces) else parts(numbers).values():
                 if part.device.type == "cpu":
                     pin(part)
         default = PIECE_BYTES // ((self.num_tasks + 1) * self.base.dtype.itemsize)
@@ -205,10 +217,20 @@ class PackedWeights:
         """How task vectors are stored: "torch.float32" …, "int8", "int4", "int4-residual", or "lora"."""
         return str(self.task_vectors.dtype) if isinstance(self.task_vectors, Tensor) else self.task_vectors.form
 
-    def require_exact(self, what: str) -> None:
-        """Raises ValueError where task vectors are quantised, and so cannot be changed number by number."""
-        if (form := self.task_vector_form) in FORMATS:
-            raise ValueError(f"{what} needs task vectors that are not quantised; pack them without task_vector_dtype={form!r}")
+    def whole_task_vectors(self) -> InMemory:
+        """Task vectors [T, N] that are in memory. Raises TypeError where they are read or multiplied out in pieces."""
+        if isinstance(self.task_vectors, InPieces):
+            raise self.task_vectors.not_whole()
+        return self.task_vectors
+
+    def exact_task_vectors(self, what: str) -> Tensor:
+        """Task vectors [T, N] that can be changed number by number. Raises ValueError where they are quantised."""
+        found = self.whole_task_vectors()
+        if isinstance(found, QuantisedTaskVectors):
+            raise ValueError(
+                f"{what} needs task vectors that are not quantised; pack them without task_vector_dtype={found.form!r}"
+            )
+        return found
 
     def coefficients(self, value: float | Sequence[float] | Tensor) -> Tensor:
         """A new [T, L] matrix of merging coefficients from one number, one per task [T], or a whole [T, L]."""
@@ -233,12 +255,13 @@ class PackedWeights:
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
         coefficients = coefficients.to(self.base.device)
-        if self.is_whole:
+        if not isinstance(self.task_vectors, InPieces):
             return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
         out = empty_like(self.base, self.layout.numel, self.base.device) if out is None else out
         store = self.store()
-        for start in range(0, self.layout.numel, store.piece):
-            length = min(store.piece, self.layout.numel - start)
+        piece = store.piece or self.layout.numel
+        for start in range(0, self.layout.numel, piece):
+            length = min(piece, self.layout.numel - start)
             weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length), out=out[start : start + length])
         return out
 
@@ -247,7 +270,7 @@ class PackedWeights:
         if self.is_whole and (device is None or self.base.device == indexed(device)):
             return self
         device = indexed(device or self.layout.block_layer.device)
-        base, task_vectors = (in_memory(numbers, device) for numbers in (self.base, self.task_vectors))
+        base, task_vectors = in_memory(self.base, device), in_memory(self.task_vectors, device)
         return replace(self, base=base, task_vectors=task_vectors).to(device)
 
     @contextmanager
@@ -258,6 +281,8 @@ class PackedWeights:
         """
         expert = self.experts.get(task)
         if isinstance(expert, Path):
+            if self.folder is None:
+                raise ValueError(f"expert '{task}' is read from {expert} again, and where its base lies is not known; set folder")
             with open_checkpoint(self.folder) as base:
                 pretrained = CheckpointSource(base, "base")
                 with open_expert(expert, pretrained, f"expert '{task}'") as source:
@@ -267,8 +292,6 @@ class PackedWeights:
 
     def to(self, device: torch.device | str) -> PackedWeights:
         """The same with everything that is computed with on another device."""
-        if not on_host(self.base):
-            raise ValueError("weights in a packed file are on no device; give PackedWeights.open(device=) the one to compute on")
         return replace(
             self,
             layout=replace(self.layout, block_layer=self.layout.block_layer.to(device)),
@@ -317,12 +340,14 @@ class PackedWeights:
         return self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
 
 
-def _pairs(experts) -> list[tuple]:
+def _pairs(experts: Mapping[str, Expert] | Sequence[tuple[str, Expert]]) -> list[tuple[str, Expert]]:
     return list(experts.items() if isinstance(experts, Mapping) else experts)
 
 
 @contextmanager
-def _sources(base: str | Path, experts) -> Iterator[tuple[Source, list[tuple[str, Source]]]]:
+def _sources(
+    base: str | Path, experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]]
+) -> Iterator[tuple[Source, Experts]]:
     """Model folders, or LoRA adapters of the base, opened for reading."""
     with ExitStack() as stack:
         source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")

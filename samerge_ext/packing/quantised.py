@@ -48,7 +48,8 @@ class QuantisedTaskVectors:
     @classmethod
     def of(cls, task_vectors: Tensor, form: str) -> QuantisedTaskVectors:  # [T, N]
         """Quantises task vectors that are at hand; `PackedWeights.from_*` quantises tensor by tensor."""
-        store = cls.zeros(*task_vectors.shape, form, task_vectors.device)
+        num_tasks, numel = task_vectors.shape
+        store = cls.zeros(num_tasks, numel, form, task_vectors.device)
         offset = store.write_shared(0, task_vectors.mean(0)) if store.shared else 0
         for task, task_vector in enumerate(task_vectors):
             store.write(task, 0, task_vector - offset)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -13,27 +13,42 @@ from torch import Tensor
 from samerge_ext.packing.in_pieces import InPieces
 from samerge_ext.packing.quantised import QuantisedTaskVectors
 
-Numbers: TypeAlias = Tensor | QuantisedTaskVectors | InPieces
+InMemory: TypeAlias = Tensor | QuantisedTaskVectors
+Numbers: TypeAlias = InMemory | InPieces
 READ_AT_ONCE = 1 << 22  # numbers of all rows, where all are read into memory
 
 
-class Store:
-    """Base and task vectors that are on the device as they are.
+class Store(ABC):
+    """Base and task vectors, as a streamed model fetches them.
 
     device: where what is fetched lies. piece: the most numbers that can be fetched at once, None where all can.
     """
 
-    piece: int | None = None
+    device: torch.device
+    piece: int | None
 
-    def __init__(self, base: Tensor, task_vectors: Tensor):  # [N], [T, N]
+    @abstractmethod
+    def begin_pass(self) -> None:
+        """A pass through the model begins: what was fetched in the last one will be fetched again, in its order."""
+
+    @abstractmethod
+    def fetch(self, start: int, length: int) -> tuple[Tensor, InMemory]:
+        """base [length] and task vectors [T, length] from number ``start`` on, valid until the next fetch."""
+
+
+class WholeStore(Store):
+    """Base and task vectors that are on the device as they are."""
+
+    piece = None
+
+    def __init__(self, base: Tensor, task_vectors: InMemory):  # [N], [T, N]
         self.base, self.task_vectors = base, task_vectors
         self.device = base.device
 
     def begin_pass(self) -> None:
-        """A pass through the model begins: what was fetched in the last one will be fetched again, in its order."""
+        pass
 
-    def fetch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """base [length] and task vectors [T, length] from number ``start`` on, valid until the next fetch."""
+    def fetch(self, start: int, length: int) -> tuple[Tensor, InMemory]:
         return self.base[start : start + length], narrow(self.task_vectors, start, length)
 
 
@@ -47,19 +62,21 @@ class StagedStore(Store):
     piece: numbers of a buffer, a multiple of 1,024.
     """
 
-    def __init__(self, base: Numbers, task_vectors: Numbers, device: torch.device, piece: int):  # [N], [T, N]
-        super().__init__(base, task_vectors)
-        self.device, self.piece = torch.device(device), min(piece, base.shape[0])
-        self._slots = [_Slot(self), _Slot(self)]
+    def __init__(self, base: Tensor | InPieces[Tensor], task_vectors: Numbers, device: torch.device, piece: int):  # [N], [T, N]
+        self.device, self.piece = device, min(piece, base.shape[0])
+        self._base, self._task_vectors = base, task_vectors
+        self._slots = [_Slot(base, task_vectors, self.piece, device) for _ in range(2)]
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="samerge-reader")
-        self._last_pass, self._this_pass, self._place = [], [], 0
+        self._last_pass: list[tuple[int, int]] = []
+        self._this_pass: list[tuple[int, int]] = []
+        self._place = 0
 
     def begin_pass(self) -> None:
         if self._this_pass:
             self._last_pass, self._this_pass, self._place = self._this_pass, [], 0
 
-    def fetch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+    def fetch(self, start: int, length: int) -> tuple[Tensor, InMemory]:
         wanted = (start, length)
         if self._slots[0].holds != wanted:
             if self._slots[1].holds != wanted:
@@ -84,15 +101,14 @@ class StagedStore(Store):
         return self._last_pass[self._place % len(self._last_pass)]
 
     def _load(self, slot: _Slot, wanted: tuple[int, int]) -> None:
-        if slot.ready is not None:
-            slot.ready.exception()  # a load that turned out not to be wanted must not write into the buffer later
+        slot.ready.exception()  # a load that turned out not to be wanted must not write into the buffer later
         slot.holds = wanted
         free = torch.cuda.current_stream(self.device).record_event() if self._stream is not None else None
         slot.ready = self._reader.submit(self._read, slot, free, *wanted)
 
     def _read(self, slot: _Slot, free: torch.cuda.Event | None, start: int, length: int) -> torch.cuda.Event | None:
-        sources = zip((self.base, self.task_vectors), (slot.base, slot.task_vectors), slot.pinned, strict=True)
-        if self._stream is None:
+        sources = zip((self._base, self._task_vectors), (slot.base, slot.task_vectors), slot.pinned, strict=True)
+        if self._stream is None or free is None:
             for source, target, _ in sources:
                 _fill(target, source, start, length)
             return None
@@ -110,23 +126,20 @@ class StagedStore(Store):
         return slot.copied
 
 
-@dataclass(init=False, eq=False)
 class _Slot:
     """One of two buffers. holds: start and length of the piece in it, or on the way; ready: resolves when it is there."""
 
-    holds: tuple[int, int] | None = None
-    ready: Future | None = None
-    copied: torch.cuda.Event | None = None
-
-    def __init__(self, store: StagedStore):
-        sources = (store.base, store.task_vectors)
-        self.base, self.task_vectors = (empty_like(source, store.piece, store.device) for source in sources)
-        staged = store.device.type == "cuda"
+    def __init__(self, base: Tensor | InPieces[Tensor], task_vectors: Numbers, piece: int, device: torch.device):
+        self.holds: tuple[int, int] | None = None
+        self.ready: Future[torch.cuda.Event | None] = Future()
+        self.ready.set_result(None)
+        self.copied: torch.cuda.Event | None = None
+        self.base, self.task_vectors = empty_like(base, piece, device), empty_like(task_vectors, piece, device)
         self.pinned = [
-            empty_like(source, store.piece, "cpu", pin_memory=True)
-            if staged and not on_host(source) and source.reads_to.type == "cpu"
+            empty_like(source, piece, "cpu", pin_memory=True)
+            if device.type == "cuda" and isinstance(source, InPieces) and source.reads_to.type == "cpu"
             else None
-            for source in sources
+            for source in (base, task_vectors)
         ]
 
 
@@ -136,19 +149,24 @@ def indexed(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def parts(numbers: Numbers) -> dict[str, Tensor]:
+def parts(numbers: InMemory) -> dict[str, Tensor]:
     """The tensors, a row per task (or alone), that hold base or task vectors: one, or codes and scales."""
     return {"numbers": numbers} if isinstance(numbers, Tensor) else numbers.tensors()
 
 
-def map_parts(function: Callable[[Tensor], Tensor], numbers: Numbers) -> Numbers:
+def map_parts(function: Callable[[Tensor], Tensor], numbers: InMemory) -> InMemory:
     """Numbers in memory, with what ``function`` makes of each tensor that holds them."""
     if isinstance(numbers, Tensor):
         return function(numbers)
-    return type(numbers)(**{name: function(part) for name, part in numbers.tensors().items()}, shared=numbers.shared)
+    tensors = {name: function(part) for name, part in numbers.tensors().items()}
+    return QuantisedTaskVectors(**tensors, shared=numbers.shared)
 
 
-def narrow(numbers: Numbers, start: int, length: int) -> Numbers:
+@overload
+def narrow(numbers: Tensor, start: int, length: int) -> Tensor: ...
+@overload
+def narrow(numbers: InMemory, start: int, length: int) -> InMemory: ...
+def narrow(numbers: InMemory, start: int, length: int) -> InMemory:
     """Numbers ``start`` … of [N] or [T, N], as views; multiples of 1,024. Quantised ones have a `narrow` of their own."""
     return numbers[..., start : start + length] if isinstance(numbers, Tensor) else numbers.narrow(start, length)
 
@@ -158,18 +176,28 @@ def on_host(numbers: Numbers) -> bool:
     return not isinstance(numbers, InPieces)
 
 
-def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_memory: bool = False) -> Numbers:
+@overload
+def empty_like(
+    numbers: Tensor | InPieces[Tensor], length: int, device: torch.device | str, pin_memory: bool = False
+) -> Tensor: ...
+@overload
+def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_memory: bool = False) -> InMemory: ...
+def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_memory: bool = False) -> InMemory:
     """Room for ``length`` of the numbers."""
-    if not on_host(numbers):
+    if isinstance(numbers, InPieces):
         return numbers.empty(length, device, pin_memory)
     return map_parts(
         lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pin_memory), narrow(numbers, 0, length)
     )
 
 
-def in_memory(numbers: Numbers, device: torch.device | str) -> Numbers:
+@overload
+def in_memory(numbers: Tensor | InPieces[Tensor], device: torch.device | str) -> Tensor: ...
+@overload
+def in_memory(numbers: Numbers, device: torch.device | str) -> InMemory: ...
+def in_memory(numbers: Numbers, device: torch.device | str) -> InMemory:
     """All of them on a device; what is in a file and goes to a GPU takes no more of the host than some of them."""
-    if on_host(numbers):
+    if not isinstance(numbers, InPieces):
         return numbers.to(device)
     numel = numbers.shape[-1]
     whole, at_once = empty_like(numbers, numel, device), min(READ_AT_ONCE, numel)
@@ -183,15 +211,15 @@ def in_memory(numbers: Numbers, device: torch.device | str) -> Numbers:
     return whole
 
 
-def _fill(target: Numbers, source: Numbers, start: int, length: int) -> None:
+def _fill(target: InMemory, source: Numbers, start: int, length: int) -> None:
     """Puts numbers ``start`` … of the source into the first places of the target."""
-    if on_host(source):
-        copy_rows(narrow(source, start, length), narrow(target, 0, length))
-    else:
+    if isinstance(source, InPieces):
         source.read_into(start, length, target)
+    else:
+        copy_rows(narrow(source, start, length), narrow(target, 0, length))
 
 
-def copy_rows(source: Numbers, target: Numbers) -> None:
+def copy_rows(source: InMemory, target: InMemory) -> None:
     """Row by row, since only what is contiguous is copied from pinned memory without a detour."""
     for name, part in parts(source).items():
         for row, place in zip(part.reshape(-1, part.shape[-1]), parts(target)[name].view(-1, part.shape[-1]), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.lora import is_adapter
 from samerge_ext.checkpoints.saving import require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
@@ -24,7 +26,7 @@ from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.recipes.data_free import METHODS, check_parameters, file_merge
 from samerge_ext.statistics.features import FEATURES_FILE
 
-LEARNED = {
+LEARNED: dict[str, tuple[Callable[..., Result], type[LearningConfig]]] = {
     "samerging": (samerging, SAMergingConfig),
     "adamerging": (adamerging, AdaMergingConfig),
     "statsmerging": (statsmerging, StatsMergingConfig),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.statistics.features import MOMENTS
 
+if TYPE_CHECKING:  # an optional dependency
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
 
 def plot_coefficients(
-    coefficients: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | os.PathLike
+    coefficients: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | Path
 ) -> None:
     """λ [T, L] as a heat map: tasks down, layers across, grouped by the block they belong to.
 
@@ -32,7 +38,7 @@ def plot_coefficients(
 
 
 def plot_singular_values(
-    statistics: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | os.PathLike
+    statistics: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | Path
 ) -> None:
     """The k largest singular values of every layer, from statistics [T, L, 3 + k], on a log scale, a colour per task.
 
@@ -44,14 +50,14 @@ def plot_singular_values(
             f"statistics are {list(statistics.shape)}, not [{len(tasks)} tasks, {len(layer_names)} layers, 3 + k] with k ≥ 1"
         )
     values = statistics[..., MOMENTS:].detach().double().cpu()
-    values = values.where(values > 0, float("nan")).numpy()
+    drawn = values.where(values > 0, float("nan")).numpy()
     figure, axes = plot_figure(width=max(8, 0.13 * len(layer_names) + 2), height=4)
-    colours, count = colour_map("tab10"), values.shape[2]
+    colours, count = colour_map("tab10"), drawn.shape[2]
     for t, task in enumerate(tasks):
         for i in range(count):
             places = [layer + 0.8 * ((t + 0.5) / len(tasks) - 0.5) for layer in range(len(layer_names))]
             style = {"color": colours(t % 10), "alpha": 1 - 0.8 * i / count, "linestyle": "", "marker": ".", "markersize": 4}
-            axes.plot(places, values[t, :, i], label=task if i == 0 else None, **style)
+            axes.plot(places, drawn[t, :, i], label=task if i == 0 else None, **style)
     axes.set_yscale("log")
     axes.set_ylabel(f"σ₁ … σ{''.join('₀₁₂₃₄₅₆₇₈₉'[int(digit)] for digit in str(count))}" if count > 1 else "σ₁")
     axes.spines[["top", "right"]].set_visible(False)
@@ -66,7 +72,8 @@ def layer_groups(layer_names: Sequence[str]) -> tuple[list[int], list[str]]:
     A name's group ends at its first number (``encoder.layer.1.output.dense.weight`` → ``layer 1``), or is its first
     part where it has none (``embeddings.LayerNorm.bias`` → ``embeddings``).
     """
-    starts, groups = [], []
+    starts: list[int] = []
+    groups: list[str] = []
     for i, name in enumerate(layer_names):
         numbered = re.search(r"([^.]+)\.(\d+)(\.|$)", name)
         group = f"{numbered[1]} {numbered[2]}" if numbered else name.split(".")[0]
@@ -76,7 +83,7 @@ def layer_groups(layer_names: Sequence[str]) -> tuple[list[int], list[str]]:
     return starts, groups
 
 
-def _mark_layers(axes, layer_names: Sequence[str]) -> None:
+def _mark_layers(axes: Axes, layer_names: Sequence[str]) -> None:
     """Labels the horizontal axis with the layers' groups and draws lines between them."""
     starts, groups = layer_groups(layer_names)
     for start in starts[1:]:
@@ -88,7 +95,7 @@ def _mark_layers(axes, layer_names: Sequence[str]) -> None:
     axes.set_xlabel("layers (parameter tensors in the model's order)")
 
 
-def plot_figure(width: float, height: float):
+def plot_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure that needs no display and leaves the caller's matplotlib backend alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,12 +105,12 @@ def plot_figure(width: float, height: float):
     return figure, figure.subplots()
 
 
-def colour_map(name: str):
+def colour_map(name: str) -> Colormap:
     from matplotlib import colormaps
 
     return colormaps[name]
 
 
-def save_figure(figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)

@@ -133,7 +133,7 @@ def _identity(packed: PackedWeights, of: str, singular_values: int) -> dict:
 def weights_digest(packed: PackedWeights) -> str:
     """A digest of every packed number: reads all of them once, block by block."""
     digest = sha256()
-    stored = packed.task_vectors
+    stored = packed.whole_task_vectors()
     rows = stored if isinstance(stored, Tensor) else stored.tensors().values()
     for tensor in (packed.base, *rows, *packed.unchanged.values()):
         digest.update(str(tensor.dtype).encode())

@@ -54,6 +54,9 @@ class StatsMergeLearner(nn.Module):
     mean, scale: [F] of the features it was made for, scale = 1 / deviation, and 0 for a feature that is constant there.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, settings: LearnerSettings, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.settings = settings

@@ -71,7 +71,9 @@ class Numbers {
   const DType dtype;
   const int64_t size;
 
-  Numbers(DType dtype, int64_t size) : dtype(dtype), size(size), bytes_(allocate(size * bytes_of(dtype)), std::free) { poison(); }
+  Numbers(DType dtype, int64_t size) : dtype(dtype), size(size), bytes_(allocate(size * bytes_of(dtype)), std::free) {
+    poison();
+  }
 
   void* data() { return bytes_.get(); }
   void poison() { std::memset(data(), 0xff, size * bytes_of(dtype)); }

@@ -20,7 +20,8 @@ void fill_rows(Numbers& rows, int64_t stride, int64_t n) {
   for (int64_t first = 0; first < rows.size; first += stride) fill(rows, first, n);
 }
 
-void weighted_sum_case(int64_t num_tasks, int64_t blocks, int64_t gap, DType base_dtype, DType task_dtype, DType out_dtype) {
+void weighted_sum_case(int64_t num_tasks, int64_t blocks, int64_t gap, DType base_dtype, DType task_dtype,
+                       DType out_dtype) {
   const int64_t n = blocks * kBlock, stride = n + gap;
   Numbers out(out_dtype, n), base(base_dtype, n), tasks(task_dtype, (num_tasks - 1) * stride + n);
   Numbers coefficients(computed_in(base_dtype), num_tasks * kLayers);
@@ -37,9 +38,9 @@ void weighted_sum_case(int64_t num_tasks, int64_t blocks, int64_t gap, DType bas
   const WeightedSum a = {out.data(), base.data(), tasks.data(), coefficients.data(), layer.data(), num_tasks,
                          kLayers,    stride,      out_dtype,    base_dtype,          task_dtype};
   for (const bool streamed : {false, true}) {
-    at_work = std::string("weighted_sum, base ") + name_of(base_dtype) + ", task vectors " + name_of(task_dtype) + ", out " +
-              name_of(out_dtype) + ", T = " + std::to_string(num_tasks) + ", blocks = " + std::to_string(blocks) +
-              (streamed ? ", streamed" : "");
+    at_work = std::string("weighted_sum, base ") + name_of(base_dtype) + ", task vectors " + name_of(task_dtype) +
+              ", out " + name_of(out_dtype) + ", T = " + std::to_string(num_tasks) +
+              ", blocks = " + std::to_string(blocks) + (streamed ? ", streamed" : "");
     on_every_level([&] {
       out.poison();
       // A streaming store is an intrinsic that AddressSanitizer does not watch: blocks outside of a range show what it hits.
@@ -56,7 +57,8 @@ void weighted_sum_case(int64_t num_tasks, int64_t blocks, int64_t gap, DType bas
 void coefficient_grad_case(int64_t num_tasks, int64_t gap, DType grad_dtype, DType task_dtype) {
   const std::vector<int64_t> segment_begin = {0, 1, 3, 7};
   const int64_t segments = segment_begin.size() - 1, n = segment_begin.back() * kBlock, stride = n + gap;
-  Numbers grad(grad_dtype, n), tasks(task_dtype, (num_tasks - 1) * stride + n), partials(DType::f64, segments * num_tasks);
+  Numbers grad(grad_dtype, n), tasks(task_dtype, (num_tasks - 1) * stride + n),
+      partials(DType::f64, segments * num_tasks);
   fill(grad, 0, n);
   fill_rows(tasks, stride, n);
   std::vector<double> truth(partials.size);
@@ -64,8 +66,14 @@ void coefficient_grad_case(int64_t num_tasks, int64_t gap, DType grad_dtype, DTy
     for (int64_t t = 0; t < num_tasks; ++t)
       for (int64_t i = segment_begin[s] * kBlock; i < segment_begin[s + 1] * kBlock; ++i)
         truth[s * num_tasks + t] += grad[i] * tasks[t * stride + i];
-  const CoefficientGrad a = {static_cast<double*>(partials.data()), grad.data(), tasks.data(), segment_begin.data(), num_tasks,
-                             stride, grad_dtype, task_dtype};
+  const CoefficientGrad a = {static_cast<double*>(partials.data()),
+                             grad.data(),
+                             tasks.data(),
+                             segment_begin.data(),
+                             num_tasks,
+                             stride,
+                             grad_dtype,
+                             task_dtype};
   at_work = std::string("coefficient_grad, grad ") + name_of(grad_dtype) + ", task vectors " + name_of(task_dtype) +
             ", T = " + std::to_string(num_tasks);
   on_every_level([&] {
@@ -88,7 +96,7 @@ void elected_sum_case(int64_t num_tasks, int64_t gap, DType base_dtype, DType ta
   fill_rows(tasks, stride, n);
   for (int64_t t = 0; t < num_tasks; ++t) {
     weights.set(t, std::ldexp(1, t % 3 - 1));
-    tasks.set(t * stride + 5, 0);  // nobody is elected
+    tasks.set(t * stride + 5, 0);                                             // nobody is elected
     tasks.set(t * stride + n - 1, t % 2 ? -1 / weights[t] : 1 / weights[t]);  // a tie where T is even
   }
   std::vector<double> truth(n);
@@ -139,7 +147,8 @@ void magnitudes_case(DType dtype, int64_t n) {
     if (shift && int64_t(bits(i) >> shift) == prefix) ++second[bits(i) >> (shift - 16) & 0xffff];
     equal += bits(i) == key;
     const int64_t most[] = {5, 0, n};
-    for (int k = 0; k < 3; ++k) kept[k].push_back(bits(i) > key || (bits(i) == key && equal <= most[k]) ? numbers[i] : 0);
+    for (int k = 0; k < 3; ++k)
+      kept[k].push_back(bits(i) > key || (bits(i) == key && equal <= most[k]) ? numbers[i] : 0);
   }
   at_work = std::string("magnitudes, ") + name_of(dtype) + ", n = " + std::to_string(n);
   on_every_level([&] {
@@ -203,17 +212,35 @@ void codes_case(int64_t num_tasks, int64_t gap, DType dtype, DType task_dtype) {
   std::vector<double> merged(n), contracted(partials.size);
   for (int64_t i = 0; i < n; ++i) merged[i] = base[i];
   for (int64_t t = 0; t < num_tasks; ++t)
-    for (int64_t i = 0; i < n; ++i) merged[i] += coefficients[t * kLayers + layer[i / kBlock]] * codes.numbers[t * n + i];
+    for (int64_t i = 0; i < n; ++i)
+      merged[i] += coefficients[t * kLayers + layer[i / kBlock]] * codes.numbers[t * n + i];
   for (int64_t s = 0; s < segments; ++s)
     for (int64_t t = 0; t < num_tasks; ++t)
       for (int64_t i = segment_begin[s] * kBlock; i < segment_begin[s + 1] * kBlock; ++i)
         contracted[s * num_tasks + t] += base[i] * codes.numbers[t * n + i];
-  const WeightedSum merge = {out.data(), base.data(), codes.bytes.get(), coefficients.data(), layer.data(),
-                             num_tasks,  kLayers,     codes.stride,      dtype,               dtype,
-                             task_dtype, scales,      codes.scale_stride};
-  const CoefficientGrad contract = {static_cast<double*>(partials.data()), base.data(), codes.bytes.get(),
-                                    segment_begin.data(), num_tasks, codes.stride, dtype, task_dtype,
-                                    scales, codes.scale_stride};
+  const WeightedSum merge = {out.data(),
+                             base.data(),
+                             codes.bytes.get(),
+                             coefficients.data(),
+                             layer.data(),
+                             num_tasks,
+                             kLayers,
+                             codes.stride,
+                             dtype,
+                             dtype,
+                             task_dtype,
+                             scales,
+                             codes.scale_stride};
+  const CoefficientGrad contract = {static_cast<double*>(partials.data()),
+                                    base.data(),
+                                    codes.bytes.get(),
+                                    segment_begin.data(),
+                                    num_tasks,
+                                    codes.stride,
+                                    dtype,
+                                    task_dtype,
+                                    scales,
+                                    codes.scale_stride};
   at_work = std::string("codes of ") + (task_dtype == DType::i8 ? "8" : "4") + " bits, base " + name_of(dtype) +
             ", T = " + std::to_string(num_tasks);
   on_every_level([&] {

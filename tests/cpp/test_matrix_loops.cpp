@@ -13,7 +13,8 @@ struct Matrices {
   std::deque<Numbers> numbers;
   std::vector<const void*> pointers;
 
-  Matrices(DType dtype, int64_t rows, int64_t columns, int64_t gap) : rows(rows), columns(columns), stride(columns + gap) {
+  Matrices(DType dtype, int64_t rows, int64_t columns, int64_t gap)
+      : rows(rows), columns(columns), stride(columns + gap) {
     for (int64_t i = 0; i < kBatch; ++i) {
       Numbers& matrix = numbers.emplace_back(dtype, (rows - 1) * stride + columns);
       for (int64_t r = 0; r < rows; ++r) fill(matrix, r * stride, columns);
@@ -47,8 +48,8 @@ void with_and_without_base(const std::vector<std::vector<int64_t>>& shapes, cons
     for (const auto& dtype : dtypes) {
       const Matrices matrices(dtype[0], shape[0], shape[1], 3), bases(dtype[1], shape[0], shape[1], 0);
       for (const Matrices* base : {static_cast<const Matrices*>(nullptr), &bases}) {
-        at_work = std::string(name_of(dtype[0])) + " [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) + "]" +
-                  (base ? std::string(", base ") + name_of(dtype[1]) : "");
+        at_work = std::string(name_of(dtype[0])) + " [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
+                  "]" + (base ? std::string(", base ") + name_of(dtype[1]) : "");
         test(matrices, dtype[0], base, dtype[1]);
       }
     }
@@ -191,7 +192,8 @@ void test_orthogonalise() {
                 double z = 0, found = 0;
                 for (int64_t c = 0; c < chunks; ++c) z += partials[((i * chunks + c) * a.width + j) * side + k];
                 for (int64_t r = 0; r < a.known; ++r) found += projected[(i * a.size + j) * a.size + r] * row(r, k);
-                for (int64_t r = 0; r < a.width; ++r) found += leaving[(i * a.width + j) * a.width + r] * row(a.known + r, k);
+                for (int64_t r = 0; r < a.width; ++r)
+                  found += leaving[(i * a.width + j) * a.width + r] * row(a.known + r, k);
                 CHECK(std::fabs(z - found) < 10 * room);
                 CHECK(q[(i * a.width + j) * side + k] == row(a.known + j, k));
               }

@@ -120,14 +120,15 @@ void softmax_kl_case(const Case& c) {
     for (const bool with_scratch : {false, true}) {
       const bool streamed = with_grad && with_scratch && aligned;
       constexpr const char* names[] = {"kl", "cross_entropy", "entropy"};
-      at_work = std::string("softmax_kl, ") + names[int(c.loss)] + ", student " + name_of(c.student_dtype) + ", teachers " +
-                std::to_string(c.num_teachers) + " " + name_of(c.teacher_dtype) + ", V = " + std::to_string(columns) +
+      at_work = std::string("softmax_kl, ") + names[int(c.loss)] + ", student " + name_of(c.student_dtype) +
+                ", teachers " + std::to_string(c.num_teachers) + " " + name_of(c.teacher_dtype) +
+                ", V = " + std::to_string(columns) +
                 (c.logits == Logits::masked  ? ", masked"
                  : c.logits == Logits::large ? ", large"
                                              : "") +
                 (c.same_temperature ? ", one temperature" : "") + (c.with_weights ? ", weights" : "") +
-                (c.with_num_classes ? ", num_classes" : "") + (with_grad ? ", grad" : "") + (with_scratch ? ", scratch" : "") +
-                (streamed ? ", streamed" : "");
+                (c.with_num_classes ? ", num_classes" : "") + (with_grad ? ", grad" : "") +
+                (with_scratch ? ", scratch" : "") + (streamed ? ", streamed" : "");
       a.row_scale = with_grad ? row_scale.data() : nullptr;
       a.grad = with_grad ? grad.data() : nullptr;
       on_every_level([&] {
@@ -149,9 +150,9 @@ void softmax_kl_case(const Case& c) {
 }  // namespace
 
 void test_softmax_kl() {
-  constexpr DType dtypes[][2] = {
-      {DType::f32, DType::f32}, {DType::bf16, DType::bf16}, {DType::f16, DType::f16}, {DType::f64, DType::f64},
-      {DType::f32, DType::bf16}, {DType::bf16, DType::f32}, {DType::f16, DType::bf16}};
+  constexpr DType dtypes[][2] = {{DType::f32, DType::f32}, {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
+                                 {DType::f64, DType::f64}, {DType::f32, DType::bf16},  {DType::bf16, DType::f32},
+                                 {DType::f16, DType::bf16}};
   for (const RowLoss loss : {RowLoss::kl, RowLoss::cross_entropy, RowLoss::entropy})
     for (const auto& dtype : dtypes)
       for (const int64_t columns : {1, 2, 7, 16, 100, 1000, 1024, 1041, 5024})

@@ -52,7 +52,7 @@ def test_a_wheel_holds_the_extension_and_the_kernels(tree):
     result, names = build_wheel(tree)
     assert result.returncode == 0, result.stdout[-4000:]
     assert any(name.startswith("samerge_ext/_C.") for name in names)
-    assert {"samerge_ext/kernels/__init__.py", "samerge_ext/ops/weighted_sum.py"} <= names
+    assert {"samerge_ext/kernels/__init__.py", "samerge_ext/ops/weighted_sum.py", "samerge_ext/py.typed"} <= names
     assert not any(name.startswith(("tests/", "csrc/", "kernels/")) for name in names)
 
 
