@@ -212,6 +212,8 @@ def _places(module: nn.Module, packed: PackedWeights) -> Places:
             )
     for name, shape in shapes.items():
         if not places[name]:
+            if name in packed.unchanged:  # a head or tower of the base that this module does without
+                continue
             raise ValueError(f"packed layer '{name}' {list(shape)} has no parameter of that name in the module")
         own = parameters[found[name]].shape
         if own != shape:

@@ -277,18 +277,19 @@ FILL = """
     import shutil, sys
     from collections import namedtuple
     import torch
-    from samerge_ext.checkpoints import folder as checkpoints
+    from samerge_ext.checkpoints.files import CheckpointError
+    from samerge_ext.checkpoints.saving import atomic_write, save_checkpoint
 
     shutil.disk_usage = lambda path: namedtuple("Usage", "free")(1 << 40)
     for tensors in ({"a": torch.ones(1 << 19)}, {"a": torch.ones(1 << 17), "b": torch.ones(1 << 18)}):
         try:
-            checkpoints.save_checkpoint(sys.argv[1] + "/out", tensors, shard_size=1 << 20)
-        except checkpoints.CheckpointError as error:
+            save_checkpoint(sys.argv[1] + "/out", tensors, shard_size=1 << 20)
+        except CheckpointError as error:
             print(error)
     try:
-        with checkpoints.atomic_write(sys.argv[1] + "/state.pt") as file:
+        with atomic_write(sys.argv[1] + "/state.pt") as file:
             torch.save({"a": torch.ones(1 << 19)}, file)
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         print(error)
 """
 
