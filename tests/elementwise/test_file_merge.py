@@ -131,8 +131,9 @@ def test_buffers_and_heads(tmp_path):
     merge_files(merge_of(models, heads=("head.*",)), tmp_path / "out")
     found, experts = read_all(tmp_path / "out"), [read_all(models / task) for task in TASKS]
     assert "head.w" not in found
-    shares = [0.7 / 1.1, 0.4 / 1.1]  # as much of every expert as of its weights
-    mean = sum(share * expert["norm.running_mean"].double() for share, expert in zip(shares, experts))
+    base, shares = read_all(models / "base"), [0.9 * 0.7 / 1.1, 0.9 * 0.4 / 1.1]  # as much of every expert as of its weights
+    mean = 0.1 * base["norm.running_mean"].double()
+    mean += sum(share * expert["norm.running_mean"].double() for share, expert in zip(shares, experts))
     assert_close(found["norm.running_mean"], mean)
     for task, expert in zip(TASKS, experts):
         assert_same(read_all(tmp_path / f"out/heads/{task}.safetensors"), {"head.w": expert["head.w"]})
