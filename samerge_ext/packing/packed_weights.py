@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from samerge_ext.checkpoints.alignment import as_in_base
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
-from samerge_ext.checkpoints.sources import CheckpointSource, ModuleSource, Source, StateDictSource
+from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSource, Source, StateDictSource
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.in_pieces import InPieces
@@ -35,7 +35,6 @@ from samerge_ext.packing.stores import (
     parts,
     pin,
 )
-from samerge_ext.packing.validation import Experts
 
 Buffers = dict[str, Tensor]
 Expert = TypeVar("Expert")
