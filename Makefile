@@ -14,10 +14,11 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes softmax_kl gram_product lanczos svd_topk layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py
 
-.PHONY: help setup data demo test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
+	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
 	@echo "make soak    two hundred random memory budgets and a hundred kills"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
@@ -49,6 +50,16 @@ $(DATA)/$(VADER): requirements-demo.txt $(VENV)/ready
 
 demo: $(DATA)/$(VADER)
 	$(BIN)/samerge demo
+
+$(VENV)/lint-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --group lint
+	touch $@
+
+lint: $(VENV)/lint-ready
+	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -106,4 +117,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .ruff_cache .mypy_cache .import_linter_cache

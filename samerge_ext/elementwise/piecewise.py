@@ -13,7 +13,7 @@ from samerge_ext.ops.elected_sum import elected_sum
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.stores import narrow
+from samerge_ext.packing.stores import InMemory, narrow
 
 PIECE = 1 << 20  # numbers
 ALIGNMENT = 1 << 16  # numbers; a piece starts at a multiple of it
@@ -106,7 +106,7 @@ def merge_pieces(rule: Rule, pieces: Callable[[], Iterator[Piece]]) -> Iterator[
 
 def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, whole: bool = False) -> Tensor:
     """[N], every layer by its own ``rule_of(name, numbers)``, or with ``whole`` all of them by one, as one vector."""
-    layout = packed.layout
+    layout, task_vectors = packed.layout, packed.whole_task_vectors()
     merged = torch.empty_like(packed.base)
     layers = [layer for layer, offset in enumerate(layout.offsets) if offset is not None]
     numbers = [shape.numel() for shape in layout.shapes]
@@ -117,19 +117,19 @@ def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, 
             for layer in group
             for start in range(0, numbers[layer], PIECE)
         ]
-        results = merge_pieces(rule, functools.partial(_packed_pieces, packed, places))
+        results = merge_pieces(rule, functools.partial(_packed_pieces, packed.base, task_vectors, places))
         for (offset, start, _), (_, result) in zip(places, results, strict=True):
             merged[offset + start : offset + start + result.numel()] = result
     return merged
 
 
-def _packed_pieces(packed: PackedWeights, places: Sequence[tuple[int, int, int]]) -> Iterator[Piece]:
+def _packed_pieces(base: Tensor, task_vectors: InMemory, places: Sequence[tuple[int, int, int]]) -> Iterator[Piece]:
     """places: where the layer begins among all numbers, where the piece does in the layer, and its size."""
     for offset, start, size in places:
         first, length = offset + start, -(-size // BLOCK) * BLOCK
-        stored = narrow(packed.whole_task_vectors(), first, length)
-        task_vectors = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
-        yield Piece(start, size, packed.base[first : first + length], task_vectors)
+        stored = narrow(task_vectors, first, length)
+        rows = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
+        yield Piece(start, size, base[first : first + length], rows)
 
 
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:
