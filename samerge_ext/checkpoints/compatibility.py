@@ -84,7 +84,7 @@ Found = Iterator[tuple[bool, str]]  # whether it is an error, and what differs
 @dataclass
 class _Model:
     label: str
-    vocabulary: Vocabulary
+    folder: Path
     settings: Settings = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     unread: str = ""  # why its tokenizer's settings are not known
@@ -92,7 +92,7 @@ class _Model:
 
 def _read(label: str, path: Path) -> _Model:
     folder = folder_of(path)
-    model = _Model(f"{label} ({path})", Vocabulary(folder))
+    model = _Model(f"{label} ({path})", folder)
     if not is_adapter(folder) or any((folder / name).is_file() for name in WEIGHTS):  # an adapter's settings are its base's
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
@@ -155,11 +155,14 @@ def _vocabularies(models: list[_Model], heads: tuple[str, ...]) -> Found:
     speech = any(SPEECH.match(str(model.settings.get("model_type"))) for model in models)
     if any(matches(name, heads) for name in (("lm_head.weight",) if speech else EMBEDDINGS)):
         return
-    known = [model for model in models if model.vocabulary.files()]
-    for model in known[1:]:
-        base = known[0]
+    known = [model for model in models if Vocabulary(model.folder).files()]
+    if not known:
+        return
+    base, *others = known
+    vocabulary = Vocabulary(base.folder)  # keeps what it read; an expert's is let go
+    for model in others:
         try:
-            differs = difference(base.vocabulary, model.vocabulary)
+            differs = difference(vocabulary, Vocabulary(model.folder))
         except CheckpointError as error:
             yield False, f"{model.label}: its tokenizer is not compared with that of {base.label}: {error}"
             continue

@@ -113,7 +113,7 @@ def values_of(key: str, models: list[Settings]) -> Iterator[tuple[int, Any]]:
     for place, settings in enumerate(models):
         if key in settings:
             yield place, settings[key]
-        elif leaf in LEFT_OUT and f"{section}model_type" in settings:
+        elif leaf in LEFT_OUT and f"{section}model_type" in settings and f"{section}text_config.model_type" not in settings:
             yield place, LEFT_OUT[leaf]
 
 
