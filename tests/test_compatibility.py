@@ -281,6 +281,23 @@ def test_what_the_base_does_not_say_is_compared_between_experts(make):
     assert warned(experts["a"], {"a": experts["a"], "c": experts["a"]}) == []
 
 
+@pytest.mark.parametrize("config", [LLAMA3, GEMMA3, CLIP, {**BERT, "id2label": {"0": "x"}}])
+@pytest.mark.parametrize("odd", [None, [], {}, [None, 2, "x"], {"x": None}, {"full_attention": None}, "x", 2.5, True])
+def test_odd_values_are_differences_and_no_crash(compare, config, odd):
+    changed = [{**config, key: odd} for key in (*config, "rope_parameters", "hidden_activation", "use_sliding_window")]
+    changed += [
+        {**config, part: {**inner, key: odd}} for part, inner in config.items() if isinstance(inner, dict) for key in inner
+    ]
+    for expert in changed:
+        for pair in ((config, expert), (expert, config)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    compare(*pair)
+                except ValueError as error:
+                    assert "expert 'a' (" in str(error)
+
+
 # Labels.
 
 

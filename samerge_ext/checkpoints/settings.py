@@ -51,13 +51,15 @@ def model_settings(config: Mapping[str, Any], prefix: str = "") -> Settings:
         key = KEYS.get(key, key)
         if isinstance(value, dict) and ("model_type" in value or key.endswith("_config")):
             nested.update(model_settings(value, f"{prefix}{key}."))
+        elif key == "model_type" and not isinstance(value, str):
+            continue
         elif value is not None or key in ("rope_scaling", "sliding_window"):
             settings[prefix + key] = value
     if config.get("use_sliding_window") is False:
         settings[f"{prefix}sliding_window"] = None
     for name in ("bos", "eos", "pad"):
         if isinstance(tokens := settings.get(f"{prefix}{name}_token_id"), list):
-            settings[f"{prefix}{name}_token_id"] = tokens[0] if len(tokens) == 1 else sorted(tokens)
+            settings[f"{prefix}{name}_token_id"] = tokens[0] if len(tokens) == 1 else sorted(tokens, key=str)
     return {**settings, **nested}
 
 
@@ -142,8 +144,8 @@ def _rope(config: Mapping[str, Any]) -> Settings:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return {"rope_scaling": _scaling(config["rope_scaling"])} if "rope_scaling" in config else {}
-    local = parameters.get("sliding_attention")
-    parameters = parameters.get("full_attention", parameters)
+    local, full = parameters.get("sliding_attention"), parameters.get("full_attention")
+    parameters = full if isinstance(full, dict) else parameters
     found = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
     if isinstance(local, dict) and "rope_theta" in local:
         found["rope_local_base_freq"] = local["rope_theta"]
