@@ -45,6 +45,7 @@ _LAZY = {  # public name -> module that defines it
     "trimmed": "methods.ties",
     "dare": "methods.dare",
     "align_norms": "methods.distac",
+    "CompatibilityWarning": "checkpoints.compatibility",
 }
 _LAZY_MODULES = ("models",)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samerge_ext.checkpoints.alignment import Aligned, align
+from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
 from samerge_ext.checkpoints.saving import (
@@ -85,6 +86,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     state = target.with_name(f"{target.name}.state")
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
+    check_models(merge.names_from, merge.experts, merge.heads)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_checkpoint(path)) for path in _folders(merge)}
         names = CheckpointSource(opened[merge.names_from], "base")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.alignment import as_in_base
+from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
 from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSource, Source, StateDictSource
@@ -135,6 +136,7 @@ class PackedWeights:
             written, unless it is already there and was made from the same folders with the same settings: then it is opened
             and checked.
         """
+        check_models(base, _pairs(experts), heads)
         if file is not None:
             if task_vector_dtype == LORA:
                 raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
@@ -170,6 +172,7 @@ class PackedWeights:
         heads: str | Sequence[str] = (),
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
+        check_models(base, _pairs(experts), heads)
         with _sources(base, experts) as (base_source, sources):
             return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device, Path(base)))
 
