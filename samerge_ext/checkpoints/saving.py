@@ -18,43 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.files import SAFETENSORS_DTYPES, WEIGHTS, CheckpointError, check_relative, folder_of
-
-# The files that make weights usable: configuration, tokenizer, processor, chat template.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*processor_config.json",
-    "chat_template.json",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-)
-
-
-def copy_companions(source: str | Path, out_folder: str | Path) -> tuple[str, ...]:
-    """Copies configuration, tokenizer, processor and chat templates (`COMPANIONS`), no weights and no training state.
-
-    source: a model folder or a weight file in one. out_folder: exists.
-    Returns the copied names, relative to the folder.
-    """
-    source, out_folder = folder_of(source), Path(out_folder)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is not a folder: no configuration or tokenizer to copy")
-    found = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    names = sorted(path.relative_to(source).as_posix() for path in found)
-    for name in names:
-        (out_folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, out_folder / name)
-    return tuple(names)
 
 
 def save_checkpoint(
@@ -62,7 +27,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
     metadata: Mapping[str, str] | None = None,
-    companions_from: str | Path | None = None,
+    companions_from: str | Path | Companions | None = None,
     extra_files: Mapping[str, bytes | str] | None = None,
     shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -75,7 +40,7 @@ def save_checkpoint(
     tensors: each under one name, on any device. Of an iterable at most one shard is held at a time, and a tensor must
         keep its values until its shard is written.
     metadata: joins {"format": "pt"} in the header of every weight file.
-    companions_from: a model folder whose configuration and tokenizer are copied (`copy_companions`).
+    companions_from: a model folder whose configuration, tokenizer and so on are copied (`companions.copy_companions`).
     extra_files: path within the folder -> content; wins over a companion of the same name. Safetensors files go into
         subfolders, the top level is for the weights.
     shard_size: bytes, or a number with KB, MB, GB or TB (powers of 1000). A larger tensor gets a shard of its own.
@@ -105,7 +70,9 @@ def save_checkpoint(
     writer = _ShardWriter(temporary, target, limit, {"format": "pt", **(metadata or {})})
     try:
         if companions_from is not None:
-            copy_companions(companions_from, temporary)
+            if not isinstance(companions_from, Companions):
+                companions_from = Companions(folder_of(companions_from))
+            companions_from.copy(temporary)
         for name, data in contents.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(data)
@@ -141,6 +108,22 @@ def require_target(path: str | Path, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{target} exists and is not empty; choose another folder or pass overwrite=True")
     if not any((target / name).exists() for name in ("config.json", *WEIGHTS)):
         raise CheckpointError(f"{target} is not a model folder, overwrite=True would delete it; choose another folder")
+
+
+def require_apart(path: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises CheckpointError where writing the model folder ``path``, or its .state, would touch an input.
+
+    inputs: model folders and weight files. Neither may be, contain or lie inside a folder, nor contain a file; what links lead to
+    counts.
+    """
+    target = Path(os.path.realpath(path))
+    for written in (target, target.with_name(f"{target.name}.state")):
+        for given in inputs:
+            place = Path(os.path.realpath(given))
+            if written == place or written in place.parents:
+                raise CheckpointError(f"{written} is or holds {given}, which is merged; write to another folder")
+            if place in written.parents:
+                raise CheckpointError(f"{written} lies inside {given}, which is merged; write to a folder beside it")
 
 
 @contextmanager

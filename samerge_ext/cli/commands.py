@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -16,13 +18,42 @@ from rich.text import Text
 
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
+from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.memory import show_bytes
 
 app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 # Errors that the user can mend: shown as one message, without a traceback.
-MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError)
+MISTAKES = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
+PACKAGE = Path(sm.__file__).parent
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Mistakes end the command with a message and exit code 1; the package's warnings are a line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **options: Any) -> None:
+            if PACKAGE in Path(filename).parents:
+                typer.echo(f"note: {message}", err=True)
+            else:
+                shown(message, category, filename, *place, **options)
+
+        warnings.showwarning = show
+        try:
+            yield
+        except MISTAKES as error:
+            _fail(error)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{text!r} is not valid YAML: {error}", param_hint="--parameter") from error
 
 
 def _pairs(option: str, values: list[str] | None, parse: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -60,7 +91,8 @@ def merge(
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
-    from samerge_ext.recipes.recipe import load_recipe, run_recipe
+    from samerge_ext.recipes.recipe import load_recipe
+    from samerge_ext.recipes.run import run_recipe
 
     calibration_keys = {
         "files": _pairs("--calibration", calibration),
@@ -74,20 +106,18 @@ def merge(
         "models": [{"model": model} for model in models or ()],
         "tasks": tasks,
         "heads": heads,
-        "parameters": _pairs("--parameter", parameters, yaml.safe_load),
+        "parameters": _pairs("--parameter", parameters, _parsed),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
         "task_vector_dtype": task_vector_dtype,
         "out_dtype": out_dtype,
     }
-    try:
+    with _told():
         started = time.perf_counter()
         recipe = load_recipe(config, {key: value for key, value in given.items() if value})
         run_recipe(recipe, out, overwrite=overwrite)
-    except MISTAKES as error:
-        _fail(error)
     seconds = time.perf_counter() - started
-    console.print(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
+    typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
 
 
 @app.command()
@@ -96,15 +126,14 @@ def plan(
     memory_budget: Annotated[str | None, typer.Option(help="the most memory to take, such as 16GB")] = None,
 ) -> None:
     """What a learned merge would take, by each way to hold the merged model, from the headers of its folders alone."""
-    from samerge_ext.recipes.recipe import load_recipe, plan_recipe
+    from samerge_ext.recipes.recipe import load_recipe
+    from samerge_ext.recipes.run import plan_recipe
 
-    try:
+    with _told():
         recipe = load_recipe(config, {"parameters": {"memory_budget": memory_budget}} if memory_budget else {})
         found, settings = plan_recipe(recipe), recipe.method_settings()
         budget = settings.memory_budget
         chosen = found.choose(budget, settings.host_memory_budget) if budget else None
-    except MISTAKES as error:
-        _fail(error)
     for way in found.ways:
         moved = f", {show_bytes(way.moved)} read per step" if way.moved else ""
         beside = "" if found.device.type == "cpu" else f" of the GPU, {show_bytes(way.host_bytes)} of the host"
@@ -127,10 +156,8 @@ def demo(
     """Fine-tune experts, merge them with every method, and show what came out."""
     from samerge_ext.demo.studies import run_study
 
-    try:
+    with _told():
         run_study(study, full=full, seeds=seeds or (3 if full else 1), out=out, cache=cache, progress=progress, console=console)
-    except MISTAKES as error:
-        _fail(error)
 
 
 @app.command()
@@ -147,9 +174,8 @@ def stats(
     from samerge_ext.reports.plots import plot_singular_values
     from samerge_ext.statistics.features import Features, statistics_rows, write_statistics
 
-    parts = [text.rpartition("=") for text in experts]
-    folders = [(task if equals else Path(folder).name, Path(folder)) for task, equals, folder in parts]
-    try:
+    with _told():
+        folders = _tasks_and_folders(experts)
         if out is not None and out.suffix not in (".csv", ".json"):
             raise ValueError(f"{out}: statistics are written as .csv or .json")
         packed = sm.PackedWeights.from_folders(base, folders, heads=heads or ())
@@ -158,10 +184,8 @@ def stats(
             plot_singular_values(features.values, packed.tasks, packed.layout.names, plot)
         if out is not None:
             write_statistics(features, out)
-    except MISTAKES as error:
-        _fail(error)
     if out is not None:
-        console.print(f"{packed.num_tasks} experts, {packed.layout.num_layers} layers: statistics written to {out}")
+        typer.echo(f"{packed.num_tasks} experts, {packed.layout.num_layers} layers: statistics written to {out}")
         return
     rows = statistics_rows(features)
     lines = [list(rows[0]), *([text if isinstance(text, str) else f"{text:.6g}" for text in row.values()] for row in rows)]
@@ -185,7 +209,21 @@ def info() -> None:
     console.print(table)
 
 
-def _fail(error: Exception) -> None:
-    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
+    """Of TASK=FOLDER or FOLDER each. What exists is a folder, and so is what has a slash before its "="."""
+    found: list[tuple[str, Path]] = []
+    for text in experts:
+        task, equals, folder = text.partition("=")
+        named = bool(task and equals and folder) and "/" not in task and not Path(text).exists()
+        found.append((task, Path(folder)) if named else ("", Path(text)))
+    given = names_of_folders(path for _, path in found)
+    return [(task or name, path) for (task, path), name in zip(found, given, strict=True)]
+
+
+def _fail(error: BaseException) -> NoReturn:
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    lines = "\n".join([message, *getattr(error, "__notes__", ())])
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), lines), soft_wrap=True)
     raise typer.Exit(1)

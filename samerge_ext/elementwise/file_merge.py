@@ -19,15 +19,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samerge_ext.checkpoints.alignment import Aligned, align
+from samerge_ext.checkpoints.companions import Companions, with_dtype
 from samerge_ext.checkpoints.compatibility import check_models
-from samerge_ext.checkpoints.files import CheckpointError
-from samerge_ext.checkpoints.folder import open_checkpoint, read_config
+from samerge_ext.checkpoints.files import CheckpointError, folder_of
+from samerge_ext.checkpoints.folder import open_checkpoint, read_json
 from samerge_ext.checkpoints.saving import (
     atomic_write,
-    copy_companions,
     no_space,
     out_of_space,
     replace_folder,
+    require_apart,
     require_space,
     require_target,
     sync,
@@ -50,7 +51,7 @@ class FileMerge:
         all models have, and that stay as they are.
     rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
-    names_from: the folder that says which tensors there are, and whose configuration and tokenizer are copied.
+    names_from: the folder that says which tensors there are. companions: what goes along; all of that folder's by default.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
     dtype: what tensors are read as; by default what the models' own types promote to. out_dtype: what is written.
@@ -67,6 +68,7 @@ class FileMerge:
     factors_of: Callable[[Sequence[float], Sequence[str]], list[float]] | None = None
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
+    companions: Companions | None = None
     identity: dict = field(default_factory=dict)
     card: str = ""
     shard_bytes: int = 5_000_000_000
@@ -84,6 +86,9 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     """
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
+    require_apart(target, _folders(merge))
+    if (configuration := folder_of(merge.names_from) / "config.json").exists():
+        read_json(configuration)  # a damaged one is an error now, not when all is merged
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
     check_models(merge.names_from, merge.experts, merge.heads)
@@ -92,6 +97,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         names = CheckpointSource(opened[merge.names_from], "base")
         experts = [(task, CheckpointSource(opened[path], f"expert '{task}'")) for task, path in merge.experts]
         stored = {file: _identity(file) for checkpoint in opened.values() for file in checkpoint.files}
+        require_apart(target, stored)
         identity = {**merge.identity, "files": {str(file): list(found) for file, found in stored.items()}}
         run = _Run(merge, align(names, experts, merge.heads, merge.keep, merge.names_from), target, stored)
         record = stack.enter_context(_record(state, json.loads(json.dumps(identity))))
@@ -175,12 +181,9 @@ class _Run:
     def finish(self, record: _Record) -> None:
         """Adds what makes weights a model, and gives the folder its name."""
         folder, merge = record.folder, self._merge
-        copy_companions(merge.names_from, folder)
-        written = merge.out_dtype or merge.dtype
-        if written and (folder / "config.json").exists():
-            configuration = read_config(merge.names_from)
-            configuration.pop("torch_dtype", None)  # the older name of the same key
-            configuration["dtype"] = str(written).removeprefix("torch.")
+        (merge.companions or Companions(folder_of(merge.names_from))).copy(folder)
+        if (folder / "config.json").exists():
+            configuration = self._configuration(read_json(folder / "config.json"))
             (folder / "config.json").write_text(json.dumps(configuration, indent=2))
         if len(self.shards) > 1:
             (folder / "model.safetensors.index.json").write_text(index_of(self.shards))
@@ -195,6 +198,14 @@ class _Run:
         record.note(whole=True)
         replace_folder(folder, self._target)
         sync(self._target.parent)
+
+    def _configuration(self, configuration: dict) -> dict:
+        """config.json with the type that is written, in nested configurations too; as it was where several are written."""
+        asked = self._merge.out_dtype or self._merge.dtype
+        written = {self._written_dtype(name) for name in self._dtypes}
+        if asked is not None:
+            configuration = {"dtype": None, **configuration}
+        return with_dtype(configuration, written.pop()) if len(written) == 1 else configuration
 
     def _in_order(self, shard: Shard) -> list[str]:
         """The shard's tensors in the order of the model, which decides between equal magnitudes of a whole vector."""

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from samerge_ext.checkpoints.companions import Companions, with_dtype
 from samerge_ext.checkpoints.files import folder_of
 from samerge_ext.checkpoints.folder import read_config
-from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.checkpoints.saving import require_apart, save_checkpoint
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.statistics.features import FEATURES_FILE, Features
@@ -73,17 +74,19 @@ class Result:
         path: str | Path,
         *,
         card: str | None = None,
-        companions: str | Path | None = None,
+        companions: str | Path | Companions | None = None,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> Path:
         """Writes a model folder that transformers loads; it appears whole or not at all.
 
-        model.safetensors (or shards) in the base's dtypes or in ``dtype``, the configuration and tokenizer of
-        ``companions`` (the base's folder by default; otherwise the module's own configuration),
+        model.safetensors (or shards) in the base's dtypes or in ``dtype``, the configuration, tokenizer and whatever else is no
+        weight of ``companions`` (the base's folder by default; otherwise the module's own configuration),
         heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
         statistics), coefficients.json, and README.md, the model card.
         """
+        if self.packed.folder is not None:
+            require_apart(path, [self.packed.folder])
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
         for task, head in self.packed.heads.items():
             if head:
@@ -95,8 +98,7 @@ class Result:
         companions = companions or self.packed.folder
         configuration = self._configuration(companions)
         if configuration and dtype:
-            configuration["dtype"] = str(dtype).removeprefix("torch.")
-            configuration.pop("torch_dtype", None)  # the older name of the same key
+            configuration = with_dtype({"dtype": None, **configuration}, dtype)
         if configuration:
             files["config.json"] = json.dumps(configuration, indent=2)
         files["README.md"] = card or self._card()
@@ -120,8 +122,10 @@ class Result:
             "coefficients": {task: dict(zip(names, row.tolist(), strict=True)) for task, row in self._rows()},
         }
 
-    def _configuration(self, companions: str | Path | None) -> dict | None:
+    def _configuration(self, companions: str | Path | Companions | None) -> dict | None:
         """The content of config.json, from the folder or the module that has one."""
+        if isinstance(companions, Companions):
+            companions = companions.folder
         if companions is not None:
             return read_config(companions) if (folder_of(companions) / "config.json").exists() else None
         to_json = getattr(getattr(self.module, "config", None), "to_json_string", None)

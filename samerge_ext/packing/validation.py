@@ -8,6 +8,7 @@ from torch import Tensor
 from samerge_ext.checkpoints.advice import QUANTISED, heads_advice
 from samerge_ext.checkpoints.naming import is_derived_buffer
 from samerge_ext.checkpoints.sources import Experts, Source, matches
+from samerge_ext.checkpoints.task_names import check_task_name
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -50,8 +51,7 @@ def check_tasks(experts: Experts) -> None:
     if not tasks:
         raise ValueError("there are no experts to merge; pass {'task name': expert, …}")
     for task in tasks:
-        if not isinstance(task, str) or not task:
-            raise ValueError(f"{task!r} is not a task name; a task name is a non-empty string")
+        check_task_name(task)
         if tasks.count(task) > 1:
             raise ValueError(f"two experts are named '{task}'; give every task its own name")
 

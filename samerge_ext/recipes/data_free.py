@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter
 
+from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.task_names import names_of_folders, unused
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods.dare import Dare
@@ -33,6 +38,20 @@ class Method:
 
 # int8_mask is how mergekit saves memory of its own: files that have it are taken, and it changes no number here or there.
 _SHARED = ("lambda", "int8_mask", "align_norms")
+# What some method of mergekit reads, which ignores it in others.
+OF_MERGEKIT = (
+    "weight",
+    "density",
+    "normalize",
+    "rescale",
+    "lambda",
+    "int8_mask",
+    "gamma",
+    "epsilon",
+    "t",
+    "select_topk",
+    "filter_wise",
+)
 METHODS = {
     "linear": Method(1.0, normalize=True),
     "task_arithmetic": Method(0.3, normalize=False, parameters=_SHARED),
@@ -43,15 +62,20 @@ METHODS = {
 
 
 def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list[Mapping[str, Any]]) -> None:
-    """Raises ValueError for a parameter that the method does not read."""
+    """Raises ValueError for a parameter that nobody reads; names those that only other methods do, which change nothing."""
     known = {"weight", "normalize", *METHODS[method].parameters}
     for where, given, allowed in [
         ("parameters", parameters, known),
         *(("a model's parameters", given, known & {"weight", "density"}) for given in of_models),
     ]:
-        unknown = set(given) - allowed
+        unknown = set(given) - allowed - set(OF_MERGEKIT)
         if unknown:
             raise ValueError(f"{where} of {method}: unknown {sorted(unknown)}; known are {sorted(allowed)}")
+        ignored = sorted(set(given) - allowed - {"int8_mask"})
+        if ignored:
+            warnings.warn(
+                f"{where}: {method} does not read {', '.join(ignored)} there; as in mergekit, it changes nothing", stacklevel=2
+            )
     if parameters.get("trim", "tensor") not in ("tensor", "vector"):
         raise ValueError(f"trim: {parameters['trim']!r}; choose tensor or vector")
     if METHODS[method].sparsify == "ties" and _boolean(parameters.get("rescale", False)):
@@ -67,6 +91,7 @@ def file_merge(
     heads: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    companions: Companions | None = None,
     identity: dict,
 ) -> FileMerge:
     """A recipe as a merge of files.
@@ -77,10 +102,15 @@ def file_merge(
     settings, shared = METHODS[method], parameters
     of_models = [own for _, _, own in experts]
     folders = [(task, folder) for task, folder, _ in experts]
+    defaults = [settings.weight] * len(folders)
     is_linear = method == "linear"
-    if is_linear and base_model and "weight" in shared and base_model not in [path for _, path in folders]:
-        folders.append((base_model.name, base_model))  # as mergekit: a weight for all is the base's too
+    if is_linear and base_model and "weight" in shared and not _is_among(base_model, folders):
+        (name,) = names_of_folders([base_model])
+        folders.append(
+            (unused(name, [task for task, _ in folders]), base_model)
+        )  # as mergekit: a weight for all is the base's too
         of_models.append({})
+        defaults.append(None)
     names_from = base_model or folders[0][1]
     whole = shared.get("trim") == "vector"
 
@@ -102,7 +132,7 @@ def file_merge(
                 raise ValueError(f"{method} needs '{key}' for every model; '{name or names[0]}' has none")
             return default if one is None else one
 
-        weights = [value("weight", settings.weight, of_model) for of_model in of_models]
+        weights = [value("weight", default, of_model) for of_model, default in zip(of_models, defaults, strict=True)]
         normalize = value("normalize", settings.normalize, convert=_boolean)
         total = sum(weights)
         if is_linear and normalize and total == 0:
@@ -125,9 +155,14 @@ def file_merge(
         factors_of=shortening if _boolean(shared.get("align_norms", False)) else None,
         dtype=dtype,
         out_dtype=out_dtype,
+        companions=companions,
         identity=identity,
         card=_card(method, len(folders), identity),
     )
+
+
+def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:
+    return os.path.realpath(path) in [os.path.realpath(folder) for _, folder in folders]
 
 
 def _card(method: str, count: int, identity: dict) -> str:
@@ -165,6 +200,8 @@ def _density(value: Any) -> float:
 
 
 def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return value
+    """As mergekit: also 1, 0 and yes, no."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is neither true nor false") from None

@@ -1,30 +1,26 @@
-"""`samerge merge`: a YAML file in mergekit's keys, with more of them for learned methods, and what runs it."""
+"""What a YAML file in mergekit's keys says, with more of them for learned methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.lora import is_adapter
-from samerge_ext.checkpoints.saving import require_space, require_target
-from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
 from samerge_ext.learning.config import LearningConfig
-from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
 from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
-from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
-from samerge_ext.models.on_meta import parameters_on_meta
-from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.recipes.data_free import METHODS, check_parameters, file_merge
-from samerge_ext.statistics.features import FEATURES_FILE
+from samerge_ext.recipes.data_free import METHODS, check_parameters
+from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, parse_model
+from samerge_ext.recipes.mergekit_keys import as_recipe
 
 LEARNED: dict[str, tuple[Callable[..., Result], type[LearningConfig]]] = {
     "samerging": (samerging, SAMergingConfig),
@@ -32,33 +28,13 @@ LEARNED: dict[str, tuple[Callable[..., Result], type[LearningConfig]]] = {
     "statsmerging": (statsmerging, StatsMergingConfig),
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
-PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks for it
-DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
+}  # fmt: skip
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
-class _Strict(BaseModel):
-    """A key that nobody reads is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelEntry(_Strict):
-    """A model: its folder, and under `parameters` its weight and density as in mergekit."""
-
-    model: Path
-    parameters: dict[str, Any] = Field(default_factory=dict)
-
-
-class CalibrationEntry(_Strict):
-    """The calibration set: one file of unlabelled texts per task (a text a line, or .jsonl with the field "text")."""
-
-    files: dict[str, Path]
-    texts: int | None = Field(default=None, ge=1, description="use the first so many texts of each file")
-    batch_size: int = Field(default=16, ge=1)
-    max_length: int = Field(default=128, ge=1, description="tokens; longer texts are cut")
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A merge, as a file describes it.
 
     merge_method: linear (weighted mean), task_arithmetic, ties, dare_linear, dare_ties, samerging, adamerging or statsmerging.
@@ -72,20 +48,22 @@ class Recipe(_Strict):
         int4 and int4-residual quantise them; lora keeps the factors, where all models are LoRA adapters.
     tasks: names of the models without the base, in their order; the folders' names by default.
     heads: patterns of tensors that belong to a task and are kept per task.
+    tokenizer: whose goes along, base, union or a model, where all models' vocabularies agree with it; `tokenizer_source` too.
+    chat_template: auto (most models'), base, a model, a file, chatml, or the template itself.
     calibration: for learned methods.
     """
 
-    merge_method: Literal[
-        "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "samerging", "adamerging", "statsmerging"
-    ]
+    merge_method: str
     base_model: Path | None = None
     models: list[ModelEntry]
     parameters: dict[str, Any] = Field(default_factory=dict)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
     task_vector_dtype: TASK_VECTOR_DTYPES | None = None
     tasks: list[str] | None = None
     heads: list[str] = Field(default_factory=list)
+    tokenizer: TokenizerEntry | None = None
+    chat_template: str | None = None
     calibration: CalibrationEntry | None = None
 
     @property
@@ -93,7 +71,8 @@ class Recipe(_Strict):
         """The models without the base, which mergekit's files may list among them; a mean counts it."""
         if self.merge_method == "linear":
             return self.models
-        return [entry for entry in self.models if entry.model != self.base_model]
+        base = None if self.base_model is None else os.path.realpath(self.base_model)
+        return [entry for entry in self.models if entry.adapter or os.path.realpath(entry.model) != base]
 
     @property
     def named_experts(self) -> list[tuple[str, ModelEntry]]:
@@ -106,14 +85,37 @@ class Recipe(_Strict):
             raise ValueError(f"{self.merge_method} learns nothing; plans are for {', '.join(LEARNED)}")
         return self.base_model, self.calibration
 
+    @field_validator("merge_method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        known = (*METHODS, *LEARNED)
+        if method not in known:
+            meant = method.lower().replace("-", "_")
+            hint = f"; it is written {meant}" if meant in known else ""
+            raise ValueError(f"{method!r} is not a method here{hint}. Those that are: {', '.join(known)}")
+        return method
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _base_alone(cls, value: Any) -> Path | None:
+        model, adapter = parse_model(value)
+        if adapter is not None:
+            raise ValueError(
+                f"{value}: a base with an adapter; merge the two with peft (merge_and_unload), save and give that folder"
+            )
+        return model
+
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         if self.base_model is None and self.merge_method != "linear":
             raise ValueError(f"{self.merge_method} needs 'base_model'")
+        self._take_adapters_of_the_base()
         if self.tasks is None:
-            self.tasks = [entry.model.name for entry in self.experts]
+            self.tasks = names_of_folders(entry.place for entry in self.experts)
         if len(self.tasks) != len(self.experts):
             raise ValueError(f"tasks names {len(self.tasks)}, models lists {len(self.experts)}; give one name per model")
+        for task in self.tasks:
+            check_task_name(task)
         if (self.merge_method in LEARNED) != (self.calibration is not None):
             verb = "needs" if self.merge_method in LEARNED else "does not read"
             raise ValueError(f"{self.merge_method} {verb} 'calibration'")
@@ -132,6 +134,22 @@ class Recipe(_Strict):
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
         return self
 
+    def _take_adapters_of_the_base(self) -> None:
+        """An adapter on the base, base+adapter, is an expert by its own folder."""
+        for entry in self.models:
+            if entry.adapter is None:
+                continue
+            if not is_adapter(entry.adapter):
+                raise ValueError(
+                    f"{entry.adapter} holds no PEFT adapter (adapter_config.json); after + an adapter's folder is expected"
+                )
+            if self.base_model is None or os.path.realpath(entry.model) != os.path.realpath(self.base_model):
+                raise ValueError(
+                    f"{entry.model}+{entry.adapter}: the adapter of another model than base_model; merge the two with peft "
+                    "(merge_and_unload), save and give that folder"
+                )
+            entry.model, entry.adapter = entry.adapter, None
+
     def method_settings(self) -> Any:
         """A learned method's configuration."""
         return LEARNED[self.merge_method][1](**self.parameters)
@@ -143,7 +161,11 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     Raises ValueError naming the file and every key that is wrong.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), _Loader) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#x}); save it as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -151,91 +173,26 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     for key, value in overrides.items():
         content[key] = {**(content.get(key) or {}), **value} if isinstance(value, dict) else value
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(as_recipe(content))
     except ValidationError as error:
-        faults = [f"  {'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
-        raise ValueError("\n".join([f"{path} is no recipe that can be merged:", *faults])) from error
+        faults = [
+            f"  {'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+    except ValueError as error:
+        faults = [f"  file: {error}"]
+    raise ValueError("\n".join([f"{path} is no recipe that can be merged:", *faults]))
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
-    """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
-    base, _ = recipe.learned_from()
-    experts = [(task, entry.model) for task, entry in recipe.named_experts]
-    packed = PackedWeights.describe(base, experts, **_packing(recipe))
-    module, logits, calibration = _model_and_calibration(recipe)
-    settings = recipe.method_settings()
-    teachers = recipe.merge_method != "adamerging"
-    return plan(module, packed, calibration, logits, settings, teachers=teachers)
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last."""
 
-
-def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result | None:
-    """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
-
-    What could fail for want of space or of a free target is checked first. Until the folder is written `OUT.state` holds how far
-    the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
-    """
-    dtype = DTYPES[recipe.dtype]
-    if recipe.merge_method in METHODS:
-        merge_files(_file_merge(recipe), out, overwrite=overwrite)
-        return None
-    require_target(out, overwrite=overwrite)
-    base, _ = recipe.learned_from()
-    experts = [(task, entry.model) for task, entry in recipe.named_experts]
-    state = out.with_name(f"{out.name}.state")
-    file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    packed = PackedWeights.from_folders(base, experts, file=file, **_packing(recipe))
-    sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
-    require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    result = _learned(recipe, packed, state)
-    result.save_pretrained(out, dtype=dtype, overwrite=overwrite)
-    for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
-        (state / name).unlink(missing_ok=True)
-    if state.exists() and not any(state.iterdir()):
-        state.rmdir()
-    return result
-
-
-def _file_merge(recipe: Recipe) -> FileMerge:
-    return file_merge(
-        recipe.merge_method,
-        [(task, entry.model, entry.parameters) for task, entry in recipe.named_experts],
-        recipe.base_model,
-        recipe.parameters,
-        heads=recipe.heads,
-        dtype=DTYPES[recipe.dtype],
-        out_dtype=DTYPES[recipe.out_dtype],
-        identity=recipe.model_dump(mode="json", exclude_defaults=True),
-    )
-
-
-def _plans_a_file(recipe: Recipe) -> bool:
-    """Whether the recipe has a memory budget that only a packed file fits."""
-    settings = recipe.method_settings()
-    if settings.memory_budget is None:
-        return False
-    return plan_recipe(recipe).choose(settings.memory_budget, settings.host_memory_budget).store == "file"
-
-
-def _packing(recipe: Recipe) -> dict[str, Any]:
-    """How a learned merge packs its weights."""
-    form = DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype)
-    return {"dtype": DTYPES[recipe.dtype] or torch.float32, "task_vector_dtype": form, "heads": recipe.heads}
-
-
-def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
-    method, config_type = LEARNED[recipe.merge_method]
-    module, logits, calibration = _model_and_calibration(recipe)
-    return method(module, packed, calibration, logits, config=config_type(**{"checkpoint_dir": state, **recipe.parameters}))
-
-
-def _model_and_calibration(recipe: Recipe) -> tuple:
-    """The model without memory for its weights, its logits function, and the batches of every task."""
-    base, options = recipe.learned_from()
-    first = next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), base)
-    with parameters_on_meta():
-        module, logits = empty_model(first)
-    calibration = {
-        task: text_batches(read_texts(path, options.texts), first, options.batch_size, options.max_length)
-        for task, path in options.files.items()
-    }
-    return module, logits, calibration
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in lines:
+                    first, second = lines[key.value] + 1, key.start_mark.line + 1
+                    raise yaml.YAMLError(f"'{key.value}' is there twice, in line {first} and in line {second}")
+                lines[key.value] = key.start_mark.line
+        return super().construct_mapping(node, deep)

@@ -16,9 +16,10 @@ from folders import DTYPES, assert_same, read_all, sample, save_bert, some_tenso
 from safetensors.torch import load_file, save_file
 
 from samerge_ext.checkpoints import saving as checkpoint_saving
+from samerge_ext.checkpoints.companions import copy_companions
 from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
-from samerge_ext.checkpoints.saving import atomic_write, copy_companions, require_space, require_target, save_checkpoint
+from samerge_ext.checkpoints.saving import atomic_write, require_space, require_target, save_checkpoint
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 

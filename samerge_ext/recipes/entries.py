@@ -1,0 +1,105 @@
+"""What a recipe is made of: models, slices of them, the calibration set; and how a model is named."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """A key that nobody reads is an error that names those that are read; a key without a value is one that is not there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        content = without_nulls(content)
+        check_keys(content, cls.model_fields)
+        if isinstance(content.get("parameters"), dict):
+            content["parameters"] = without_nulls(content["parameters"])
+        return content
+
+
+class ModelEntry(Strict):
+    """A model: its folder or weight file, an adapter on it ("model+adapter"), and under `parameters` its weight and density.
+
+    layer_range: [0, number of layers] and nothing else; where mergekit's slices are given.
+    """
+
+    model: Path
+    adapter: Path | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    layer_range: tuple[int, int] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("model") is not None:
+            model, adapter = parse_model(content["model"])
+            content = {**content, "model": model}
+            if adapter is not None:
+                content["adapter"] = adapter
+        return content
+
+    @property
+    def place(self) -> Path:
+        """What the model is called by."""
+        return self.adapter or self.model
+
+
+class CalibrationEntry(Strict):
+    """The calibration set: one file of unlabelled texts per task (a text a line, or .jsonl with the field "text")."""
+
+    files: dict[str, Path]
+    texts: int | None = Field(default=None, ge=1, description="use the first so many texts of each file")
+    batch_size: int = Field(default=16, ge=1)
+    max_length: int = Field(default=128, ge=1, description="tokens; longer texts are cut")
+
+
+class TokenizerEntry(Strict):
+    """mergekit's `tokenizer`: whose it is. What it makes of single tokens is not done here."""
+
+    source: Any = "union"
+
+
+def parse_model(value: Any) -> tuple[Path, Path | None]:
+    """The folder or file of a model, and of the adapter that mergekit writes after a plus: "model+adapter".
+
+    value: a path, or mergekit's mappings {model, lora} and {path}. A path that exists is one, whatever is in its name.
+    """
+    if isinstance(value, dict):
+        value = without_nulls(value)
+        check_keys(value, ("model", "lora", "path"))
+        if "path" in value:
+            return Path(str(value["path"])).expanduser(), None
+        model, adapter = parse_model(value.get("model", ""))
+        return model, parse_model(value["lora"])[0] if "lora" in value else adapter
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError(f"{value!r} is not a model's folder")
+    text = str(Path(value).expanduser())
+    if not Path(text).exists():
+        for place, character in enumerate(text):
+            model, adapter = Path(text[:place]), text[place + 1 :]
+            if character == "+" and adapter and text[:place] and model.exists():
+                return model, Path(adapter).expanduser()
+    return Path(text), None
+
+
+def check_keys(content: dict[Any, Any], known: Any) -> None:
+    """Raises ValueError naming a key that is not among those known, and these."""
+    for key in content:
+        if key not in known:
+            close = get_close_matches(str(key), list(known), n=1)
+            meant = f" ({close[0]}?)" if close else ""
+            raise ValueError(f"there is no key '{key}'{meant}; the keys are {', '.join(known)}")
+
+
+def without_nulls(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Without the keys that have no value."""
+    return {key: value for key, value in content.items() if value is not None}

@@ -1,0 +1,88 @@
+"""mergekit's ways to say a merge, as the keys of a recipe."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from samerge_ext.recipes.entries import check_keys, parse_model, without_nulls
+
+# Options of mergekit's command line that people keep in their files: how mergekit works, not what it merges.
+OPTIONS = (
+    "allow_crimes", "transformers_cache", "lora_merge_cache", "lora_merge_dtype", "cuda", "device", "low_cpu_memory",
+    "out_shard_size", "copy_tokenizer", "clone_tensors", "trust_remote_code", "lazy_unpickle", "write_model_card",
+    "safe_serialization", "verbosity", "quiet", "read_to_gpu", "multi_gpu", "num_threads", "gpu_rich", "async_write",
+    "write_threads",
+)  # fmt: skip
+REFUSED = {
+    "modules": "parts of a model are not merged by rules of their own; give 'models', and values by a part of the tensors' names",
+    "unsafe_truncate_embeddings": "embeddings are not cut; models of one vocabulary are merged",
+}
+WHOLE = "one slice of all layers is merged: layer_range [0, number of layers], the same for every source"
+
+
+def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's content with slices as models, options left out, and types under torch's names.
+
+    Raises ValueError for what mergekit does and is not done here, naming the key and what is.
+    """
+    recipe = without_nulls(dict(content))
+    for key, reason in REFUSED.items():
+        if recipe.get(key):
+            raise ValueError(f"'{key}': {reason}")
+    left_out = [key for key in (*OPTIONS, *REFUSED) if key in recipe]
+    if left_out:
+        warnings.warn(f"{', '.join(left_out)}: mergekit's options; they change nothing here", stacklevel=2)
+    recipe = {key: value for key, value in recipe.items() if key not in left_out and key != "name"}
+    for key in ("dtype", "out_dtype"):
+        if isinstance(recipe.get(key), str):
+            recipe[key] = recipe[key].removeprefix("torch.")
+    if "slices" in recipe:
+        recipe = _of_slices(recipe)
+    if "random_seed" in recipe:
+        seed = recipe.pop("random_seed")
+        if str(recipe.get("merge_method", "")).startswith("dare"):
+            recipe["parameters"] = {"seed": seed, **(recipe.get("parameters") or {})}
+    if "tokenizer_source" in recipe:
+        if "tokenizer" in recipe:
+            raise ValueError("'tokenizer_source' and 'tokenizer' say the same; give one of them")
+        recipe["tokenizer"] = {"source": recipe.pop("tokenizer_source")}
+    if isinstance(recipe.get("tokenizer"), dict):
+        for key in ("tokens", "pad_to_multiple_of"):
+            if recipe["tokenizer"].get(key):
+                raise ValueError(f"'tokenizer.{key}': embeddings are not changed here; models of one vocabulary are merged")
+        recipe["tokenizer"] = {k: v for k, v in recipe["tokenizer"].items() if k not in ("tokens", "pad_to_multiple_of")}
+    return recipe
+
+
+def _of_slices(recipe: dict[str, Any]) -> dict[str, Any]:
+    """`models`, `base_model` and `parameters` from the one slice there is."""
+    slices = recipe.pop("slices")
+    if "models" in recipe:
+        raise ValueError("'models' and 'slices' both say what is merged; give one of them")
+    if not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)):
+        count = f"{len(slices)} slices" if isinstance(slices, list) else repr(slices)
+        raise ValueError(f"'slices': {count}; {WHOLE}. Values by layer are given as gradients, by name as filters")
+    (whole,) = slices
+    whole = without_nulls(whole)
+    check_keys(whole, ("sources", "base_model", "parameters", "residual_weight"))
+    sources = whole.get("sources")
+    if not isinstance(sources, list) or not all(isinstance(source, dict) and source.get("layer_range") for source in sources):
+        raise ValueError(f"'slices': every source needs a model and its layer_range; {WHOLE}")
+    if "base_model" in whole:
+        if "base_model" in recipe and parse_model(recipe["base_model"]) != parse_model(whole["base_model"]):
+            raise ValueError("'base_model' of the slice is another one than the file's; give one base")
+        recipe["base_model"] = whole["base_model"]
+    first, then = whole.get("parameters") or {}, recipe.get("parameters") or {}
+    both = {key: [*_by_name(first[key]), *_by_name(then[key])] for key in first if key in then}
+    return {**recipe, "models": sources, "parameters": {**then, **first, **both}}
+
+
+def _by_name(setting: Any) -> list[Any]:
+    """A setting as a list of settings by name, the next of which counts where none fits."""
+    if isinstance(setting, dict):
+        return [setting]
+    if isinstance(setting, list) and any(isinstance(entry, dict) for entry in setting):
+        return setting
+    return [{"value": setting}]

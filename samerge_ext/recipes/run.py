@@ -1,0 +1,155 @@
+"""Running a recipe: from file to file, or on packed weights for what is learned; and what that would take."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
+from samerge_ext.checkpoints.folder import open_checkpoint, read_config
+from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
+from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.learning.run_state import STATE_FILE
+from samerge_ext.merged.result import Result
+from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
+from samerge_ext.models.on_meta import parameters_on_meta
+from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.recipes.data_free import METHODS, file_merge
+from samerge_ext.recipes.recipe import DTYPES, LEARNED, Recipe
+from samerge_ext.recipes.tensor_settings import number_of_layers
+from samerge_ext.recipes.tokenizers import companions_of
+from samerge_ext.statistics.features import FEATURES_FILE
+
+PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks for it
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
+    recipe = within_positions(recipe)
+    base, _ = recipe.learned_from()
+    experts = [(task, entry.model) for task, entry in recipe.named_experts]
+    packed = PackedWeights.describe(base, experts, **_packing(recipe))
+    module, logits, calibration = _model_and_calibration(recipe)
+    settings = recipe.method_settings()
+    teachers = recipe.merge_method != "adamerging"
+    return plan(module, packed, calibration, logits, settings, teachers=teachers)
+
+
+def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result | None:
+    """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
+
+    What could fail for want of space or of a free target is checked first. Until the folder is written `OUT.state` holds how far
+    the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
+    """
+    target = Path(os.path.realpath(out))
+    state = target.with_name(f"{target.name}.state")
+    require_apart(target, _inputs(recipe))
+    _check_layer_ranges(recipe)
+    if recipe.merge_method in METHODS:
+        merge_files(_file_merge(recipe), out, overwrite=overwrite)
+        return None
+    require_target(target, overwrite=overwrite)
+    recipe, dtype, companions = within_positions(recipe), DTYPES[recipe.dtype], companions_of(recipe)
+    base, _ = recipe.learned_from()
+    experts = [(task, entry.model) for task, entry in recipe.named_experts]
+    file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
+    packed = PackedWeights.from_folders(base, experts, file=file, **_packing(recipe))
+    sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
+    require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
+    result = _learned(recipe, packed, state)
+    result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite)
+    for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
+        (state / name).unlink(missing_ok=True)
+    if state.exists() and not any(state.iterdir()):
+        state.rmdir()
+    return result
+
+
+def within_positions(recipe: Recipe) -> Recipe:
+    """The recipe with texts no longer than the model has positions for; says so where they are cut."""
+    base, calibration = recipe.learned_from()
+    config = read_config(next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), base))
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int):
+        return recipe
+    if "roberta" in str(config.get("model_type")) or config.get("model_type") in ("camembert", "longformer", "mpnet"):
+        positions -= 1 + (config.get("pad_token_id") or 0)  # counted from the number of the padding token
+    if calibration.max_length <= positions:
+        return recipe
+    warnings.warn(
+        f"texts are cut to {positions} tokens, not {calibration.max_length}: the model has no more positions", stacklevel=2
+    )
+    return recipe.model_copy(update={"calibration": calibration.model_copy(update={"max_length": positions})})
+
+
+def _inputs(recipe: Recipe) -> list[Path]:
+    """All that is read and must not be written over."""
+    models = [path for entry in recipe.models for path in (entry.model, entry.adapter) if path is not None]
+    texts = list(recipe.calibration.files.values()) if recipe.calibration else []
+    return [*([recipe.base_model] if recipe.base_model else []), *models, *texts]
+
+
+def _check_layer_ranges(recipe: Recipe) -> None:
+    """Raises ValueError where a layer_range is not all layers of its model."""
+    for entry in recipe.models:
+        if entry.layer_range is None:
+            continue
+        with open_checkpoint(entry.model) as checkpoint:
+            layers = number_of_layers(checkpoint.names)
+        if entry.layer_range != (0, layers):
+            first, last = entry.layer_range
+            raise ValueError(
+                f"{entry.model} has {layers} layers and layer_range is [{first}, {last}]; all are merged: [0, {layers}]"
+            )
+
+
+def _file_merge(recipe: Recipe) -> FileMerge:
+    return file_merge(
+        recipe.merge_method,
+        [(task, entry.model, entry.parameters) for task, entry in recipe.named_experts],
+        recipe.base_model,
+        recipe.parameters,
+        heads=recipe.heads,
+        dtype=DTYPES[recipe.dtype],
+        out_dtype=DTYPES[recipe.out_dtype],
+        companions=companions_of(recipe),
+        identity=recipe.model_dump(mode="json", exclude_defaults=True),
+    )
+
+
+def _plans_a_file(recipe: Recipe) -> bool:
+    """Whether the recipe has a memory budget that only a packed file fits."""
+    settings = recipe.method_settings()
+    if settings.memory_budget is None:
+        return False
+    return plan_recipe(recipe).choose(settings.memory_budget, settings.host_memory_budget).store == "file"
+
+
+def _packing(recipe: Recipe) -> dict[str, Any]:
+    """How a learned merge packs its weights."""
+    form = DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype)
+    return {"dtype": DTYPES[recipe.dtype] or torch.float32, "task_vector_dtype": form, "heads": recipe.heads}
+
+
+def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
+    method, config_type = LEARNED[recipe.merge_method]
+    module, logits, calibration = _model_and_calibration(recipe)
+    return method(module, packed, calibration, logits, config=config_type(**{"checkpoint_dir": state, **recipe.parameters}))
+
+
+def _model_and_calibration(recipe: Recipe) -> tuple:
+    """The model without memory for its weights, its logits function, and the batches of every task."""
+    base, options = recipe.learned_from()
+    first = next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), base)
+    with parameters_on_meta():
+        module, logits = empty_model(first)
+    calibration = {
+        task: text_batches(read_texts(path, options.texts), first, options.batch_size, options.max_length)
+        for task, path in options.files.items()
+    }
+    return module, logits, calibration

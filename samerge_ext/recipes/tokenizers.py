@@ -1,0 +1,110 @@
+"""What goes along with a merge: whose tokenizer, which chat template, and what the reader is told of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from samerge_ext.checkpoints.companions import Companions, chat_template
+from samerge_ext.checkpoints.files import folder_of
+from samerge_ext.checkpoints.vocabularies import disagreement, vocabulary
+from samerge_ext.recipes.entries import parse_model
+from samerge_ext.recipes.recipe import Recipe
+
+# Templates that go by a name in mergekit's files; of its other ones, give a file.
+NAMED = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+}
+
+
+def companions_of(recipe: Recipe) -> Companions:
+    """The base's files, or the first model's; the tokenizer and chat template that the recipe asks for.
+
+    Raises ValueError where the models' vocabularies do not agree with the tokenizer that is asked for, before any work.
+    """
+    models = [entry.model for entry in recipe.models if entry.model.exists()]
+    folder = folder_of(recipe.base_model or recipe.models[0].model)
+    folders = list({os.path.realpath(place): place for place in (folder, *map(folder_of, models))}.values())
+    tokenizer = _tokenizer(recipe.tokenizer.source, folder, folders) if recipe.tokenizer else None
+    template = _template(recipe.chat_template, folder, folders) if recipe.chat_template else None
+    if folder.is_dir():
+        _tell_what_is_missing(folder, folders, tokenizer, template)
+    return Companions(folder, tokenizer, template)
+
+
+def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
+    """The folder whose tokenizer is taken; None for the base's."""
+    found = {folder: vocabulary(folder) for folder in folders}
+    if source in ("base", "union"):
+        chosen = next((folder for folder in folders if found[folder] is not None), base) if source == "union" else base
+    else:
+        chosen = folder_of(parse_model(source)[0])
+        if not chosen.is_dir():
+            raise ValueError(f"tokenizer: {source!r} is neither base nor union nor the folder of a model")
+    ours = found.get(chosen, vocabulary(chosen))
+    if ours is None:
+        warnings.warn(f"tokenizer: {chosen} has none, so that none goes along", stacklevel=3)
+    for folder, theirs in found.items():
+        difference = disagreement(ours, theirs) or (disagreement(theirs, ours) if source == "union" else None)
+        if difference:
+            raise ValueError(
+                f"tokenizer: the vocabularies of {chosen} and {folder} differ: {difference}. Embeddings are merged row by row, "
+                "not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
+            )
+    return None if os.path.realpath(chosen) == os.path.realpath(base) else chosen
+
+
+def _template(wanted: str, base: Path, folders: Sequence[Path]) -> str | None:
+    """The chat template that is asked for; None for the one that goes along anyway."""
+    if wanted == "auto":
+        counted = Counter(template.strip() for folder in folders if (template := chat_template(folder)))
+        if not counted:
+            warnings.warn("chat_template: auto: no model has a chat template, so that none goes along", stacklevel=3)
+            return None
+        return counted.most_common(1)[0][0]
+    if wanted in NAMED:
+        return NAMED[wanted]
+    place = base if wanted == "base" else Path(wanted).expanduser() if len(wanted) < 1024 and "\n" not in wanted else None
+    if place is not None and place.is_dir():
+        if (template := chat_template(place)) is None:
+            raise ValueError(f"chat_template: {place} has no chat template")
+        return template
+    if place is not None and place.is_file():
+        return place.read_text(encoding="utf-8")
+    if "{" not in wanted:
+        known = ", ".join(("auto", "base", *NAMED))
+        raise ValueError(f"chat_template: {wanted!r} is none of {known}, no model's folder, no file and no template")
+    return wanted
+
+
+def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path | None, template: str | None) -> None:
+    """Says which file only other models have, and how it goes along."""
+    others = [other for other in folders if other != folder]
+    if not (folder / "config.json").exists():
+        having = next((other for other in others if (other / "config.json").exists()), "the model that the weights belong to")
+        warnings.warn(
+            f"{folder} has no config.json, so that the merged folder has none and is no model to load; copy that of {having}",
+            stacklevel=3,
+        )
+    if template is None and chat_template(tokenizer or folder) is None:
+        having = [str(other) for other in others if chat_template(other)]
+        if having:
+            warnings.warn(
+                f"a chat template is in {', '.join(having)} and none in {tokenizer or folder}: the merged model has none; "
+                "it takes most models' with chat_template: auto, or one's with chat_template: FOLDER",
+                stacklevel=3,
+            )
+    generation = [str(other) for other in others if (other / "generation_config.json").exists()]
+    if generation and not (folder / "generation_config.json").exists():
+        warnings.warn(
+            f"a generation_config.json is in {', '.join(generation)} and none in {folder}, so that the merged model has none; "
+            "copy the one that fits",
+            stacklevel=3,
+        )
