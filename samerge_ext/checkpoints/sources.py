@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ class Source(ABC):
     label: what messages call it.
     names: every stored tensor once, in order.
     aliases: other name of a tied tensor -> the name it is stored under; every method takes both.
+    files: what it is read from.
     """
 
     label: str
     names: tuple[str, ...]
     aliases: dict[str, str]
+    files: tuple[Path, ...] = ()
     _stored: Container[str]
 
     def __contains__(self, name: str) -> bool:
@@ -39,6 +42,14 @@ class Source(ABC):
 
     def read(self, name: str) -> Tensor:
         return self._read(self.aliases.get(name, name))
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
+        self._read_into(self.aliases.get(name, name), start, out)
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """The type that the model keeps a tensor in; `dtype` may be wider, where the tensor is computed when it is read."""
+        return self.dtype(name)
 
     def read_shaped(self, name: str, shape: torch.Size) -> Tensor:
         """As `read`; raises ValueError where the tensor has another shape than it had when it was packed."""
@@ -58,6 +69,9 @@ class Source(ABC):
 
     @abstractmethod
     def _read(self, name: str) -> Tensor: ...
+
+    def _read_into(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self._read(name).reshape(-1)[start : start + out.numel()])
 
 
 class _Held(Source):
@@ -121,7 +135,7 @@ class CheckpointSource(Source):
         self.names = checkpoint.names
         self.aliases = dict(checkpoint.tied)
         self._stored = frozenset(checkpoint.names)
-        self.files, self.read_into = checkpoint.files, checkpoint.read_into
+        self.files = checkpoint.files
         self._checkpoint = checkpoint
 
     def _shape(self, name: str) -> torch.Size:
@@ -132,6 +146,9 @@ class CheckpointSource(Source):
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name)
+
+    def _read_into(self, name: str, start: int, out: Tensor) -> None:
+        self._checkpoint.read_into(name, start, out)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
