@@ -207,7 +207,7 @@ class _Sorted:
         return next((n for n in self._file.names if WRAPPERS.sub("", n.removeprefix(PREFIX)) == target), None)
 
     def _tied_to(self, target: str) -> str | None:
-        """The tensor of the base that another one of the model is, by its storage or its configuration; None for one of its own."""
+        """The tensor of the base that another one of the model is, by storage or configuration; None for one of its own."""
         if target in self._base.aliases:
             return self._base.aliases[target]
         return self._embedding if target not in self._base and _last(target) in HEADS and self._ties_its_head() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +43,14 @@ def model_and_adapter(path: str | Path) -> tuple[Path | None, Path | None]:
     return model, adapter
 
 
+def model_of(path: str | Path) -> Path:
+    """The folder of the full model in an expert's path. Raises CheckpointError for an adapter by itself."""
+    model, _ = model_and_adapter(path)
+    if model is None:
+        raise _homeless(path)
+    return model
+
+
 @contextmanager
 def open_expert(path: str | Path, base: Source | None, label: str) -> Iterator[Source]:
     """The source of a model folder, of an adapter of ``base``, or of "MODEL+ADAPTER", an adapter of another full model.
@@ -53,7 +60,7 @@ def open_expert(path: str | Path, base: Source | None, label: str) -> Iterator[S
     model, adapter = model_and_adapter(path)
     if model is None:
         if base is None:
-            raise CheckpointError(f"{path} is a PEFT adapter, and no model is named that it belongs to; name base_model")
+            raise _homeless(path)
         with AdapterSource(Path(path), base, label) as source:
             yield source
         return
@@ -176,6 +183,5 @@ class AdapterSource(Source):
         return chosen, own.to(wide) - base[edit.tokens].to(wide)
 
 
-def find_adapters(folder: Path) -> list[str]:
-    """The subfolders that hold an adapter: PEFT saves one that is not called "default" in a folder of its name."""
-    return sorted(os.path.relpath(file.parent, folder) for file in folder.glob(f"*/{CONFIG}"))
+def _homeless(path: str | Path) -> CheckpointError:
+    return CheckpointError(f"{path} is a PEFT adapter, and no model is named that it belongs to; name its base as base_model")

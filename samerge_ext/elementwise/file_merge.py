@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
+from samerge_ext.checkpoints.lora import AdapterSource, open_expert
 from samerge_ext.checkpoints.saving import (
     atomic_write,
     copy_companions,
@@ -31,7 +32,7 @@ from samerge_ext.checkpoints.saving import (
     sync,
 )
 from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of, plan_shards
-from samerge_ext.checkpoints.sources import CheckpointSource, matches
+from samerge_ext.checkpoints.sources import CheckpointSource, Source, matches
 from samerge_ext.elementwise.file_pieces import FilePieces
 from samerge_ext.elementwise.piecewise import Piece, Rule, WholeRule, merge_pieces
 from samerge_ext.packing.validation import check_finite, check_headers, check_ties, shared_names
@@ -44,13 +45,15 @@ class FileMerge:
     """What is merged from files.
 
     base: its folder; None where the experts themselves are combined, not their differences from it.
-    experts: tasks and folders. heads: patterns of tensors that are kept per task.
+    experts: tasks and folders of models, of adapters of ``names_from``, or "MODEL+ADAPTER". heads: patterns of tensors that are
+        kept per task.
     rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
     names_from: the folder that says which tensors there are, and whose configuration and tokenizer are copied.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
-    dtype: what tensors are read as; by default what the models' own types promote to. out_dtype: what is written.
+    dtype: what tensors are read as; by default what the models' own types promote to, and at least fp32 where there are
+        adapters. out_dtype: what is written; by default ``dtype``, or what the full models' types promote to.
     identity: says, as JSON, what the rules are made from. card: the model card.
     """
 
@@ -83,10 +86,8 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(open_checkpoint(path)) for path in _folders(merge)}
-        names = CheckpointSource(opened[merge.names_from], "base")
-        experts = [(task, CheckpointSource(opened[path], f"expert '{task}'")) for task, path in merge.experts]
-        stored = {file: _identity(file) for checkpoint in opened.values() for file in checkpoint.files}
+        names, experts = _opened(merge, stack)
+        stored = {file: _identity(file) for source in (names, *(expert for _, expert in experts)) for file in source.files}
         identity = {**merge.identity, "files": {str(file): list(found) for file, found in stored.items()}}
         run = _Run(merge, names, experts, target, stored)
         record = stack.enter_context(_record(state, json.loads(json.dumps(identity))))
@@ -109,8 +110,8 @@ class _Run:
     def __init__(
         self,
         merge: FileMerge,
-        names: CheckpointSource,
-        experts: list[tuple[str, CheckpointSource]],
+        names: Source,
+        experts: list[tuple[str, Source]],
         target: Path,
         stored: dict[Path, tuple[int, int]],
     ):
@@ -125,9 +126,10 @@ class _Run:
         base = names if merge.base is not None else None
         sources = [source for _, source in experts] + ([base] if base else [])
         layers = [name for name in shared if name not in self._buffers]
-        self._dtypes = {
-            name: merge.dtype or functools.reduce(torch.promote_types, [source.dtype(name) for source in sources])
-            for name in layers
+        wide = [torch.float32] if any(isinstance(source, AdapterSource) for source in sources) else []
+        self._dtypes = {name: merge.dtype or _promoted([*wide, *(source.dtype(name) for source in sources)]) for name in layers}
+        self._written = {
+            name: merge.out_dtype or merge.dtype or _promoted(source.weight_dtype(name) for source in sources) for name in layers
         }
         stored_dtypes = {source.dtype(name) for source in sources for name in layers}
         self._pieces = FilePieces(base, [source for _, source in experts], stored_dtypes, self._dtypes.values())
@@ -240,7 +242,7 @@ class _Run:
         return torch.stack([expert.read(name).double() for _, expert in self._experts]).mean(0).to(buffer.dtype)
 
     def _written_dtype(self, name: str) -> torch.dtype:
-        return self._names.dtype(name) if name in self._buffers else self._merge.out_dtype or self._dtypes[name]
+        return self._names.dtype(name) if name in self._buffers else self._written[name]
 
     def _squares(self) -> list[float]:
         """Of the task vectors' norms."""
@@ -318,8 +320,16 @@ def _record(state: Path, identity: dict) -> Iterator[_Record]:
                     state.rmdir()
 
 
-def _folders(merge: FileMerge) -> list[Path]:
-    return list(dict.fromkeys([merge.names_from, *(path for _, path in merge.experts)]))
+def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, list[tuple[str, Source]]]:
+    """What says which tensors there are, and the experts, until the stack ends."""
+    checkpoint = stack.enter_context(open_checkpoint(merge.names_from, beside_adapter=merge.base is None))
+    names = CheckpointSource(checkpoint, "base")
+    opened = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
+    return names, [(task, stack.enter_context(expert)) for task, expert in opened]
+
+
+def _promoted(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.sources import CheckpointSource
+from samerge_ext.checkpoints.sources import Source
 from samerge_ext.elementwise.piecewise import ALIGNMENT, Piece
 from samerge_ext.packing.layout import BLOCK
 
@@ -25,8 +25,8 @@ class FilePieces:
 
     def __init__(
         self,
-        base: CheckpointSource | None,
-        experts: Sequence[CheckpointSource],
+        base: Source | None,
+        experts: Sequence[Source],
         stored: Iterable[torch.dtype],
         merged: Iterable[torch.dtype],
     ):

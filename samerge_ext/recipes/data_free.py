@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods.dare import Dare
@@ -81,7 +82,7 @@ def file_merge(
     if is_linear and base_model and "weight" in shared and base_model not in [path for _, path in folders]:
         folders.append((base_model.name, base_model))  # as mergekit: a weight for all is the base's too
         of_models.append({})
-    names_from = base_model or folders[0][1]
+    names_from = base_model or model_of(folders[0][1])
     whole = shared.get("trim") == "vector"
 
     @functools.cache
