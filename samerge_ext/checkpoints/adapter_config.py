@@ -33,7 +33,7 @@ VARIANTS = {
     "use_bdlora": ("block-diagonal LORA (use_bdlora)", True),
     "kasa_config": ("KaSA", True),
     "monteclora_config": ("MonteCLoRA", True),
-    "layer_replication": ("layer_replication", True),
+    "layer_replication": ("layer_replication", False),
     "target_parameters": ("target_parameters (mixture of experts)", True),
     "alora_invocation_tokens": ("aLoRA (activated LoRA)", False),
     "use_qalora": ("QALoRA", False),
@@ -105,7 +105,7 @@ class AdapterConfig:
         if mergeable:
             raise CheckpointError(f"{self.folder} is {what} and only LORA on the base as it is stored is read; {MERGE_IT}")
         raise CheckpointError(
-            f"{self.folder} is {what} and cannot be merged into weights, by merge_and_unload() of peft neither; leave it out"
+            f"{self.folder} is {what} and cannot be merged into weights, nor can it by peft's merge_and_unload(); leave it out"
         )
 
 

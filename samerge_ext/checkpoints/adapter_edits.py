@@ -187,6 +187,11 @@ class _Sorted:
         target = name if name in self._base else WRAPPERS.sub("", name)
         if ".original_module." in f".{name}":  # what modules_to_save took the place of
             return
+        if ".token_adapter." in name:
+            raise CheckpointError(
+                f"{self._label}: '{stored}': modules_to_save and trainable_token_indices of one embedding are not merged, nor "
+                "are they by peft; leave one of the two out"
+            )
         if tied := self._tied_to(target):
             other = self.edits.get(tied, Edit()).own or self._stored_as(tied)
             held = self._file.read(other) if other else self._base.read(tied)

@@ -139,9 +139,7 @@ class _Run:
                 raise ValueError("trimming the whole vector needs one dtype for all tensors; set dtype")
             self._rules = {"": merge.rule_of("", self._numbers, next(iter(self._dtypes.values())))}
         else:
-            self._rules = {
-                name: merge.rule_of(name, names.shape(name).numel(), dtype) for name, dtype in self._dtypes.items()
-            }
+            self._rules = {name: merge.rule_of(name, names.shape(name).numel(), dtype) for name, dtype in self._dtypes.items()}
         written = [(name, self._written_dtype(name), names.shape(name)) for name in shared]
         self.shards = plan_shards(written, merge.shard_bytes)
 
