@@ -368,3 +368,20 @@ def test_the_numbers_of_a_factor_of_another_shape_are_refused(bases, tmp_path):
     save_file({**tensors, name: torch.ones(2, 17)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"\[24, 2\] · \[2, 17\] do not make a change of .* \[24, 16\]"):
         packed_of(bases / "llama", tmp_path)
+
+
+def test_where_an_adapter_is_and_how_it_is_named(bases, tmp_path):
+    write(bases / "llama", tmp_path / "task/other", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="task holds PEFT adapters in folders of their own; pass one of them: other"):
+        packed_of(bases / "llama", tmp_path / "task")
+    file = tmp_path / "task/other/adapter_model.safetensors"
+    save_file({name.replace(".weight", ".default.weight"): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="is named after the adapter 'default', .* take '.default' out of the names"):
+        packed_of(bases / "llama", tmp_path / "task/other")
+
+
+def test_a_packed_file_of_an_adapter_on_another_model(bases, tmp_path):
+    write(bases / "llama", tmp_path / "lora", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    experts = {"one": f"{bases / 'llama'}+{tmp_path / 'lora'}"}
+    packed = sm.PackedWeights.from_folders(bases / "llama", experts, file=tmp_path / "packed").in_memory()
+    assert_is_pefts(packed.state_dict(packed.merge(packed.coefficients(1.0))), bases / "llama", tmp_path / "lora")

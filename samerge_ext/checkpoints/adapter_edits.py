@@ -18,6 +18,7 @@ PREFIX = "base_model.model."  # PEFT wraps the model that it adapts twice
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)")
+NAMED = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(\w+?)(?:\.weight)?$")  # as in a state dict of the whole model
 # The layers of the GPT-2 family that transformers keeps as Conv1D, whose weight is [n, m] where a Linear's is [m, n].
 CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
 EMBEDDINGS = ("embed_tokens", "embed_in", "shared", "tok_embeddings", "tokens_embed", "word_embeddings", "wte")
@@ -81,9 +82,17 @@ class _Sorted:
         left = self._take_tokens(left)
         for stored in left:
             if "lora_" in stored:
-                raise CheckpointError(f"{label}: '{stored}' is not a pair of LoRA factors; {MERGE_IT}")
+                raise self._no_pair(stored)
             self._add_whole(stored)
         self._check_tied_embeddings()
+
+    def _no_pair(self, stored: str) -> CheckpointError:
+        if named := NAMED.search(stored):
+            return CheckpointError(
+                f"{self._label}: '{stored}' is named after the adapter '{named[1]}', and PEFT's files are not: save it with "
+                f"save_pretrained(), or take '.{named[1]}' out of the names"
+            )
+        return CheckpointError(f"{self._label}: '{stored}' is not a pair of LoRA factors; {MERGE_IT}")
 
     def _place(self, name: str) -> str | None:
         """The name under which the base stores a tensor of the model that was adapted; None where it lacks it."""
@@ -233,9 +242,9 @@ class _Sorted:
     def _check_tied_embeddings(self) -> None:
         """An embedding that is saved whole, and that the head is tied to, must be the head's too."""
         name = self._embedding
-        if name is None or self.edits.get(name, Edit()).own is None or not self._ties_its_head():
+        own = self.edits.get(name, Edit()).own if name else None
+        if name is None or own is None or not self._ties_its_head():
             return
-        own = self.edits[name].own
         heads = [n for n in self._file.names if _last(n) in HEADS]  # found equal before
         if not heads and not torch.equal(self._file.read(own), self._base.read(name).to(self._file.dtype(own))):
             raise self._tied(own, name, "lm_head.weight")

@@ -156,6 +156,8 @@ def _find_weights(path: Path, beside_adapter: bool) -> Path:
         if (path / name).is_file():
             return path / name
     others = sorted(file.name for file in path.iterdir() if file.suffix in READERS)
+    if adapters := sorted(file.parent.name for file in path.glob("*/adapter_config.json")):  # where PEFT saves those with a name
+        raise CheckpointError(f"{path} holds PEFT adapters in folders of their own; pass one of them: {', '.join(adapters)}")
     advice = f"pass one of its files by name: {', '.join(others)}" if others else "download the model's weights"
     raise CheckpointError(f"{path} holds none of {', '.join(WEIGHTS)}; {advice}")
 

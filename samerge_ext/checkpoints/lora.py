@@ -128,7 +128,7 @@ class AdapterSource(Source):
             return self._read(name).to(wide) - self._base.read(name).to(wide)
         if edit.pair:
             return edit.pair.read(self._file)
-        return self._rows(name, edit) if edit.tokens else None
+        return self._rows(name, edit.rows, edit.tokens) if edit.rows else None
 
     def _shape(self, name: str) -> torch.Size:
         edit = self._edits.get(name)
@@ -145,7 +145,7 @@ class AdapterSource(Source):
         edit = self._edits.get(name)
         if edit is None:
             return self._base.read(name)
-        if edit.is_whole:
+        if edit.own and edit.is_whole:
             return self._file.read(edit.own)
         out = torch.empty(self._shape(name), dtype=self._dtype(name))
         self._read_into(name, 0, out.view(-1))
@@ -163,24 +163,24 @@ class AdapterSource(Source):
             out.copy_(numbers)
         if edit.pair:
             out += product_numbers(*edit.pair.read(self._file), start, out.numel())
-        if edit.tokens:
-            self._write_tokens(name, edit, start, out)
+        if edit.rows:
+            self._write_tokens(name, edit.rows, edit.tokens, start, out)
 
-    def _write_tokens(self, name: str, edit: Edit, start: int, out: Tensor) -> None:
+    def _write_tokens(self, name: str, rows: str, tokens: list[int], start: int, out: Tensor) -> None:
         """Puts the rows of the trained tokens over numbers ``start`` … of an embedding."""
         width, end = self._base.shape(name)[1], start + out.numel()
-        for token, row in zip(edit.tokens, self._file.read(edit.rows), strict=True):
+        for token, row in zip(tokens, self._file.read(rows), strict=True):
             first, last = max(start, token * width), min(end, (token + 1) * width)
             if first < last:
                 out[first - start : last - start] = row[first - token * width : last - token * width]
 
-    def _rows(self, name: str, edit: Edit) -> tuple[Tensor, Tensor]:
+    def _rows(self, name: str, rows: str, tokens: list[int]) -> tuple[Tensor, Tensor]:
         """The change of the trained tokens as the product of a choice of rows [V, k] and their differences [k, n]."""
-        base, own = self._base.read(name), self._file.read(edit.rows)
+        base, own = self._base.read(name), self._file.read(rows)
         wide = torch.promote_types(torch.promote_types(base.dtype, own.dtype), torch.float32)
-        chosen = torch.zeros(base.shape[0], len(edit.tokens), dtype=wide)
-        chosen[edit.tokens, range(len(edit.tokens))] = 1
-        return chosen, own.to(wide) - base[edit.tokens].to(wide)
+        chosen = torch.zeros(base.shape[0], len(tokens), dtype=wide)
+        chosen[tokens, range(len(tokens))] = 1
+        return chosen, own.to(wide) - base[tokens].to(wide)
 
 
 def _homeless(path: str | Path) -> CheckpointError:

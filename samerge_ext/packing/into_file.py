@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
+from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.packing.into_memory import check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
@@ -113,7 +114,8 @@ def described(base, experts, dtype, task_vector_dtype, heads, device) -> dict[st
 def identity_of(folders: Sequence[Path], **settings) -> dict:
     """What a packed file was made from: every weight file's size and time of change."""
     found = {}
-    for folder in map(Path, folders):
+    parts = (part for path in folders for part in model_and_adapter(path) if part is not None)
+    for folder in dict.fromkeys(parts):
         files = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
         found[str(folder.resolve())] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     return {"folders": found, **{key: str(value) for key, value in settings.items()}}
