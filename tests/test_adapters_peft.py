@@ -24,6 +24,7 @@ transformers.logging.disable_progress_bar()
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+T5 = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
 DOCS = (Path(__file__).parents[1] / "docs/learn.md").read_text()
 REASONS = re.findall(r"^- `([^`]+)`: ", DOCS.partition("## What is refused")[2].partition("\n## ")[0], re.MULTILINE)
 
@@ -256,6 +257,23 @@ def test_tied_names_of_a_pickled_base(bases, tmp_path):
     write(bases / "tied llama", tmp_path / "head", head)
     with pytest.raises(ValueError, match="'lm_head.weight', which is tied to 'model.embed_tokens.weight'"):
         packed_of(tmp_path, tmp_path / "head")
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, intermediate_size=24)), {"bias": "all"}),
+        (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES, intermediate_size=24)), {"bias": "all"}),
+        (lambda: transformers.T5ForConditionalGeneration(T5), {"target_modules": ["q", "v", "wo"]}),
+        (lambda: transformers.T5ForConditionalGeneration(T5), {"target_modules": ["q", "shared"]}),
+        (lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, intermediate_size=24)), {"bias": "lora_only"}),
+    ],
+)
+def test_other_architectures(tmp_path, make, settings):
+    torch.manual_seed(0)
+    make().eval().save_pretrained(tmp_path / "base")
+    write(tmp_path / "base", tmp_path / "lora", peft.LoraConfig(init_lora_weights=False, **settings))
+    assert_is_pefts(packed_of(tmp_path / "base", tmp_path / "lora"), tmp_path / "base", tmp_path / "lora")
 
 
 @pytest.mark.parametrize(

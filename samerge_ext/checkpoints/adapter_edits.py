@@ -224,7 +224,12 @@ class _Sorted:
         """The tensor of the base that another one of the model is, by storage or configuration; None for one of its own."""
         if target in self._base.aliases:
             return self._base.aliases[target]
-        return self._embedding if target not in self._base and _last(target) in HEADS and self._ties_its_head() else None
+        if target in self._base or _last(target) not in HEADS or not self._ties_its_head():
+            return None
+        if target.endswith(".bias"):  # in masked language models the head's, as decoder.bias too
+            above = f"{target.removesuffix('.bias').rpartition('.')[0]}.bias"
+            return above if above in self._base else None
+        return self._embedding
 
     @property
     def _embedding(self) -> str | None:
