@@ -246,6 +246,7 @@ def test_a_square_conv1d_is_told_from_a_linear_layer_without_a_configuration(bas
             assert_close(tensor, truth[name].double(), name)
 
 
+@pytest.mark.filterwarnings("ignore:.*says that it is an adapter of")
 def test_tied_names_of_a_pickled_base(bases, tmp_path):
     """torch.save keeps both names of a tied tensor."""
     for name in ("config.json", "generation_config.json"):
