@@ -98,7 +98,7 @@ class Renamed(Source):
     def __init__(
         self, source: Source, stored: dict[str, str], base: Source, inherited: set[str], ties: dict[str, str] | None = None
     ):
-        self.label = source.label
+        self.label, self.files = source.label, source.files
         self._source, self._base, self._places = source, base, {**stored, **{name: name for name in inherited}}
         self._inherited = frozenset(inherited)
         self.names = tuple(self._places)
@@ -110,13 +110,9 @@ class Renamed(Source):
     def is_buffer(self, name: str) -> bool:
         return self._at(name)[0].is_buffer(self._at(name)[1])
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
+    def weight_dtype(self, name: str) -> torch.dtype:
         source, place = self._at(self.aliases.get(name, name))
-        source.read_into(place, start, out)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
+        return source.weight_dtype(place)
 
     def _shape(self, name: str) -> torch.Size:
         source, place = self._at(name)
@@ -129,6 +125,10 @@ class Renamed(Source):
     def _read(self, name: str) -> Tensor:
         source, place = self._at(name)
         return source.read(place)
+
+    def _read_into(self, name: str, start: int, out: Tensor) -> None:
+        source, place = self._at(name)
+        source.read_into(place, start, out)
 
     def _at(self, name: str) -> tuple[Source, str]:
         return self._base if name in self._inherited else self._source, self._places[name]

@@ -26,6 +26,9 @@ READERS: dict[str, type[SafetensorsFile | TorchFile]] = {
 }
 
 
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
 class Checkpoint:
     """The stored tensors of one model; a context manager. Made by `open_checkpoint`.
 
@@ -86,19 +89,21 @@ class Checkpoint:
         return self._file_of[name]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
     """Opens a model folder, an index or a single weight file (.safetensors, .bin, .pt, .pth) and checks its headers.
 
     A folder holds one of `WEIGHTS`. All tensors of its shards count, also those that the index does not list. Memory
     beyond the tensors that were read: the headers, and for each .bin 64 MiB or its largest tensor (the whole file for
     one from before torch 1.6).
 
+    beside_adapter: open a model also where an adapter lies in its folder; transformers would put that on top.
+
     Raises CheckpointError, naming the file, the tensor and the fix, for: no weights, an adapter, a file that is
     truncated or whose header lies, an index that names a shard or a tensor that is not there, a tensor in two shards,
     a pickle with code in it (which is never run).
     """
     path = Path(path)
-    weights = _find_weights(path)
+    weights = _find_weights(path, beside_adapter)
     indexed: dict[str, str] = {}
     paths = [weights]
     if weights.name.endswith(".index.json"):
@@ -126,7 +131,12 @@ def read_config(path: str | Path) -> dict:
     return read_json(config)
 
 
-def _find_weights(path: Path) -> Path:
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds the weights of a full model, whatever else."""
+    return any((folder / name).is_file() for name in WEIGHTS)
+
+
+def _find_weights(path: Path, beside_adapter: bool) -> Path:
     """The weight file or index that a path stands for."""
     if path.is_file():
         if path.name.startswith("adapter_model."):
@@ -135,11 +145,19 @@ def _find_weights(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder nor a file; download the model first and pass its folder")
     if (path / "adapter_config.json").exists():
-        raise _adapter(path)
+        if not holds_model(path):
+            raise _adapter(path)
+        if any((path / name).is_file() for name in ADAPTER_WEIGHTS) and not beside_adapter:
+            raise CheckpointError(
+                f"{path} holds a model and a PEFT adapter, which transformers puts on top of it: merge the two, or move the "
+                "files of one to a folder of its own"
+            )
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
     others = sorted(file.name for file in path.iterdir() if file.suffix in READERS)
+    if adapters := sorted(file.parent.name for file in path.glob("*/adapter_config.json")):  # where PEFT saves those with a name
+        raise CheckpointError(f"{path} holds PEFT adapters in folders of their own; pass one of them: {', '.join(adapters)}")
     advice = f"pass one of its files by name: {', '.join(others)}" if others else "download the model's weights"
     raise CheckpointError(f"{path} holds none of {', '.join(WEIGHTS)}; {advice}")
 

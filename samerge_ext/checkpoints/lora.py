@@ -1,9 +1,7 @@
-"""LoRA adapters, as PEFT saves them, as experts: base + scaling · B A, one tensor at a time."""
+"""LoRA adapters, as PEFT saves them, as experts: base + scaling · B A, one tensor or a range of its numbers at a time."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,59 +9,96 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from samerge_ext.checkpoints.adapter_config import CONFIG, WEIGHTS, AdapterConfig
+from samerge_ext.checkpoints.adapter_edits import Edit, edits_of, product_numbers
 from samerge_ext.checkpoints.files import CheckpointError, SafetensorsFile
-from samerge_ext.checkpoints.folder import open_checkpoint, read_json
+from samerge_ext.checkpoints.folder import holds_model, open_checkpoint
 from samerge_ext.checkpoints.sources import CheckpointSource, Source
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT wraps the model that it adapts twice
-# How a pair of factors is named, and whether their product is the transpose of the weight's change.
-FACTORS = {("lora_A.weight", "lora_B.weight"): False, ("lora_embedding_A", "lora_embedding_B"): True}
+# What an expert adds to a layer of m rows: left [m, r] @ right [r, n]; a difference of the layer's shape; or nothing.
+Change = tuple[Tensor, Tensor] | Tensor | None
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (Path(path) / CONFIG).is_file()
+    """Whether a folder holds a PEFT adapter of a base that lies elsewhere."""
+    return (Path(path) / CONFIG).is_file() and not holds_model(Path(path))
+
+
+def model_and_adapter(path: str | Path) -> tuple[Path | None, Path | None]:
+    """The folders of a full model and of an adapter on top that an expert's path stands for; one of them may be None.
+
+    "MODEL+ADAPTER" names both. A model's folder that holds an adapter too is both, as for transformers; an adapter_config.json
+    that lies beside a model without the adapter's weights says nothing.
+    """
+    whole = Path(path)
+    if is_adapter(whole):
+        return None, whole
+    if whole.exists() or "+" not in str(path):
+        return whole, whole if any((whole / file).is_file() for file in (WEIGHTS, "adapter_model.bin")) else None
+    parts = str(path).split("+")
+    splits = [(Path("+".join(parts[:i])), Path("+".join(parts[i:]))) for i in range(1, len(parts))]
+    model, adapter = next(((model, adapter) for model, adapter in splits if model.exists()), splits[0])
+    if not (adapter / CONFIG).is_file():
+        raise CheckpointError(f"{path}: {adapter} holds no {CONFIG}; MODEL+ADAPTER names a model's folder and a PEFT adapter's")
+    return model, adapter
+
+
+def model_of(path: str | Path) -> Path:
+    """The folder of the full model in an expert's path. Raises CheckpointError for an adapter by itself."""
+    model, _ = model_and_adapter(path)
+    if model is None:
+        raise _homeless(path)
+    return model
 
 
 @contextmanager
-def open_expert(path: str | Path, base: Source, label: str) -> Iterator[Source]:
-    """The source of a model folder, or of an adapter of ``base``. Raises CheckpointError where it cannot be read."""
-    if is_adapter(path):
+def open_expert(path: str | Path, base: Source | None, label: str) -> Iterator[Source]:
+    """The source of a model folder, of an adapter of ``base``, or of "MODEL+ADAPTER", an adapter of another full model.
+
+    Raises CheckpointError where it cannot be read, and for an adapter by itself where ``base`` is None.
+    """
+    model, adapter = model_and_adapter(path)
+    if model is None:
+        if base is None:
+            raise _homeless(path)
         with AdapterSource(Path(path), base, label) as source:
             yield source
-    else:
-        with open_checkpoint(path) as checkpoint:
-            yield CheckpointSource(checkpoint, label)
+        return
+    with open_checkpoint(model, beside_adapter=True) as checkpoint:
+        full = CheckpointSource(checkpoint, label)
+        if adapter is None:
+            yield full
+        else:
+            with AdapterSource(adapter, full, label) as source:
+                yield source
 
 
 class AdapterSource(Source):
     """The model that a LoRA adapter makes of its base (arXiv 2106.09685): W + scaling · B A where it has factors
     A [r, n] and B [m, r], in fp32, with scaling alpha / r, or alpha / √r (rsLoRA); its own tensors where it has whole ones
-    (biases, modules_to_save); the base's elsewhere.
+    (biases, modules_to_save); its own rows where single tokens were trained; the base's elsewhere.
 
-    Raises CheckpointError for another kind of adapter, for DoRA, for factors of convolutions, and for a tensor whose place in
-    the base is not found.
+    Raises CheckpointError for another kind of adapter, and for a tensor whose place in the base is not found or has another
+    shape.
     """
 
     def __init__(self, folder: Path, base: Source, label: str):
         self.label = f"{label} ({folder})"
         self._base = base
-        self._config = read_json(folder / CONFIG)
-        if self._config.get("peft_type") != "LORA" or self._config.get("use_dora"):
-            kind = "DORA" if self._config.get("use_dora") else self._config.get("peft_type")
-            raise CheckpointError(f"{folder} is a {kind} adapter, only LORA is read; save the model of merge_and_unload()")
+        config = AdapterConfig(folder)
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder} lacks {WEIGHTS}; save the adapter with safe_serialization=True")
         self._file = SafetensorsFile(folder / WEIGHTS)
         try:
-            self._factors, self._whole = self._sorted()
+            self._edits: dict[str, Edit] = edits_of(self._file, config, base, self.label)
         except BaseException:
             self._file.close()
             raise
+        config.warn_of_another_base(base.files[0].parent if base.files else None)
         self.aliases = dict(base.aliases)
-        self.names = (*base.names, *(name for name in self._whole if name not in base))
+        self.names = (*base.names, *(name for name in self._edits if name not in base))
         self._stored = frozenset(self.names)
+        self.files = (folder / WEIGHTS, folder / CONFIG, *base.files)
 
     def __enter__(self) -> AdapterSource:
         return self
@@ -74,76 +109,79 @@ class AdapterSource(Source):
     def is_buffer(self, name: str) -> bool:
         return self._base.is_buffer(name) if name in self._base else super().is_buffer(name)
 
-    def _shape(self, name: str) -> torch.Size:
-        return self._file.shape(self._whole[name]) if name in self._whole else self._base.shape(name)
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """The base's: factors are trained in wider types than the model that they belong to."""
+        return self._base.dtype(name) if name in self._base else self.dtype(name)
 
-    def _dtype(self, name: str) -> torch.dtype:
-        if name in self._whole:
-            return self._file.dtype(self._whole[name])
-        return torch.float32 if name in self._factors else self._base.dtype(name)
-
-    def change(self, name: str) -> tuple[Tensor, Tensor] | Tensor | None:
+    def change(self, name: str) -> Change:
         """What the adapter adds to a tensor of the base: the product of two factors [m, r] and [r, n], in fp32 and with the
         scaling in the first; where it has a tensor of its own, the difference; None where it adds nothing."""
         name = self.aliases.get(name, name)
-        if name in self._whole:
-            own = self._file.read(self._whole[name])
+        edit = self._edits.get(name)
+        if edit is None:
+            return None
+        own = self._file.read(edit.own) if edit.own else None
+        if own is not None and torch.equal(own, self._base.read(name).to(own.dtype)):  # as PEFT keeps an embedding beside factors
+            own = None
+        if own is not None:
             wide = torch.promote_types(own.dtype, torch.float32)
-            return own.to(wide) - self._base.read(name).to(wide)
-        return self._product(name) if name in self._factors else None
+            return self._read(name).to(wide) - self._base.read(name).to(wide)
+        if edit.pair:
+            return edit.pair.read(self._file)
+        return self._rows(name, edit.rows, edit.tokens) if edit.rows else None
 
-    def _product(self, name: str) -> tuple[Tensor, Tensor]:
-        first, second, transposed = self._factors[name]
-        a, b = self._file.read(first).float(), self._file.read(second).float()  # [r, n], [m, r]
-        b = b * self._scaling(name.removesuffix(".weight"), a.shape[0])
-        return (a.T, b.T) if transposed else (b, a)
+    def _shape(self, name: str) -> torch.Size:
+        edit = self._edits.get(name)
+        return self._file.shape(edit.own) if edit and edit.own else self._base.shape(name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        edit = self._edits.get(name)
+        if edit is None:
+            return self._base.dtype(name)
+        stored = self._file.dtype(edit.own) if edit.own else self._base.dtype(name)
+        return stored if edit.is_whole else torch.promote_types(stored, torch.float32)
 
     def _read(self, name: str) -> Tensor:
-        if name in self._whole:
-            return self._file.read(self._whole[name])
-        if name not in self._factors:
+        edit = self._edits.get(name)
+        if edit is None:
             return self._base.read(name)
-        left, right = self._product(name)
-        return torch.addmm(self._base.read(name).float(), left, right)
+        if edit.own and edit.is_whole:
+            return self._file.read(edit.own)
+        out = torch.empty(self._shape(name), dtype=self._dtype(name))
+        self._read_into(name, 0, out.view(-1))
+        return out
 
-    def _scaling(self, module: str, rank: int) -> float:
-        alpha = self._config["lora_alpha"]
-        for pattern, own in (self._config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = own
-                break
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+    def _read_into(self, name: str, start: int, out: Tensor) -> None:
+        edit = self._edits.get(name)
+        source, stored = (self._file, edit.own) if edit and edit.own else (self._base, name)
+        if edit is None or edit.is_whole:
+            source.read_into(stored, start, out)
+            return
+        numbers = out if source.dtype(stored) == out.dtype else torch.empty(out.shape, dtype=source.dtype(stored))
+        source.read_into(stored, start, numbers)
+        if numbers is not out:
+            out.copy_(numbers)
+        if edit.pair:
+            out += product_numbers(*edit.pair.read(self._file), start, out.numel())
+        if edit.rows:
+            self._write_tokens(name, edit.rows, edit.tokens, start, out)
 
-    def _sorted(self) -> tuple[dict[str, tuple[str, str, bool]], dict[str, str]]:
-        """Name in the base -> its factors' names in the file and whether they are transposed; name -> whole tensor's name."""
-        factors, whole, paired = {}, {}, set()
-        for stored in self._file.names:
-            name = stored.removeprefix(PREFIX)
-            for (a, b), transposed in FACTORS.items():
-                if name.endswith(f".{a}"):
-                    partner, target = stored.removesuffix(a) + b, f"{name.removesuffix(a)}weight"
-                    # Some layers, as GPT-2's, store their weight [n, m].
-                    transposed = transposed or bool(self._config.get("fan_in_fan_out"))
-                    self._check(stored, partner, target, transposed)
-                    factors[self._base.aliases.get(target, target)] = stored, partner, transposed
-                    paired |= {stored, partner}
-        for stored in self._file.names:
-            if stored not in paired:
-                if "lora_" in stored:
-                    raise CheckpointError(
-                        f"{self.label}: '{stored}' is not a pair of LoRA factors; save merge_and_unload()'s model"
-                    )
-                whole[stored.removeprefix(PREFIX)] = stored
-        return factors, whole
+    def _write_tokens(self, name: str, rows: str, tokens: list[int], start: int, out: Tensor) -> None:
+        """Puts the rows of the trained tokens over numbers ``start`` … of an embedding."""
+        width, end = self._base.shape(name)[1], start + out.numel()
+        for token, row in zip(tokens, self._file.read(rows), strict=True):
+            first, last = max(start, token * width), min(end, (token + 1) * width)
+            if first < last:
+                out[first - start : last - start] = row[first - token * width : last - token * width]
 
-    def _check(self, first: str, second: str, target: str, transposed: bool) -> None:
-        if second not in self._file.names or target not in self._base:
-            missing = f"{self._base.label} lacks '{target}'" if second in self._file.names else f"'{second}' is missing"
-            raise CheckpointError(f"{self.label}: '{first}' has no place: {missing}; is it an adapter of this base?")
-        a, b, weight = self._file.shape(first), self._file.shape(second), self._base.shape(target)
-        change = [a[-1], b[0]] if transposed else [b[0], a[-1]]
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or change != list(weight):
-            raise CheckpointError(
-                f"{self.label}: factors {list(b)} · {list(a)} do not make a change of '{target}' {list(weight)}; only linear "
-                "layers and embeddings of this base can be merged"
-            )
+    def _rows(self, name: str, rows: str, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """The change of the trained tokens as the product of a choice of rows [V, k] and their differences [k, n]."""
+        base, own = self._base.read(name), self._file.read(rows)
+        wide = torch.promote_types(torch.promote_types(base.dtype, own.dtype), torch.float32)
+        chosen = torch.zeros(base.shape[0], len(tokens), dtype=wide)
+        chosen[tokens, range(len(tokens))] = 1
+        return chosen, own.to(wide) - base[tokens].to(wide)
+
+
+def _homeless(path: str | Path) -> CheckpointError:
+    return CheckpointError(f"{path} is a PEFT adapter, and no model is named that it belongs to; name its base as base_model")

@@ -23,11 +23,13 @@ class Source(ABC):
     label: what messages call it.
     names: every stored tensor once, in order.
     aliases: other name of a tied tensor -> the name it is stored under; every method takes both.
+    files: what it is read from.
     """
 
     label: str
     names: tuple[str, ...]
     aliases: dict[str, str]
+    files: tuple[Path, ...] = ()
     _stored: Container[str]
 
     def __contains__(self, name: str) -> bool:
@@ -42,20 +44,19 @@ class Source(ABC):
     def read(self, name: str) -> Tensor:
         return self._read(self.aliases.get(name, name))
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
+        self._read_into(self.aliases.get(name, name), start, out)
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """The type that the model keeps a tensor in; `dtype` may be wider, where the tensor is computed when it is read."""
+        return self.dtype(name)
+
     def read_shaped(self, name: str, shape: torch.Size) -> Tensor:
         """As `read`; raises ValueError where the tensor has another shape than it had when it was packed."""
         if (found := self.shape(name)) != shape:
             raise ValueError(f"{self.label}: '{name}' was {list(shape)} when packed and is {list(found)} now")
         return self.read(name)
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
-        out.copy_(self.read(name).reshape(-1)[start : start + out.numel()])
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that the tensors are in."""
-        return ()
 
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor is a buffer. Without its module: integers, running statistics, and what a model makes for itself."""
@@ -69,6 +70,9 @@ class Source(ABC):
 
     @abstractmethod
     def _read(self, name: str) -> Tensor: ...
+
+    def _read_into(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self._read(name).reshape(-1)[start : start + out.numel()])
 
 
 class _Held(Source):
@@ -132,14 +136,7 @@ class CheckpointSource(Source):
         self.names = checkpoint.names
         self.aliases = dict(checkpoint.tied)
         self._stored = frozenset(checkpoint.names)
-        self._checkpoint = checkpoint
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        self._checkpoint.read_into(self.aliases.get(name, name), start, out)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._checkpoint.files
+        self.files, self._checkpoint = checkpoint.files, checkpoint
 
     def _shape(self, name: str) -> torch.Size:
         return self._checkpoint.shape(name)
@@ -149,6 +146,9 @@ class CheckpointSource(Source):
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name)
+
+    def _read_into(self, name: str, start: int, out: Tensor) -> None:
+        self._checkpoint.read_into(name, start, out)
 
 
 # Tasks and the models that were fine-tuned for them.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -23,8 +20,8 @@ from samerge_ext.checkpoints.companions import Companions, with_dtype
 from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.files import CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import open_checkpoint, read_json
+from samerge_ext.checkpoints.lora import AdapterSource, model_and_adapter, open_expert
 from samerge_ext.checkpoints.saving import (
-    atomic_write,
     no_space,
     out_of_space,
     replace_folder,
@@ -37,9 +34,8 @@ from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of, plan_sh
 from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Source, matches
 from samerge_ext.elementwise.file_pieces import FilePieces
 from samerge_ext.elementwise.piecewise import Piece, Rule, WholeRule, merge_pieces
+from samerge_ext.elementwise.record import RECORD, Record, held_record
 from samerge_ext.packing.validation import check_finite, check_headers, check_ties, shared_names
-
-RECORD = "merge.json"  # in OUT.state: what is merged, and how far it is
 
 
 @dataclass
@@ -47,14 +43,15 @@ class FileMerge:
     """What is merged from files.
 
     base: its folder; None where the experts themselves are combined, not their differences from it.
-    experts: tasks and folders. heads: patterns of tensors that are kept per task. keep: of those that not
-        all models have, and that stay as they are.
+    experts: tasks and folders of models, of adapters of ``names_from``, or "MODEL+ADAPTER".
+    heads: patterns of tensors that are kept per task. keep: of those that not all models have, and that stay as they are.
     rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
     names_from: the folder that says which tensors there are. companions: what goes along; all of that folder's by default.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
-    dtype: what tensors are read as; by default what the models' own types promote to. out_dtype: what is written.
+    dtype: what tensors are read as; by default what the models' own types promote to, and at least fp32 where there are
+        adapters. out_dtype: what is written; by default ``dtype``, or what the full models' types promote to.
     identity: says, as JSON, what the rules are made from. card: the model card.
     """
 
@@ -86,21 +83,20 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     """
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
-    require_apart(target, _folders(merge))
+    paths = [merge.names_from, *(path for _, path in merge.experts)]
+    require_apart(target, [part for path in paths for part in model_and_adapter(path) if part is not None])
     if (configuration := folder_of(merge.names_from) / "config.json").exists():
         read_json(configuration)  # a damaged one is an error now, not when all is merged
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
     check_models(merge.names_from, merge.experts, merge.heads)
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(open_checkpoint(path)) for path in _folders(merge)}
-        names = CheckpointSource(opened[merge.names_from], "base")
-        experts = [(task, CheckpointSource(opened[path], f"expert '{task}'")) for task, path in merge.experts]
-        stored = {file: _identity(file) for checkpoint in opened.values() for file in checkpoint.files}
+        names, experts = _opened(merge, stack)
+        stored = {file: _identity(file) for source in (names, *(expert for _, expert in experts)) for file in source.files}
         require_apart(target, stored)
         identity = {**merge.identity, "files": {str(file): list(found) for file, found in stored.items()}}
         run = _Run(merge, align(names, experts, merge.heads, merge.keep, merge.names_from), target, stored)
-        record = stack.enter_context(_record(state, json.loads(json.dumps(identity))))
+        record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
         if record.is_whole() and not record.folder.exists():  # interrupted after the folder got its name
             return Path(out)
         require_target(target, overwrite=overwrite)
@@ -136,9 +132,10 @@ class _Run:
         base = names if merge.base is not None else None
         sources = [source for _, source in experts] + ([base] if base else [])
         layers = [name for name in shared if name not in self._buffers]
-        self._dtypes = {
-            name: merge.dtype or functools.reduce(torch.promote_types, [source.dtype(name) for source in sources])
-            for name in layers
+        wide = [torch.float32] if any(isinstance(source, AdapterSource) for source in sources) else []
+        self._dtypes = {name: merge.dtype or _promoted([*wide, *(source.dtype(name) for source in sources)]) for name in layers}
+        self._written = {
+            name: merge.out_dtype or merge.dtype or _promoted(source.weight_dtype(name) for source in sources) for name in layers
         }
         stored_dtypes = {source.dtype(name) for source in sources for name in layers}
         self._pieces = FilePieces(base, [source for _, source in experts], stored_dtypes, self._dtypes.values())
@@ -155,7 +152,7 @@ class _Run:
         written = [(name, self._written_dtype(name), self._whose(name).shape(name)) for name in shared]
         self.shards = plan_shards(written, merge.shard_bytes)
 
-    def merge(self, record: _Record, left: list[Shard]) -> None:
+    def merge(self, record: Record, left: list[Shard]) -> None:
         """Writes the shards that are left, and notes each when it is whole."""
         if self._merge.factors_of:
             if "factors" not in record.content:
@@ -178,7 +175,7 @@ class _Run:
             self._check_unchanged()
             record.note(shards=[*record.content["shards"], whole.state() if whole else None])
 
-    def finish(self, record: _Record) -> None:
+    def finish(self, record: Record) -> None:
         """Adds what makes weights a model, and gives the folder its name."""
         folder, merge = record.folder, self._merge
         (merge.companions or Companions(folder_of(merge.names_from))).copy(folder)
@@ -281,7 +278,7 @@ class _Run:
         return self._kept.get(name, self._names)
 
     def _written_dtype(self, name: str) -> torch.dtype:
-        return self._whose(name).dtype(name) if name in self._buffers else self._merge.out_dtype or self._dtypes[name]
+        return self._whose(name).dtype(name) if name in self._buffers else self._written[name]
 
     def _squares(self) -> list[float]:
         """Of the task vectors' norms."""
@@ -310,57 +307,16 @@ class _Run:
                 raise CheckpointError(f"{file} changed while it was being merged; merge again")
 
 
-class _Record:
-    """The progress of a merge in OUT.state.
-
-    content: "identity"; "factors" and "trims" once they are found; for each finished shard what is left to trim after it;
-    "whole". folder: what becomes OUT.
-    """
-
-    def __init__(self, state: Path, identity: dict):
-        self._path, self.folder = state / RECORD, state / "merged"
-        self.content = json.loads(self._path.read_bytes()) if self._path.exists() else {}
-        if self.content.get("identity") != identity:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._path.unlink(missing_ok=True)
-            self.folder.mkdir()
-            self.content = {}
-            self.note(identity=identity, shards=[])
-
-    def is_whole(self) -> bool:
-        return self.content.get("whole", False)
-
-    def note(self, **entries: Any) -> None:
-        self.content.update(entries)
-        with atomic_write(self._path) as file:
-            file.write(json.dumps(self.content).encode())
+def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, list[tuple[str, Source]]]:
+    """What says which tensors there are, and the experts, until the stack ends."""
+    checkpoint = stack.enter_context(open_checkpoint(merge.names_from, beside_adapter=merge.base is None))
+    names = CheckpointSource(checkpoint, "base")
+    opened = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
+    return names, [(task, stack.enter_context(expert)) for task, expert in opened]
 
 
-@contextmanager
-def _record(state: Path, identity: dict) -> Iterator[_Record]:
-    """The record in OUT.state, held by one process at a time; removed when the merge is over, or failed before any shard."""
-    state.mkdir(parents=True, exist_ok=True)
-    with open(state / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{state} is held by another merge; wait for its end or choose another folder") from error
-        record = _Record(state, identity)
-        keep = True
-        try:
-            yield record
-            keep = False
-        finally:
-            if not (keep and record.content["shards"]):
-                shutil.rmtree(record.folder, ignore_errors=True)
-                for path in (state / RECORD, state / "lock", *state.glob(f".{RECORD}.*.tmp")):
-                    path.unlink(missing_ok=True)
-                if not any(state.iterdir()):  # a learned merge may have left its own state there
-                    state.rmdir()
-
-
-def _folders(merge: FileMerge) -> list[Path]:
-    return list(dict.fromkeys([merge.names_from, *(path for _, path in merge.experts)]))
+def _promoted(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _identity(file: Path) -> tuple[int, int]:

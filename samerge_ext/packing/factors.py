@@ -9,15 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.lora import AdapterSource
+from samerge_ext.checkpoints.adapter_edits import product_numbers
+from samerge_ext.checkpoints.lora import AdapterSource, Change
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.packing.in_pieces import InPieces
 from samerge_ext.packing.layout import Layout
 
 LORA = "lora"  # the form's name
-
-# What an expert adds to a layer of m rows: left [m, r] @ right [r, n]; a difference of the layer's shape; or nothing.
-Change = tuple[Tensor, Tensor] | Tensor | None
 
 
 class FactoredTaskVectors(InPieces[Tensor]):
@@ -75,10 +73,7 @@ class FactoredTaskVectors(InPieces[Tensor]):
         elif isinstance(change, Tensor):
             row[:count] = change.reshape(-1)[start : start + count]
         else:
-            left, right = change
-            first, last = start // right.shape[1], -(-(start + count) // right.shape[1])
-            rows = left[first:last] @ right
-            row[:count] = rows.view(-1)[start - first * right.shape[1] :][:count]
+            row[:count] = product_numbers(*change, start, count)
 
 
 def require_adapters(experts: Sequence[tuple[str, Source]]) -> list[tuple[str, AdapterSource]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
+from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.sources import Experts, Source
 from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
@@ -144,7 +145,8 @@ def described(
 def identity_of(folders: Sequence[str | Path], **settings: object) -> dict:
     """What a packed file was made from: every weight file's size and time of change."""
     found = {}
-    for folder in map(Path, folders):
+    parts = (part for path in folders for part in model_and_adapter(path) if part is not None)
+    for folder in dict.fromkeys(parts):
         files = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
         found[str(folder.resolve())] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     return {"folders": found, **{key: str(value) for key, value in settings.items()}}

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.checkpoints.task_names import names_of_folders, unused
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Combination, Rule
@@ -111,7 +112,7 @@ def file_merge(
         )  # as mergekit: a weight for all is the base's too
         of_models.append({})
         defaults.append(None)
-    names_from = base_model or folders[0][1]
+    names_from = base_model or model_of(folders[0][1])
     whole = shared.get("trim") == "vector"
 
     @functools.cache

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import plan
-from samerge_ext.checkpoints.lora import PREFIX
+from samerge_ext.checkpoints.adapter_edits import PREFIX
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.stores import in_memory
 
