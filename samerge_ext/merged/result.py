@@ -102,9 +102,11 @@ class Result:
         files["README.md"] = card or self._card()
         options = {"companions_from": companions, "extra_files": files, "overwrite": overwrite}
         if self.merged is None:
-            return save_checkpoint(path, self.packed.tensors(self.coefficients, dtype), shard_size=STREAMED_SHARD, **options)
+            streamed = self.packed.as_stored(self.packed.tensors(self.coefficients, dtype))
+            return save_checkpoint(path, streamed, shard_size=STREAMED_SHARD, **options)
         tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
-        return save_checkpoint(path, tensors, **options)
+        stored = tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items())
+        return save_checkpoint(path, stored, **options)
 
     def summary(self) -> dict:
         """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""
@@ -122,9 +124,12 @@ class Result:
         }
 
     def _configuration(self, companions: str | Path | None) -> dict | None:
-        """The content of config.json, from the folder or the module that has one."""
+        """The content of config.json, from the folder or the module that has one; the architecture is the module's."""
         if companions is not None:
-            return read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+            found = read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+            if found and type(self.module).__module__.startswith("transformers."):
+                found["architectures"] = [type(self.module).__name__]
+            return found
         config = getattr(self.module, "config", None)
         return json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
 
