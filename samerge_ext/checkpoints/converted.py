@@ -53,12 +53,14 @@ class Conversion:
         self._added, self._left_out = dict(added or {}), frozenset(left_out)
 
     def base(self, source: Source) -> Source:
-        """The base's source under the module's names; raises CheckpointError where it could not be written again."""
+        """The base's source under the module's names, which also says what is a buffer; raises CheckpointError where it could not
+        be written again."""
         return self._written(source)[0]
 
     def expert(self, source: Source) -> Source:
         """An expert's source under the module's names."""
-        return self._converted(source)[0]
+        converted, groups, _ = self._converted(source)
+        return source if all(group.made.keys() == {name for _, name in group.parts} for group in groups) else converted
 
     def as_stored(self, source: Source) -> Source:
         """The base's source under its own names, with what is added and without what is left out."""
@@ -83,14 +85,17 @@ class Conversion:
                         yield stored, part.clone()  # parts are views of one tensor, which files may not share
         if waiting:
             names = [name for came in waiting.values() for name in came]
-            raise CheckpointError(f"{names[:4]} cannot be written as {base.label} stores them: others that belong to them are missing")
+            raise CheckpointError(
+                f"{names[:4]} cannot be written as {base.label} stores them: others that belong to them are missing"
+            )
 
     def _converted(self, source: Source) -> tuple[Source, list[_Group], list]:
         expected = self._module.state_dict()
         transforms = [] if all(name in expected for name in source.names) else _transforms(self._module)
-        groups = _groups(source, self._module, expected, transforms) if transforms else []
-        if all(group.converter is None and group.key == group.parts[0][1] for group in groups):
-            return source, [], []
+        if transforms:
+            groups = _groups(source, self._module, expected, transforms)
+        else:
+            groups = [_Group(name, None, [(None, name)], {name: _empty(source, name)}) for name in source.names]
         return _Converted(source, self._module, groups, list(expected)), groups, transforms
 
     def _written(self, source: Source) -> tuple[Source, list[_Group]]:
@@ -121,6 +126,7 @@ class _Converted(Source):
     def __init__(self, source: Source, module: Any, groups: list[_Group], order: list[str]):
         self.label = source.label
         self._source, self._module = source, module
+        self._buffers = {name for name, _ in module.named_buffers()}
         self._stored = {name: group for group in groups for name in group.made}
         known = [name for name in order if name in self._stored]
         self.names = (*known, *(name for name in self._stored if name not in set(known)))
@@ -128,8 +134,9 @@ class _Converted(Source):
         self.aliases = {called.get(a, a): called[name] for a, name in source.aliases.items() if name in called}
 
     def is_buffer(self, name: str) -> bool:
-        group = self._stored[self.aliases.get(name, name)]
-        return group.converter is None and self._source.is_buffer(group.parts[0][1])
+        name = self.aliases.get(name, name)
+        group = self._stored[name]
+        return name in self._buffers or (group.converter is None and self._source.is_buffer(group.parts[0][1]))
 
     def _shape(self, name: str) -> torch.Size:
         return self._stored[name].made[name].shape
@@ -199,7 +206,7 @@ def _groups(source: Source, module: Any, expected: Mapping[str, Tensor], transfo
 def _made(source: Source, group: _Group, module: Any, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Shape and dtype of what a group makes, as tensors without memory; raises CheckpointError where it does not fit."""
     stored = [name for _, name in group.parts]
-    empty = [torch.empty(source.shape(name), dtype=source.dtype(name), device="meta") for name in stored]
+    empty = [_empty(source, name) for name in stored]
     if group.converter is None:
         return {group.key: empty[0]}
     try:
@@ -215,6 +222,11 @@ def _made(source: Source, group: _Group, module: Any, expected: Mapping[str, Ten
             f"of its config.json {fault}; download the whole model, or its right config.json"
         )
     return made
+
+
+def _empty(source: Source, name: str) -> Tensor:
+    """A tensor's shape and dtype, as a tensor without memory."""
+    return torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")
 
 
 def _single(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

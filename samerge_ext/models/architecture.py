@@ -120,9 +120,8 @@ def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
         return base, own, kind
     classes: Any = _table(kind).get(content.get("model_type", ""))
     if classes is None:
-        raise ValueError(
-            f"{path} is for {kind.name}, for which transformers has no model of the base's type {content.get('model_type')!r} ({base})"
-        )
+        of_base = f"the base's type, {content.get('model_type')!r}"
+        raise ValueError(f"{path} is for {kind.name}, for which transformers has no model of {of_base}")
     return base, classes if isinstance(classes, str) else classes[0], kind
 
 

@@ -55,8 +55,8 @@ class FolderModel:
     def batches(
         self, files: Mapping[str, Path], *, limit: int | None = None, batch_size: int = 16, max_length: int = 128
     ) -> dict[str, list[Batch]]:
-        """Every task's batches, of its file of texts or folder of pictures, by the tokenizer or image processor of its expert, else
-        of the base.
+        """Every task's batches, of its file of texts or folder of pictures, by its expert's tokenizer or image processor, or else
+        the base's.
 
         limit: use the first so many. max_length: tokens; texts are cut there, and where the model's positions end.
         """
@@ -121,7 +121,9 @@ def _of_other_head(
         )
     if left_out:
         architecture = type(module).__name__
-        warnings.warn(f"{', '.join(sorted(left_out))} of {base}: left out, as the adapters' {architecture} lacks them", stacklevel=4)
+        warnings.warn(
+            f"{', '.join(sorted(left_out))} of {base}: left out, as the adapters' {architecture} lacks them", stacklevel=4
+        )
     return _initialised(module, missing), left_out
 
 
@@ -147,7 +149,9 @@ def _initialised(module: Any, names: Sequence[str]) -> dict[str, Tensor]:
     values = {name: module.get_parameter(name).detach() for name in names}
     for name, value in values.items():
         if value.isnan().any():
-            raise ValueError(f"'{name}' is stored nowhere, and {type(module).__name__} has no initial value for it; save the base with it")
+            raise ValueError(
+                f"'{name}' is stored nowhere, and {type(module).__name__} has no initial value for it; save the base with it"
+            )
     return values
 
 

@@ -20,13 +20,17 @@ VOCABULARIES = ("tokenizer.json", "*.model", "tekken.json", "*.tiktoken", "vocab
 def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
     """Texts of a .jsonl file (field "text") or of any other text file (one a line); empty lines are left out.
 
-    Raises ValueError, naming file and line, for a record without text, for a file without any, and for a folder.
+    Raises ValueError, naming file and line, for a record without text, for a file without any or not in UTF-8, and for a folder.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the calibration of a text model is a file with one unlabelled text a line")
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # what else splitlines() splits at may be inside of a text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); convert it") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -71,7 +75,8 @@ def text_batches(
     """Tokenised batches {input_ids, attention_mask: [B, S]}, each padded on the right to its longest text.
 
     tokenizer: of transformers, or a model folder that has one. max_length: tokens; longer texts are cut.
-    special_tokens: False adds special_tokens_mask [B, S], where a batch has other tokens too: logits at special ones do not count.
+    special_tokens: False adds special_tokens_mask [B, S], where a batch has other tokens too; logits at special ones then do not
+        count.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer([tokenizer])
