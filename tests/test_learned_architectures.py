@@ -213,6 +213,7 @@ def test_streamed_and_quantised_mixtures_of_experts(tmp_path):
     files = save_family(tmp_path, "mixtral")
     for out, keys in {
         "streamed": {"parameters": {"steps": 1, "streamed": True, "progress": False}},
+        "budget": {"parameters": {"steps": 1, "memory_budget": "8GB", "progress": False}},
         "int8": {"task_vector_dtype": "int8", "parameters": {"steps": 1, "progress": False}},
     }.items():
         done = merge(tmp_path, files, out, **keys)

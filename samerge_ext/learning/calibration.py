@@ -65,7 +65,7 @@ def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits,
             ]
         if cached[task][0].shape[1] == 1:
             warnings.warn(
-                f"expert '{task}' has one class, whose soft-max is 1 whatever the weights are; nothing is learned from its batches",
+                f"expert '{task}' has one class, whose soft-max is 1 whatever the weights; nothing is learned from its batches",
                 stacklevel=3,
             )
         for index, values in enumerate(cached[task]):
