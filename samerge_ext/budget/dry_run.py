@@ -129,6 +129,8 @@ class _Meter(TorchDispatchMode):
         if len(masks) == 1 and masks[0].dtype == torch.bool:
             # How many are selected is not known: at most all.
             result = args[0].new_empty((masks[0].numel(), *args[0].shape[masks[0].dim() :]))
+        elif function is torch.ops.aten._grouped_mm.default:
+            result = _grouped_product(*args, **(kwargs or {}))
         else:
             result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -152,6 +154,15 @@ class _Meter(TorchDispatchMode):
 
     def _free(self, nbytes: int) -> None:
         self.live -= nbytes
+
+
+def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, **_: Any) -> Tensor:
+    """The product of a mixture's experts, which torch refuses for fp32 tensors without numbers: the rows of a two-dimensional
+    a [M, K] or columns of b [K, N] are dealt to groups, and of two such each group has a product of its own."""
+    shape = (a.shape[-2], b.shape[-1])
+    if a.dim() == b.dim():
+        shape = (a.shape[0] if offsets is None else offsets.numel(), *shape)
+    return a.new_empty(shape)
 
 
 def _without_memory(module: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:

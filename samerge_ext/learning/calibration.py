@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -62,6 +63,11 @@ def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits,
             cached[task] = [
                 call_logits(logits, module, to_device(batch, model.device), task, precision).detach() for batch in batches
             ]
+        if cached[task][0].shape[1] == 1:
+            warnings.warn(
+                f"expert '{task}' has one class, whose soft-max is 1 whatever the weights; nothing is learned from its batches",
+                stacklevel=3,
+            )
         for index, values in enumerate(cached[task]):
             if torch.isnan(values).any():
                 raise FloatingPointError(f"expert '{task}' gives NaN logits on its calibration batch {index}")

@@ -104,8 +104,10 @@ class Result:
         files["README.md"] = card or self._card()
         write = partial(save_checkpoint, path, companions_from=companions, extra_files=files, overwrite=overwrite)
         if self.merged is None:
-            return write(self.packed.tensors(self._merged_at(), dtype), shard_size=STREAMED_SHARD)
-        return write({n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases})
+            streamed = self.packed.as_stored(self.packed.tensors(self._merged_at(), dtype))
+            return write(streamed, shard_size=STREAMED_SHARD)
+        tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
+        return write(tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items()))
 
     def summary(self) -> dict:
         """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""
@@ -123,11 +125,14 @@ class Result:
         }
 
     def _configuration(self, companions: str | Path | Companions | None) -> dict | None:
-        """The content of config.json, from the folder or the module that has one."""
+        """The content of config.json, from the folder or the module that has one; the architecture is the module's."""
         if isinstance(companions, Companions):
             companions = companions.folder
         if companions is not None:
-            return read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+            found = read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+            if found and type(self.module).__module__.startswith("transformers."):
+                found["architectures"] = [type(self.module).__name__]
+            return found
         to_json = getattr(getattr(self.module, "config", None), "to_json_string", None)
         return json.loads(to_json()) if to_json else None
 

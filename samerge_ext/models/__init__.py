@@ -1,6 +1,30 @@
-"""Adapters: how a model's forward is called for the batch of a task."""
+"""Adapters: how a model's forward is called for the batch of a task, and batches for it from texts and pictures."""
 
 from samerge_ext.learning.shared_encoder import SharedEncoder, concatenate
+from samerge_ext.models.logits import (
+    causal_lm,
+    image_classification,
+    masked_lm,
+    seq2seq_lm,
+    sequence_classification,
+    token_classification,
+)
 from samerge_ext.models.on_meta import parameters_on_meta
+from samerge_ext.models.pictures import find_pictures, picture_batches
+from samerge_ext.models.texts import read_texts, text_batches
 
-__all__ = ["SharedEncoder", "concatenate", "parameters_on_meta"]
+__all__ = [
+    "SharedEncoder",
+    "causal_lm",
+    "concatenate",
+    "find_pictures",
+    "image_classification",
+    "masked_lm",
+    "parameters_on_meta",
+    "picture_batches",
+    "read_texts",
+    "seq2seq_lm",
+    "sequence_classification",
+    "text_batches",
+    "token_classification",
+]

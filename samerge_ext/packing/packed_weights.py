@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.alignment import as_in_base
 from samerge_ext.checkpoints.compatibility import check_models
+from samerge_ext.checkpoints.converted import Conversion
+from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint
-from samerge_ext.checkpoints.lora import open_expert
+from samerge_ext.checkpoints.lora import is_adapter, open_expert
 from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSource, Source, StateDictSource
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA
@@ -57,6 +59,7 @@ class PackedWeights:
     heads: each task's own head tensors, which are never merged.
     folder: the base's folder, where the weights came from one.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
+    conversion: what makes a module's tensors of the folders' ones, where these are not the same.
 
     Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`), task vectors may be factors: they are then
     `InPieces` (the base too, whatever a type checker is told), read some numbers at a time by what streams them.
@@ -73,6 +76,7 @@ class PackedWeights:
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path | None = None
     experts: dict[str, Source | Path] = field(default_factory=dict)
+    conversion: Conversion | None = None
 
     @classmethod
     def from_modules(
@@ -125,6 +129,7 @@ class PackedWeights:
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
         file: str | Path | None = None,
+        conversion: Conversion | None = None,
     ) -> PackedWeights:
         """As `from_state_dicts`, from model folders (safetensors or .bin, sharded or not) read tensor by tensor. An expert may
         be a LoRA adapter of the base, as PEFT saves it; its factors are multiplied one tensor at a time.
@@ -135,6 +140,7 @@ class PackedWeights:
         file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
             written, unless it is already there and was made from the same folders with the same settings: then it is opened
             and checked.
+        conversion: pack the tensors of its module; by default the folders' own.
         """
         check_models(base, _pairs(experts), heads)
         if file is not None:
@@ -147,15 +153,15 @@ class PackedWeights:
             if Path(file).exists():
                 fields = open_made_from(identity, Path(file), torch.device(device))
                 if fields is not None:
-                    return cls(**fields)
-        with _sources(base, experts) as (base_source, sources):
+                    return cls(**fields, conversion=conversion)
+        with _sources(base, experts, conversion) as (base_source, sources):
             if file is not None:
                 experts_at = {task: str(path) for task, path in _pairs(experts)}
                 about = {"folder": str(base), "experts": experts_at, "identity": identity}
                 pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
-                return cls.open(file, device=device, verify=False)
+                return replace(cls.open(file, device=device, verify=False), conversion=conversion)
             packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads, Path(base)))
-        packed.folder = Path(base)
+        packed.folder, packed.conversion = Path(base), conversion
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed
@@ -170,10 +176,11 @@ class PackedWeights:
         task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
+        conversion: Conversion | None = None,
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
         check_models(base, _pairs(experts), heads)
-        with _sources(base, experts) as (base_source, sources):
+        with _sources(base, experts, conversion) as (base_source, sources):
             return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device, Path(base)))
 
     @classmethod
@@ -285,10 +292,8 @@ class PackedWeights:
         if isinstance(expert, Path):
             if self.folder is None:
                 raise ValueError(f"expert '{task}' is read from {expert} again, and where its base lies is not known; set folder")
-            with open_checkpoint(self.folder) as base:
-                pretrained = CheckpointSource(base, "base")
-                with open_expert(expert, pretrained, f"expert '{task}'") as source:
-                    yield as_in_base(pretrained, source, self.folder)
+            with _sources(self.folder, [(task, expert)], self.conversion) as (base, [(_, source)]):
+                yield as_in_base(base, source, self.folder)
         else:
             yield expert
 
@@ -338,6 +343,14 @@ class PackedWeights:
             yield name, tensor.to(dtype or base_dtype).cpu()
         yield from self.merged_buffers().items()
 
+    def as_stored(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Layers and buffers, one by one, under the names and in the parts of the base's folder."""
+        if self.conversion is None or self.folder is None:
+            yield from tensors
+            return
+        with open_checkpoint(self.folder) as base:
+            yield from self.conversion.reverted(tensors, CheckpointSource(base, "base"))
+
     def _blocks(self, start: int, length: int) -> Tensor:
         return self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
 
@@ -348,10 +361,27 @@ def _pairs(experts: Mapping[str, Expert] | Sequence[tuple[str, Expert]]) -> list
 
 @contextmanager
 def _sources(
-    base: str | Path, experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]]
+    base: str | Path,
+    experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
+    conversion: Conversion | None = None,
 ) -> Iterator[tuple[Source, Experts]]:
-    """Model folders, or LoRA adapters of the base, opened for reading."""
+    """Model folders, or LoRA adapters of the base, opened for reading, as the tensors of the conversion's module where given."""
     with ExitStack() as stack:
-        source = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
-        opened = ((task, open_expert(path, source, f"expert '{task}'")) for task, path in _pairs(experts))
-        yield source, [(task, stack.enter_context(expert)) for task, expert in opened]
+        stored = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
+        source = stored if conversion is None else conversion.base(stored)
+
+        def opened(task: str, path: str | Path) -> Source:
+            label = f"expert '{task}'"
+            if conversion is None:
+                return stack.enter_context(open_expert(path, source, label))
+            if not is_adapter(path):
+                return conversion.expert(stack.enter_context(open_expert(path, stored, label)))
+            try:
+                return stack.enter_context(open_expert(path, source, label))
+            except CheckpointError:
+                if source is stored:
+                    raise
+                # An adapter of the folder's names, as PEFT saved them before transformers renamed the module's.
+                return conversion.expert(stack.enter_context(open_expert(path, conversion.as_stored(stored), label)))
+
+        yield source, [(task, opened(task, path)) for task, path in _pairs(experts)]

@@ -52,6 +52,11 @@ class ModelEntry(Strict):
         """What the model is called by."""
         return self.adapter or self.model
 
+    @property
+    def path(self) -> Path:
+        """Where the model is: a folder or file, or "MODEL+ADAPTER"."""
+        return self.model if self.adapter is None else Path(f"{self.model}+{self.adapter}")
+
 
 class CalibrationEntry(Strict):
     """The calibration set: one file of unlabelled texts per task (a text a line, or .jsonl with the field "text")."""
@@ -85,9 +90,9 @@ def parse_model(value: Any) -> tuple[Path, Path | None]:
     text = str(Path(value).expanduser())
     if not Path(text).exists():
         for place, character in enumerate(text):
-            model, adapter = Path(text[:place]), text[place + 1 :]
-            if character == "+" and adapter and text[:place] and model.exists():
-                return model, Path(adapter).expanduser()
+            before, after = text[:place], text[place + 1 :]
+            if character == "+" and after and before and Path(before).exists():
+                return Path(before), Path(after).expanduser()
     return Path(text), None
 
 

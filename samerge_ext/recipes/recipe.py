@@ -143,12 +143,8 @@ class Recipe(Strict):
                 raise ValueError(
                     f"{entry.adapter} holds no PEFT adapter (adapter_config.json); after + an adapter's folder is expected"
                 )
-            if self.base_model is None or os.path.realpath(entry.model) != os.path.realpath(self.base_model):
-                raise ValueError(
-                    f"{entry.model}+{entry.adapter}: the adapter of another model than base_model; merge the two with peft "
-                    "(merge_and_unload), save and give that folder"
-                )
-            entry.model, entry.adapter = entry.adapter, None
+            if self.base_model is not None and os.path.realpath(entry.model) == os.path.realpath(self.base_model):
+                entry.model, entry.adapter = entry.adapter, None
 
     def method_settings(self) -> Any:
         """A learned method's configuration."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
-from samerge_ext.checkpoints.folder import open_checkpoint, read_config
-from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
-from samerge_ext.models.hugging_face import empty_model, read_texts, text_batches
-from samerge_ext.models.on_meta import parameters_on_meta
+from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.recipes.data_free import METHODS, file_merge
 from samerge_ext.recipes.recipe import DTYPES, LEARNED, Recipe
@@ -30,14 +27,13 @@ PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks f
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
-    recipe = within_positions(recipe)
     base, _ = recipe.learned_from()
-    experts = [(task, entry.model) for task, entry in recipe.named_experts]
-    packed = PackedWeights.describe(base, experts, **_packing(recipe))
-    module, logits, calibration = _model_and_calibration(recipe)
+    experts = [(task, entry.path) for task, entry in recipe.named_experts]
+    model, calibration = _model_and_calibration(recipe)
+    packed = PackedWeights.describe(base, experts, conversion=model.conversion, **_packing(recipe))
     settings = recipe.method_settings()
     teachers = recipe.merge_method != "adamerging"
-    return plan(module, packed, calibration, logits, settings, teachers=teachers)
+    return plan(model.module, packed, calibration, model.kind.logits, settings, teachers=teachers)
 
 
 def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result | None:
@@ -54,37 +50,23 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
         merge_files(_file_merge(recipe), out, overwrite=overwrite)
         return None
     require_target(target, overwrite=overwrite)
-    recipe, dtype, companions = within_positions(recipe), DTYPES[recipe.dtype], companions_of(recipe)
+    dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     base, _ = recipe.learned_from()
-    experts = [(task, entry.model) for task, entry in recipe.named_experts]
+    experts = [(task, entry.path) for task, entry in recipe.named_experts]
     file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    packed = PackedWeights.from_folders(base, experts, file=file, **_packing(recipe))
+    model, calibration = _model_and_calibration(recipe)
+    packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    result = _learned(recipe, packed, state)
+    method, config_type = LEARNED[recipe.merge_method]
+    settings = config_type(**{"checkpoint_dir": state, **recipe.parameters})
+    result = method(model.module, packed, calibration, model.kind.logits, config=settings)
     result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite)
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         (state / name).unlink(missing_ok=True)
     if state.exists() and not any(state.iterdir()):
         state.rmdir()
     return result
-
-
-def within_positions(recipe: Recipe) -> Recipe:
-    """The recipe with texts no longer than the model has positions for; says so where they are cut."""
-    base, calibration = recipe.learned_from()
-    config = read_config(next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), base))
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if not isinstance(positions, int):
-        return recipe
-    if "roberta" in str(config.get("model_type")) or config.get("model_type") in ("camembert", "longformer", "mpnet"):
-        positions -= 1 + (config.get("pad_token_id") or 0)  # counted from the number of the padding token
-    if calibration.max_length <= positions:
-        return recipe
-    warnings.warn(
-        f"texts are cut to {positions} tokens, not {calibration.max_length}: the model has no more positions", stacklevel=2
-    )
-    return recipe.model_copy(update={"calibration": calibration.model_copy(update={"max_length": positions})})
 
 
 def _inputs(recipe: Recipe) -> list[Path]:
@@ -111,7 +93,7 @@ def _check_layer_ranges(recipe: Recipe) -> None:
 def _file_merge(recipe: Recipe) -> FileMerge:
     return file_merge(
         recipe.merge_method,
-        [(task, entry.model, entry.parameters) for task, entry in recipe.named_experts],
+        [(task, entry.path, entry.parameters) for task, entry in recipe.named_experts],
         recipe.base_model,
         recipe.parameters,
         heads=recipe.heads,
@@ -136,20 +118,11 @@ def _packing(recipe: Recipe) -> dict[str, Any]:
     return {"dtype": DTYPES[recipe.dtype] or torch.float32, "task_vector_dtype": form, "heads": recipe.heads}
 
 
-def _learned(recipe: Recipe, packed: PackedWeights, state: Path) -> Result:
-    method, config_type = LEARNED[recipe.merge_method]
-    module, logits, calibration = _model_and_calibration(recipe)
-    return method(module, packed, calibration, logits, config=config_type(**{"checkpoint_dir": state, **recipe.parameters}))
-
-
-def _model_and_calibration(recipe: Recipe) -> tuple:
-    """The model without memory for its weights, its logits function, and the batches of every task."""
+def _model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]:
+    """The model without memory for its weights, and the batches of every task."""
     base, options = recipe.learned_from()
-    first = next((entry.model for entry in recipe.experts if not is_adapter(entry.model)), base)
-    with parameters_on_meta():
-        module, logits = empty_model(first)
-    calibration = {
-        task: text_batches(read_texts(path, options.texts), first, options.batch_size, options.max_length)
-        for task, path in options.files.items()
-    }
-    return module, logits, calibration
+    experts = {task: entry.model for task, entry in recipe.named_experts}
+    model = FolderModel.of(base, experts, recipe.heads)
+    return model, model.batches(
+        options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
+    )

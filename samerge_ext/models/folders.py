@@ -1,0 +1,203 @@
+"""What a learned merge of transformers' folders runs: an empty model, its logits, and the calibration batches of every task."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samerge_ext.checkpoints.adapter_config import WEIGHTS
+from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.converted import Conversion
+from samerge_ext.checkpoints.files import SafetensorsFile
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.sources import CheckpointSource, matches
+from samerge_ext.learning.calibration import Calibration
+from samerge_ext.models.architecture import Kind, empty_model, find_architecture
+from samerge_ext.models.pictures import find_pictures, load_image_processor, picture_batches
+from samerge_ext.models.texts import load_tokenizer, read_texts, text_batches
+
+Batch = dict[str, Tensor]
+HEADS = ("classifier", "score")  # what PEFT saves with every adapter of a classifier
+
+
+@dataclass(frozen=True)
+class FolderModel:
+    """A model of the experts' architecture without memory for its weights.
+
+    kind: what it does, and its logits function. conversion: between its tensors and those of the folders.
+    """
+
+    module: Any
+    kind: Kind
+    conversion: Conversion
+    base: Path
+    experts: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, base: Path, experts: Mapping[str, Path], heads: Sequence[str] = ()) -> FolderModel:
+        """The model that a base and its experts, model folders or adapters, are merged to.
+
+        heads: patterns of the tasks' own tensors. Raises ValueError where the folders' architecture has no logits function here.
+        """
+        folder, architecture, kind = find_architecture(base, experts)
+        module = empty_model(folder, architecture)
+        conversion = Conversion(module)
+        if all(is_adapter(path) for path in experts.values()):
+            adapters = list(experts.values())
+            conversion = Conversion(module, *_of_other_head(module, base, adapters, tuple(heads)))
+        return cls(module, kind, conversion, base, experts)
+
+    def batches(
+        self, files: Mapping[str, Path], *, limit: int | None = None, batch_size: int = 16, max_length: int = 128
+    ) -> dict[str, list[Batch]]:
+        """Every task's batches, of its file of texts or folder of pictures, by its expert's tokenizer or image processor, or else
+        the base's.
+
+        limit: use the first so many. max_length: tokens; texts are cut there, and where the model's positions end.
+        """
+        Calibration({task: [path] for task, path in files.items()}, tuple(self.experts))  # tasks that are missing or unknown
+        if self.kind.reads == "pictures":
+            channels = getattr(self.module.config, "num_channels", 3)
+            return {
+                task: picture_batches(find_pictures(path, limit), load_image_processor(self._at(task)), batch_size, channels)
+                for task, path in files.items()
+            }
+        batches, pads = {}, []
+        for task, path in files.items():
+            tokenizer = load_tokenizer(self._at(task), self.module.config)
+            pads.append(tokenizer.pad_token_id)
+            batches[task] = self._texts(tokenizer, path, limit, batch_size, max_length)
+        _pad_alike(self.module, batches, pads)
+        return batches
+
+    def _at(self, task: str) -> list[Path]:
+        return [self.experts[task], self.base, *self.experts.values()]
+
+    def _texts(self, tokenizer: Any, path: Path, limit: int | None, batch_size: int, max_length: int) -> list[Batch]:
+        texts, longest = read_texts(path, limit), _positions(self.module)
+        if longest is not None and longest < max_length:
+            cut = sum(len(ids) > longest for ids in tokenizer(texts, return_attention_mask=False)["input_ids"])
+            if cut:
+                warnings.warn(f"{path}: {cut} of {len(texts)} texts are cut to the model's {longest} positions", stacklevel=4)
+            max_length = longest
+        batches = text_batches(texts, tokenizer, batch_size, max_length, special_tokens=self.kind.special_tokens)
+        _check_tokens(self.module, tokenizer, path, batches)
+        return batches
+
+
+def _of_other_head(
+    module: Any, base: Path, adapters: Sequence[Path], heads: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Collection[str]]:
+    """What adapters need that their base has not, as it has another head or none: (tensors that are stored nowhere, newly
+    initialised as PEFT does it; tensors of the base that the adapted model has no place for, unless ``heads`` take them)."""
+    with open_checkpoint(base) as checkpoint:
+        stored = CheckpointSource(checkpoint, "base")
+        source = Conversion(module).base(stored)
+        names = {*source.names, *source.aliases}
+        left_out = set(source.names) - set(module.state_dict())
+    known: dict[int, set[str]] = {}  # a tied parameter has several names
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        known.setdefault(id(parameter), set()).add(name)
+    missing = [min(tied, key=len) for tied in known.values() if not tied & names]
+    saved = [_saved_by(path) for path in adapters]
+    missing = [name for name in missing if not all(name in each for each in saved)]
+    lost = [name for name in missing if any(part in HEADS for part in name.split("."))]
+    if lost:
+        raise ValueError(
+            f"{adapters[0]} … and their base {base} store no '{lost[0]}': nothing is known of the adapters' head; save them "
+            "with modules_to_save naming it"
+        )
+    left_out = {name for name in left_out if not matches(name, heads)}
+    if missing:
+        warnings.warn(
+            f"{', '.join(missing)}: neither {base} nor its adapters store them; they are newly initialised, as PEFT does it, "
+            "with seed 0 (adapters that were trained with other values give other logits now)",
+            stacklevel=4,
+        )
+    if left_out:
+        architecture = type(module).__name__
+        warnings.warn(
+            f"{', '.join(sorted(left_out))} of {base}: left out, as the adapters' {architecture} lacks them", stacklevel=4
+        )
+    return _initialised(module, missing), left_out
+
+
+def _saved_by(adapter: Path) -> set[str]:
+    """Names of the whole tensors that an adapter stores."""
+    if not (adapter / WEIGHTS).is_file():
+        return set()
+    file = SafetensorsFile(adapter / WEIGHTS)
+    file.close()
+    return {name.removeprefix(PREFIX).replace(".modules_to_save", "").replace(".default", "") for name in file.names}
+
+
+def _initialised(module: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """New values of some parameters, by the model's own initialisation."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            owner = module.get_submodule(path)
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    owner._parameters[leaf] = nn.Parameter(torch.full_like(parameter, torch.nan, device="cpu"))
+            module._init_weights(owner)
+    values = {name: module.get_parameter(name).detach() for name in names}
+    for name, value in values.items():
+        if value.isnan().any():
+            raise ValueError(
+                f"'{name}' is stored nowhere, and {type(module).__name__} has no initial value for it; save the base with it"
+            )
+    return values
+
+
+def _positions(module: Any) -> int | None:
+    """How many tokens a text may have; None where there is no bound."""
+    config = module.config.get_text_config()
+    bound = getattr(config, "max_position_embeddings", None)
+    if not isinstance(bound, int) or bound <= 0:
+        return None
+    for name, part in module.named_modules():  # RoBERTa's positions begin after that of padding
+        if isinstance(part, nn.Embedding) and name.endswith("position_embeddings") and part.padding_idx is not None:
+            return part.num_embeddings - part.padding_idx - 1
+    return bound
+
+
+def _check_tokens(module: Any, tokenizer: Any, path: Path, batches: Sequence[Batch]) -> None:
+    """Raises ValueError where a tokenizer has tokens that the model lacks; warns where it knows no word."""
+    rows = module.get_input_embeddings().weight.shape[0]
+    highest = max(int(batch["input_ids"].max()) for batch in batches)
+    if highest >= rows:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its tokenizer makes token {highest} of {path}, the model has embeddings of {rows} "
+            "tokens; put the tokenizer that the model was trained with into its folder"
+        )
+    unknown = tokenizer.unk_token_id
+    words = {i for batch in batches for i in batch["input_ids"][batch["attention_mask"].bool()].tolist()}
+    if unknown in words and words <= {*tokenizer.all_special_ids}:
+        warnings.warn(
+            f"{tokenizer.name_or_path}: to its tokenizer every word of {path} is unknown ({tokenizer.unk_token}), so nothing is "
+            "learned of the words; put the tokenizer that the model was trained with into its folder",
+            stacklevel=5,
+        )
+
+
+def _pad_alike(module: Any, batches: Mapping[str, Sequence[Batch]], pads: Sequence[int]) -> None:
+    """Pads with what the module's configuration says. Where it says nothing it is told: the tokenizer's token, unless texts end
+    with it (one that pads with its end of text): a decoder's classifier reads at the last token that is not padding."""
+    config = module.config.get_text_config()
+    held = [batch for of_task in batches.values() for batch in of_task]
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None:
+        last = (batch["input_ids"].gather(1, batch["attention_mask"].sum(1, keepdim=True) - 1) for batch in held)
+        ends = {token for tokens in last for token in tokens[:, 0].tolist()}
+        pad = next(token for token in (*pads, *range(len(ends) + 1)) if token not in ends)
+        config.pad_token_id = module.config.pad_token_id = pad
+    for batch in held:
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad)

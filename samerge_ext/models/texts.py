@@ -1,0 +1,103 @@
+"""Calibration texts: read from files, tokenised by a model folder's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from samerge_ext.checkpoints.files import folder_of
+
+Batch = dict[str, Tensor]
+
+# Files that tokenizers keep their words in, for those whose class does not name them.
+VOCABULARIES = ("tokenizer.json", "*.model", "tekken.json", "*.tiktoken", "vocab*")
+
+
+def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
+    """Texts of a .jsonl file (field "text") or of any other text file (one a line); empty lines are left out.
+
+    Raises ValueError, naming file and line, for a record without text, for a file without any or not in UTF-8, and for a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; the calibration of a text model is a file with one unlabelled text a line")
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # what else splitlines() splits at may be inside of a text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); convert it") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: expected a JSON object with the field "text" ({error!r})') from error
+        texts.append(line)
+    if not texts:
+        raise ValueError(f"{path} holds no texts; a calibration file has one unlabelled text a line")
+    return texts[:limit]
+
+
+def load_tokenizer(folders: Iterable[str | Path], config: Any = None) -> Any:
+    """The tokenizer of the first folder that has one, padding on the right. config: the model's, for folders without config.json.
+
+    transformers makes an empty tokenizer, to which every word is unknown, of a folder without its files. Such a folder is passed
+    over; raises ValueError where no folder has one, and where one cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    places = list(dict.fromkeys(folder_of(folder) for folder in folders))
+    for folder in places:
+        if not (_holds(folder, VOCABULARIES) or (folder / "tokenizer_config.json").is_file()):
+            continue
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, padding_side="right")
+        except Exception as error:  # tokenizers' libraries raise errors of many types
+            raise ValueError(f"{folder} has a tokenizer that transformers cannot load: {error}") from error
+        files = tuple(tokenizer.vocab_files_names.values())  # none for bytes or characters
+        if not files or _holds(folder, (*files, *VOCABULARIES)):
+            return _padded(tokenizer, folder)
+    raise ValueError(
+        f"none of {', '.join(map(str, places))} has the files of a tokenizer (tokenizer.json, vocab.txt, …); copy those of the "
+        "model that the experts were fine-tuned from into the base's folder"
+    )
+
+
+def text_batches(
+    texts: Sequence[str], tokenizer: Any, batch_size: int, max_length: int, *, special_tokens: bool = True
+) -> list[Batch]:
+    """Tokenised batches {input_ids, attention_mask: [B, S]}, each padded on the right to its longest text.
+
+    tokenizer: of transformers, or a model folder that has one. max_length: tokens; longer texts are cut.
+    special_tokens: False adds special_tokens_mask [B, S], where a batch has other tokens too; logits at special ones then do not
+        count.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer([tokenizer])
+    chunks = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+    options = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    options.update(return_token_type_ids=False, return_attention_mask=True, return_special_tokens_mask=not special_tokens)
+    batches = [dict(tokenizer(chunk, **options)) for chunk in chunks]
+    for batch in batches:
+        if "special_tokens_mask" in batch and not (batch["attention_mask"] * (1 - batch["special_tokens_mask"])).any():
+            del batch["special_tokens_mask"]
+    return batches
+
+
+def _holds(folder: Path, patterns: Iterable[str]) -> bool:
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+
+
+def _padded(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer with a token to pad with; what is padded is masked, so its identity does not matter."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{folder}: its tokenizer has no token to pad texts with; set pad_token in its tokenizer_config.json")
+    return tokenizer
