@@ -159,7 +159,7 @@ def test_an_adapter_and_a_weight_file_have_no_settings_of_their_own(make, tmp_pa
     adapter = make("adapter", {"model_type": "bert"}, adapter_config__json={"peft_type": "LORA"})
     assert warned(base, {"a": adapter}) == []
     (make("file") / "weights.safetensors").write_bytes(b"")
-    assert warned(tmp_path / "file/weights.safetensors", {"a": base, "b": adapter}) == []
+    assert warned(tmp_path / "file/weights.safetensors", {"b": adapter}) == []
     make("adapter", tokenizer__json=fast(WORDS[::-1]))
     with pytest.raises(ValueError, match="expert 'a' .*tokenizer is not that of base"):
         check_models(base, [("a", adapter)])
@@ -273,10 +273,20 @@ def test_a_tower_is_compared_with_the_part_that_it_is(compare):
         compare(whole, {**old, "num_attention_heads": 14})
 
 
+def test_a_base_without_configuration_is_a_warning_where_an_expert_has_one(make):
+    base, expert = make("base", tokenizer_config__json={"eos_token": "x"}), make("a", LLAMA3)
+    (line,) = warned(base, {"a": expert})
+    assert line.startswith("base (") and "has no config.json" in line and f"copy {expert / 'config.json'}" in line
+    shutil.copy(expert / "config.json", base)
+    assert warned(base, {"a": expert}) == []
+    assert warned(make("c"), {"d": make("d")}) == []
+
+
 def test_what_the_base_does_not_say_is_compared_between_experts(make):
     experts = {"a": make("a", LLAMA3), "b": make("b", {**LLAMA3, "rope_theta": 1e6})}
     for base in (None, make("base")):
-        (line,) = warned(base, experts)
+        line, *others = warned(base, experts)
+        assert len(others) == (base is not None)
         assert line.startswith("expert 'b' (") and "in expert 'a' (" in line and "base's" not in line
     assert warned(experts["a"], {"a": experts["a"], "c": experts["a"]}) == []
 

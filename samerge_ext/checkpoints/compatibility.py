@@ -72,6 +72,8 @@ def check_models(
     named += [(f"expert '{task}'", path) for task, path in experts if base is None or Path(path) != Path(base)]
     models = [_read(label, Path(path)) for label, path in named]
     found = [*_settings(models), *_labels(models, heads), *_vocabularies(models, heads)]
+    if base is not None:
+        found += _without_config(models)
     if faults := [text for is_fault, text in found if is_fault]:
         raise ValueError("\n".join(faults))
     for _, text in found:
@@ -102,6 +104,16 @@ def _read(label: str, path: Path) -> _Model:
     except CheckpointError as error:
         model.unread = str(error)
     return model
+
+
+def _without_config(models: list[_Model]) -> Found:
+    """A base whose configuration, which the merged model has, is missing, where an expert's is there to be copied."""
+    other = next((model.folder for model in models[1:] if "model_type" in model.settings), None)
+    if other is not None and not (models[0].folder / "config.json").is_file():
+        yield False, (
+            f"{models[0].label} has no config.json, so the merged model has none and is not loaded by transformers: copy "
+            f"{other / 'config.json'} to it, where it fits"
+        )
 
 
 def _settings(models: list[_Model]) -> Found:
