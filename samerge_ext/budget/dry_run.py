@@ -159,7 +159,7 @@ class _Meter(TorchDispatchMode):
 def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, **_: Any) -> Tensor:
     """The product of a mixture's experts, which torch refuses for fp32 tensors without numbers: the rows of a two-dimensional
     a [M, K] or columns of b [K, N] are dealt to groups, and of two such each group has a product of its own."""
-    shape = (a.shape[-2], b.shape[-1])
+    shape: tuple[int, ...] = (a.shape[-2], b.shape[-1])
     if a.dim() == b.dim():
         shape = (a.shape[0] if offsets is None else offsets.numel(), *shape)
     return a.new_empty(shape)

@@ -106,7 +106,7 @@ def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
     noted = (config.get("auto_mapping") or {}).get("base_model_class")
     if task_type is None:
         by_class = kind_of(noted)
-        return _of_folder(base) if by_class is None else (base, noted, by_class)
+        return _of_folder(base) if noted is None or by_class is None else (base, noted, by_class)
     kind = next((kind for kind in KINDS if kind.task_type == task_type), None)
     if kind is None:
         known = ", ".join(kind.task_type for kind in KINDS if kind.task_type)
