@@ -185,12 +185,19 @@ def test_a_merge_of_files_takes_adapters_and_writes_the_bases_type(bases, tmp_pa
         assert_close(tensor, truth[name].double(), name)
 
 
-def test_any_range_of_numbers_is_that_of_the_whole(bases, tmp_path):
-    targets = ["q_proj", "up_proj", "lm_head"]
-    settings = peft.LoraConfig(target_modules=targets, trainable_token_indices=[0, 5, 31], init_lora_weights=False)
-    write(bases / "llama", tmp_path / "lora", settings)
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("llama", {"target_modules": ["q_proj", "up_proj", "lm_head"], "trainable_token_indices": [0, 5, 31]}),
+        ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+        ("bert", {"target_modules": ["query"], "lora_bias": True}),
+    ],
+)
+def test_any_range_of_numbers_is_that_of_the_whole(bases, tmp_path, model, settings):
+    write(bases / model, tmp_path / "lora", peft.LoraConfig(**settings, init_lora_weights=False))
     generator = random.Random(0)
-    with open_expert(bases / "llama", None, "base") as base, open_expert(tmp_path / "lora", base, "expert") as source:
+    with open_expert(bases / model, None, "base") as base, open_expert(tmp_path / "lora", base, "expert") as source:
         for name in source.names:
             whole = source.read(name).flatten()
             for _ in range(5):
@@ -267,6 +274,9 @@ def test_tied_names_of_a_pickled_base(bases, tmp_path):
         (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES, intermediate_size=24)), {"bias": "all"}),
         (lambda: transformers.T5ForConditionalGeneration(T5), {"target_modules": ["q", "v", "wo"]}),
         (lambda: transformers.T5ForConditionalGeneration(T5), {"target_modules": ["q", "shared"]}),
+        (bert, {"target_modules": ["query", "dense"], "use_dora": True, "bias": "all"}),
+        (bert, {"target_modules": ["query", "dense"], "lora_bias": True}),
+        (gpt2, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
         (lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, intermediate_size=24)), {"bias": "lora_only"}),
     ],
 )
@@ -274,7 +284,8 @@ def test_other_architectures(tmp_path, make, settings):
     torch.manual_seed(0)
     make().eval().save_pretrained(tmp_path / "base")
     write(tmp_path / "base", tmp_path / "lora", peft.LoraConfig(init_lora_weights=False, **settings))
-    assert_is_pefts(packed_of(tmp_path / "base", tmp_path / "lora"), tmp_path / "base", tmp_path / "lora")
+    for form in (None, "lora"):
+        assert_is_pefts(packed_of(tmp_path / "base", tmp_path / "lora", form), tmp_path / "base", tmp_path / "lora")
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,6 @@ PROMPTS = (
 INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 # Settings of other kinds of LoRA: what they are called, and whether peft itself can merge them.
 VARIANTS = {
-    "use_dora": ("DORA", True),
-    "lora_bias": ("lora_bias", True),
     "use_bdlora": ("block-diagonal LORA (use_bdlora)", True),
     "kasa_config": ("KaSA", True),
     "monteclora_config": ("MonteCLoRA", True),

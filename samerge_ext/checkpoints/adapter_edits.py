@@ -28,12 +28,16 @@ GENERATIVE = ("CausalLM", "LMHead", "ConditionalGeneration", "MaskedLM", "Double
 
 @dataclass(frozen=True)
 class Pair:
-    """Two factors by their names in the file: B A, or (B A)ᵀ, times the scaling, is the change of a weight."""
+    """Two factors by their names in the file: B A, or (B A)ᵀ, times the scaling, is the change of a weight.
+
+    magnitude: of DoRA (arXiv 2402.09353), m [m]: every output's row of the sum gets the length m.
+    """
 
     first: str
     second: str
     transposed: bool
     scaling: float
+    magnitude: str | None = None
 
     def read(self, file: SafetensorsFile) -> tuple[Tensor, Tensor]:
         """The factors [m, r] and [r, n] of the change, in fp32 or wider, the scaling in B; a kernel's n is flattened."""
@@ -44,17 +48,24 @@ class Pair:
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of one tensor: ``own``, or the base's where there is none, plus the pair's product; then ``rows`` in the place
-    of those of the tokens. Names are the file's."""
+    """What becomes of one tensor: ``own``, or the base's where there is none, plus the pair's product, or plus ``bias`` times
+    its scaling; then ``rows`` in the place of those of the tokens. Names are the file's."""
 
     own: str | None = None
     pair: Pair | None = None
+    bias: str | None = None
+    scaling: float = 1.0
     rows: str | None = None
     tokens: list[int] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
-        return self.pair is None and self.rows is None
+        return self.pair is None and self.rows is None and self.bias is None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the change is the product of two factors."""
+        return self.pair is not None and self.pair.magnitude is None
 
 
 def edits_of(file: SafetensorsFile, config: AdapterConfig, base: Source, label: str) -> dict[str, Edit]:
@@ -107,11 +118,15 @@ class _Sorted:
                     second = first.removesuffix(a) + b
                     if second not in names:
                         raise CheckpointError(f"{self._label}: '{first}' has no place: '{second}' is missing; save it again")
-                    self._add_pair(first, second, embedding=a.startswith("lora_embedding"))
-                    del left[first], left[second]
+                    magnitude, bias = (first.removesuffix(a) + name for name in ("lora_magnitude_vector", "lora_B.bias"))
+                    pair = self._add_pair(first, second, a.startswith("lora_embedding"), magnitude if magnitude in left else None)
+                    if bias in left:
+                        self._add_bias(bias, pair.scaling)
+                    for name in (first, second, magnitude, bias):
+                        left.pop(name, None)
         return left
 
-    def _add_pair(self, first: str, second: str, embedding: bool) -> None:
+    def _add_pair(self, first: str, second: str, embedding: bool, magnitude: str | None) -> Pair:
         module = WRAPPERS.sub("", first.removeprefix(PREFIX)).rpartition(".lora_")[0]
         target = f"{module}.weight"
         if not embedding and (tied := self._tied_to(target)):
@@ -128,10 +143,21 @@ class _Sorted:
         a, b = self._file.shape(first), self._file.shape(second)
         transposed = embedding or self._is_transposed(place, a, b)
         self._check_shapes(first, a, b, place, transposed)
-        pair = Pair(first, second, transposed, self._config.scaling(module, a[0]))
+        if magnitude and (embedding or len(a) != 2 or list(self._file.shape(magnitude)) != [b[0]]):
+            raise CheckpointError(f"{self._label}: '{magnitude}' is DORA of no linear layer; {MERGE_IT}")
+        pair = Pair(first, second, transposed, self._config.scaling(module, a[0]), magnitude)
         if place in self.edits:
             raise CheckpointError(f"{self._label}: '{first}' is a second pair of factors of '{place}'; {MERGE_IT}")
         self.edits[place] = Edit(pair=pair)
+        return pair
+
+    def _add_bias(self, stored: str, scaling: float) -> None:
+        """Adds the bias of the second factor (lora_bias), which belongs to the layer's own."""
+        target = f"{WRAPPERS.sub('', stored.removeprefix(PREFIX)).rpartition('.lora_')[0]}.bias"
+        place = self._place(target)
+        if place is None or self._base.shape(place) != self._file.shape(stored):
+            raise CheckpointError(f"{self._label}: '{stored}' has no place: {self._base.label} lacks a '{target}' of its shape")
+        self.edits[place] = Edit(bias=stored, scaling=scaling)
 
     def _check_shapes(self, first: str, a: torch.Size, b: torch.Size, place: str, transposed: bool) -> None:
         weight = self._base.shape(place)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.adapter_config import CONFIG, WEIGHTS, AdapterConfig
-from samerge_ext.checkpoints.adapter_edits import Edit, edits_of, product_numbers
+from samerge_ext.checkpoints.adapter_edits import Edit, Pair, edits_of, product_numbers
 from samerge_ext.checkpoints.files import CheckpointError, SafetensorsFile
 from samerge_ext.checkpoints.folder import holds_model, open_checkpoint
 from samerge_ext.checkpoints.sources import CheckpointSource, Source
@@ -123,8 +123,8 @@ class AdapterSource(Source):
         own = self._file.read(edit.own) if edit.own else None
         if own is not None and torch.equal(own, self._base.read(name).to(own.dtype)):  # as PEFT keeps an embedding beside factors
             own = None
-        if own is not None:
-            wide = torch.promote_types(own.dtype, torch.float32)
+        if own is not None or edit.bias or (edit.pair and not edit.is_product):
+            wide = torch.promote_types(self._dtype(name), torch.float32)
             return self._read(name).to(wide) - self._base.read(name).to(wide)
         if edit.pair:
             return edit.pair.read(self._file)
@@ -157,14 +157,39 @@ class AdapterSource(Source):
         if edit is None or edit.is_whole:
             source.read_into(stored, start, out)
             return
+        if edit.pair and edit.pair.magnitude and (wanted := self._whole_outputs(name, edit.pair, start, out.numel())):
+            first, count = wanted
+            rows = torch.empty(count, dtype=out.dtype)
+            self._read_into(name, first, rows)
+            out.copy_(rows[start - first :][: out.numel()])
+            return
         numbers = out if source.dtype(stored) == out.dtype else torch.empty(out.shape, dtype=source.dtype(stored))
         source.read_into(stored, start, numbers)
         if numbers is not out:
             out.copy_(numbers)
         if edit.pair:
             out += product_numbers(*edit.pair.read(self._file), start, out.numel())
+            if edit.pair.magnitude:
+                self._scale_outputs(edit.pair.magnitude, edit.pair.transposed, start, out.view(-1, self._shape(name)[1]))
+        if edit.bias:
+            out += self._file.read(edit.bias)[start : start + out.numel()].to(out.dtype) * edit.scaling
         if edit.rows:
             self._write_tokens(name, edit.rows, edit.tokens, start, out)
+
+    def _whole_outputs(self, name: str, pair: Pair, start: int, count: int) -> tuple[int, int] | None:
+        """The range of numbers that has a range's outputs whole, whose lengths DoRA sets; None where the range has."""
+        numel, width = self._shape(name).numel(), self._shape(name)[1]
+        first, end = (0, numel) if pair.transposed else (start // width * width, -(-(start + count) // width) * width)
+        return None if (first, end) == (start, start + count) else (first, end - first)
+
+    def _scale_outputs(self, magnitude: str, transposed: bool, start: int, sums: Tensor) -> None:
+        """Gives the rows of sums [rows, n] from number ``start`` on, or all columns, the lengths of DoRA."""
+        lengths = self._file.read(magnitude).to(sums.dtype)
+        if transposed:
+            sums *= lengths / sums.norm(dim=0)
+        else:
+            first = start // sums.shape[1]
+            sums *= (lengths[first : first + sums.shape[0]] / sums.norm(dim=1))[:, None]
 
     def _write_tokens(self, name: str, rows: str, tokens: list[int], start: int, out: Tensor) -> None:
         """Puts the rows of the trained tokens over numbers ``start`` … of an embedding."""

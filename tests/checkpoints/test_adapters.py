@@ -93,11 +93,10 @@ def test_what_is_no_lora_adapter_of_this_base_is_refused(write):
     wide, _ = factors("second", 16, 9)
     cases = [
         (tensors, {"peft_type": "IA3"}, "is a IA3 adapter"),
-        (tensors, {"use_dora": True}, "is a DORA adapter"),
         (others, {}, r"base .*lacks 'third.weight'; is it an adapter of this base"),
         (wide, {}, r"\[16, 2\] · \[2, 9\] do not make a change of 'second.weight' \[16, 8\]"),
         ({"second.lora_A.weight": torch.ones(2, 8)}, {}, "'base_model.model.second.lora_B.weight' is missing"),
-        ({**tensors, "second.lora_magnitude_vector": torch.ones(16)}, {}, "lora_magnitude_vector' is not a pair"),
+        ({**tensors, "second.lora_magnitude_vector": torch.ones(8)}, {}, "lora_magnitude_vector' is DORA of no linear layer"),
         ({**tensors, "head.weight": torch.ones(3, 8)}, {}, r"has, and base .* lacks, 'head.weight'.*head\.\*"),
     ]
     for held, config, message in cases:
