@@ -11,6 +11,7 @@ from torch import Tensor
 from samerge_ext.checkpoints.adapter_config import MERGE_IT, AdapterConfig
 from samerge_ext.checkpoints.files import CheckpointError, SafetensorsFile
 from samerge_ext.checkpoints.folder import read_json
+from samerge_ext.checkpoints.naming import correspondence
 from samerge_ext.checkpoints.sources import Source
 
 PREFIX = "base_model.model."  # PEFT wraps the model that it adapts twice
@@ -80,6 +81,19 @@ def product_numbers(left: Tensor, right: Tensor, start: int, count: int) -> Tens
     return (left[first:last] @ right).view(-1)[start - first * width :][:count]
 
 
+def _places(file: SafetensorsFile, base: Source) -> dict[str, str]:
+    """What the adapted model calls tensors -> what the base does, where these differ: a base may do without the prefix that its
+    backbone has below a head, or have old names."""
+    targets = set()
+    for stored in file.names:
+        name = WRAPPERS.sub("", stored.removeprefix(PREFIX))
+        targets.add(f"{name.rpartition('.lora_')[0]}.weight" if ".lora_" in name else name)
+    if all(target in base for target in targets):
+        return {}
+    found = correspondence(dict.fromkeys(base.names, torch.Size()), dict.fromkeys(sorted(targets), torch.Size()))
+    return {theirs: ours for ours, theirs in found.items() if ours != theirs}
+
+
 class _Sorted:
     """The tensors of an adapter's file, sorted by what they do and checked against the base.
 
@@ -88,6 +102,7 @@ class _Sorted:
 
     def __init__(self, file: SafetensorsFile, config: AdapterConfig, base: Source, label: str):
         self._file, self._config, self._base, self._label = file, config, base, label
+        self._places = _places(file, base)
         self.edits: dict[str, Edit] = {}
         left = self._take_pairs(dict.fromkeys(file.names))
         left = self._take_tokens(left)
@@ -107,6 +122,7 @@ class _Sorted:
 
     def _place(self, name: str) -> str | None:
         """The name under which the base stores a tensor of the model that was adapted; None where it lacks it."""
+        name = name if name in self._base else self._places.get(name, name)
         return self._base.aliases.get(name, name) if name in self._base else None
 
     def _take_pairs(self, names: dict[str, None]) -> dict[str, None]:

@@ -9,6 +9,7 @@ from samerge_ext.checkpoints.advice import QUANTISED, heads_advice
 from samerge_ext.checkpoints.naming import is_derived_buffer
 from samerge_ext.checkpoints.sources import Experts, Source, matches
 from samerge_ext.checkpoints.task_names import check_task_name
+from samerge_ext.checkpoints.vocabulary import vocabulary_advice
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -61,10 +62,12 @@ def _check_shapes(base: Source, expert: Source, shared: list[str]) -> None:
     differ = [name for name, ours, theirs in shapes if ours != theirs and not is_derived_buffer(name, ours)]
     if differ:
         name = differ[0]
-        raise ValueError(
+        text = (
             f"{expert.label}: '{name}' is {list(expert.shape(name))}, in {base.label} it is {list(base.shape(name))}"
-            f"{f' ({len(differ) - 1} more tensors differ too)' if len(differ) > 1 else ''}. {heads_advice(differ)}"
+            f"{f' ({len(differ) - 1} more tensors differ too)' if len(differ) > 1 else ''}"
         )
+        advice = vocabulary_advice(name, base.shape(name), expert.shape(name)) or heads_advice(differ)
+        raise ValueError(f"{text}. {advice}".rstrip())
 
 
 def _check_dtypes(base: Source, source: Source, shared: list[str]) -> None:

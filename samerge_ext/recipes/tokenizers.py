@@ -94,10 +94,10 @@ def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path
             stacklevel=3,
         )
     if template is None and chat_template(tokenizer or folder) is None:
-        having = [str(other) for other in others if chat_template(other)]
-        if having:
+        templates = [str(other) for other in others if chat_template(other)]
+        if templates:
             warnings.warn(
-                f"a chat template is in {', '.join(having)} and none in {tokenizer or folder}: the merged model has none; "
+                f"a chat template is in {', '.join(templates)} and none in {tokenizer or folder}: the merged model has none; "
                 "it takes most models' with chat_template: auto, or one's with chat_template: FOLDER",
                 stacklevel=3,
             )
