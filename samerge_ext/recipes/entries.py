@@ -85,9 +85,9 @@ def parse_model(value: Any) -> tuple[Path, Path | None]:
     text = str(Path(value).expanduser())
     if not Path(text).exists():
         for place, character in enumerate(text):
-            model, adapter = Path(text[:place]), text[place + 1 :]
-            if character == "+" and adapter and text[:place] and model.exists():
-                return model, Path(adapter).expanduser()
+            before, after = text[:place], text[place + 1 :]
+            if character == "+" and before and after and Path(before).exists():
+                return Path(before), Path(after).expanduser()
     return Path(text), None
 
 
