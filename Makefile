@@ -14,13 +14,14 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes softmax_kl gram_product lanczos svd_topk layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py
 
-.PHONY: help setup data demo lint test soak bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test soak mergekit-differential bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
 	@echo "make soak    two hundred random memory budgets and a hundred kills"
+	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
@@ -67,6 +68,18 @@ test: $(DATA)/$(VADER) $(VENV)/test-ready
 # Two hundred random plans and a hundred kills of learned merges.
 soak: $(VENV)/test-ready
 	$(BIN)/python tests/support/soak.py
+
+# Two hundred random recipes, beside mergekit in an environment of its own.
+MERGEKIT := .cache-mergekit
+
+mergekit-differential: $(VENV)/test-ready $(MERGEKIT)/ready
+	$(BIN)/python tests/support/mergekit_differential.py --mergekit $(MERGEKIT)/bin/python
+
+$(MERGEKIT)/ready:
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet $(TORCH)
+	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
+	touch $@
 
 SANITIZED := build/sanitized
 SANITIZED_OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/level*.cpp tests/cpp/*.cpp))
@@ -117,4 +130,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models $(MERGEKIT) .ruff_cache .mypy_cache .import_linter_cache

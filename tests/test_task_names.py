@@ -37,7 +37,7 @@ def test_names_of_folders(paths, names):
 
 def test_a_model_listed_twice_gets_a_number():
     first, second = names_of_folders(["a", "./a"])
-    assert second == f"{first}-2"
+    assert (first, second) == ("a", "a-2")
 
 
 def test_equal_weight_files_are_called_by_their_folders(here):

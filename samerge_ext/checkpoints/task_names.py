@@ -36,7 +36,10 @@ def names_of_folders(paths: Iterable[str | Path]) -> list[str]:
     lengths = [1] * len(whole)
     while True:
         names = [_name(parts[-length:]) for parts, length in zip(whole, lengths, strict=True)]
-        alike = [i for i, name in enumerate(names) if names.count(name) > 1 and lengths[i] < len(whole[i])]
+        places_of: dict[str, set[tuple[str, ...]]] = {}
+        for name, parts in zip(names, whole, strict=True):
+            places_of.setdefault(name, set()).add(parts)
+        alike = [i for i, name in enumerate(names) if len(places_of[name]) > 1 and lengths[i] < len(whole[i])]
         if not alike:
             break
         for i in alike:

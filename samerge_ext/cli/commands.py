@@ -216,8 +216,8 @@ def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
         task, equals, folder = text.partition("=")
         named = bool(task and equals and folder) and "/" not in task and not Path(text).exists()
         found.append((task, Path(folder)) if named else ("", Path(text)))
-    given = names_of_folders(path for _, path in found)
-    return [(task or name, path) for (task, path), name in zip(found, given, strict=True)]
+    names = iter(names_of_folders(path for task, path in found if not task))
+    return [(task or next(names), path) for task, path in found]
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -64,7 +64,7 @@ METHODS = {
 
 def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list[Mapping[str, Any]]) -> None:
     """Raises ValueError for a parameter that nobody reads; names those that only other methods do, which change nothing."""
-    known = {"weight", "normalize", *METHODS[method].parameters}
+    known = _read_by(method)
     for where, given, allowed in [
         ("parameters", parameters, known),
         *(("a model's parameters", given, known & {"weight", "density"}) for given in of_models),
@@ -100,7 +100,7 @@ def file_merge(
     experts: task, folder and parameters of each. parameters: of the method, for all. identity: the recipe as JSON, for the
         model card and for telling whether an interrupted merge was of the same.
     """
-    settings, shared = METHODS[method], parameters
+    settings, shared = METHODS[method], {key: value for key, value in parameters.items() if key in _read_by(method)}
     of_models = [own for _, _, own in experts]
     folders = [(task, folder) for task, folder, _ in experts]
     defaults = [settings.weight] * len(folders)
@@ -160,6 +160,10 @@ def file_merge(
         identity=identity,
         card=_card(method, len(folders), identity),
     )
+
+
+def _read_by(method: str) -> set[str]:
+    return {"weight", "normalize", *METHODS[method].parameters}
 
 
 def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:

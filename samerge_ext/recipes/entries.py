@@ -91,7 +91,7 @@ def parse_model(value: Any) -> tuple[Path, Path | None]:
     if not Path(text).exists():
         for place, character in enumerate(text):
             before, after = text[:place], text[place + 1 :]
-            if character == "+" and after and before and Path(before).exists():
+            if character == "+" and before and after and Path(before).exists():
                 return Path(before), Path(after).expanduser()
     return Path(text), None
 

@@ -88,9 +88,9 @@ def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path
     """Says which file only other models have, and how it goes along."""
     others = [other for other in folders if other != folder]
     if not (folder / "config.json").exists():
-        having = next((other for other in others if (other / "config.json").exists()), "the model that the weights belong to")
+        source = next((other for other in others if (other / "config.json").exists()), "the model that the weights belong to")
         warnings.warn(
-            f"{folder} has no config.json, so that the merged folder has none and is no model to load; copy that of {having}",
+            f"{folder} has no config.json, so that the merged folder has none and is no model to load; copy that of {source}",
             stacklevel=3,
         )
     if template is None and chat_template(tokenizer or folder) is None:

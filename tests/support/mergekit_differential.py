@@ -1,0 +1,257 @@
+"""Random recipes through mergekit 0.1.5 and through samerge: the same numbers to rounding, or a refusal that docs/files.md lists.
+
+    python tests/mergekit_differential.py --mergekit PYTHON [--recipes 200] [--seed 0]
+
+PYTHON: of an environment that has mergekit (`make mergekit-differential` makes one). Models are tiny Llamas, one of them stored
+in bf16, with one tokenizer. Prints how many recipes ended how and each that did not end as it should; then it exits 1.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from samerge_ext.recipes.recipe import load_recipe
+from samerge_ext.recipes.run import run_recipe
+
+# What mergekit merges and is refused here: a part of the message -> the words of docs/files.md that list it.
+REFUSED = {
+    "ties does not rescale here": "`rescale` with ties",
+    "lies outside of 0 … 1": "a density outside of 0 … 1",
+    "unknown [": "a parameter that no method of mergekit reads",
+    "is not a method here": "other methods",
+    "one slice of all layers": "parts of models",
+    "all are merged: [0": "parts of models",
+    "'modules'": "parts of models",
+    "'tokenizer.": "`tokenizer.tokens` and `pad_to_multiple_of`",
+    "sum of the weights, which is 0": "a mean whose weights sum to 0",
+    "there is no key": "a key that nobody reads",
+}
+# What mergekit refuses and is merged here.
+WIDER = {
+    "Missing required parameter weight": "a weight that is left out",
+    "Duplicate merge inputs": "a model that is listed twice",
+    "Base input is not present": "slices without the base",
+}
+# Of the largest magnitude of a tensor. fp32: mergekit adds and divides in another order. Others: it rounds after every step.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float64: 1e-5}
+
+MERGEKIT = """
+import json, sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+found = {}
+for path in sys.argv[2:]:
+    try:
+        configuration = MergeConfiguration.model_validate(yaml.safe_load(open(path)))
+        run_merge(configuration, path.removesuffix(".yaml") + ".mergekit", MergeOptions(quiet=True))
+        found[path] = None
+    except Exception as error:
+        found[path] = f"{type(error).__name__}: {error}"
+json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+def write_models(root: Path) -> None:
+    """base and the experts a … d, of three layers and 40 tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**size, num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for seed, name in enumerate(("base", "a", "b", "c", "d")):
+        torch.manual_seed(seed)
+        by = 0.05 if seed else 0.0
+        model.load_state_dict({n: t + by * torch.randn_like(t) for n, t in start.items()})
+        (model.to(torch.bfloat16) if name == "d" else model).save_pretrained(root / name)
+        model.to(torch.float32)
+        tokenizer.save_pretrained(root / name)
+
+
+def recipe(draw: random.Random, root: Path) -> dict:
+    """A recipe: mostly what people write, now and then what one side or both refuse."""
+    method = draw.choice(["linear", "task_arithmetic", "task_arithmetic", "ties", "ties", "ties", "dare_linear", "dare_ties"])
+    if draw.random() < 0.03:
+        method = draw.choice(["slerp", "della", "model_stock", "dare-ties"])
+    elects, drops = method in ("ties", "dare_ties"), method.startswith("dare")
+    experts = draw.sample(["a", "b", "c", "d"], draw.randint(1, 4))
+    if draw.random() < 0.04:
+        experts.append(experts[0])
+    shared_weight = draw.random() < 0.15
+
+    def scalar(low: float, high: float):
+        value = round(draw.uniform(low, high), 3)
+        return draw.choice([value, value, value, str(value), f"{value:.2e}"])
+
+    def setting(low: float, high: float):
+        kind = draw.random()
+        if kind < 0.6:
+            return scalar(low, high)
+        if kind < 0.8:
+            return [scalar(low, high) for _ in range(draw.randint(2, 4))]
+        by_name = {"filter": draw.choice(["mlp", "self_attn", "lm_head", "embed", "layers.1."]), "value": scalar(low, high)}
+        return [by_name, {"value": draw.choice([scalar(low, high), [scalar(low, high), scalar(low, high)]])}]
+
+    def density():
+        if drops:  # what is drawn differs; all or nothing does not
+            return draw.choice([1, 1.0, 0.0])
+        return draw.choice([setting(0.05, 1.0), setting(0.05, 1.0), 1, 0.0, 1.0 if draw.random() < 0.9 else 1.3])
+
+    entries = []
+    for name in experts:
+        own = {}
+        if not shared_weight or draw.random() < 0.3:
+            own["weight"] = setting(-0.3 if draw.random() < 0.2 else 0.1, 1.2)
+        if draw.random() < (0.8 if method != "linear" else 0.1):
+            own["density"] = density()
+        if draw.random() < 0.04:
+            own.pop("weight", None)
+        entries.append({"model": str(root / name), "parameters": own or None})
+    parameters = {}
+    if shared_weight:
+        parameters["weight"] = setting(0.1, 1.0)
+    if draw.random() < 0.4:
+        parameters["normalize"] = draw.choice([True, False, 1, 0, 1.0, "yes"])
+    if draw.random() < 0.3:
+        parameters["lambda"] = scalar(0.3, 1.5)
+    if draw.random() < 0.3:
+        parameters["int8_mask"] = True
+    if draw.random() < 0.15:
+        parameters["rescale"] = draw.choice([False, False, True]) if not drops else True
+    if draw.random() < 0.15:
+        parameters["density"] = density()
+    if draw.random() < 0.1:
+        parameters["gamma"] = 0.01
+    content: dict = {"merge_method": method, "parameters": parameters or None}
+    base = str(root / "base")
+    spelled = draw.choice([base, base, base, f"{base}/", str(root / "a/../base")])
+    if method != "linear" or draw.random() < 0.3:
+        content["base_model"] = base
+        if draw.random() < 0.4:
+            listed = {"model": base, "parameters": draw.choice([None, {"weight": 0.7}])}
+            if method == "linear":
+                listed["parameters"] = {"weight": 0.7}
+            entries.insert(draw.randint(0, len(entries)), listed)
+        else:
+            content["base_model"] = spelled
+    if draw.random() < 0.12:
+        layers = draw.choice([[0, 3], [0, 3], [0, 3], [0, 2]])
+        if "base_model" in content and all(entry["model"] != base for entry in entries) and draw.random() < 0.8:
+            entries.append({"model": content["base_model"], "parameters": {"weight": 0.5}})
+        content["slices"] = [{"sources": [{**entry, "layer_range": layers} for entry in entries]}]
+        if draw.random() < 0.3:
+            content["slices"][0]["parameters"] = {"lambda": 0.8}
+    else:
+        content["models"] = entries
+    low = not elects and all(entry["model"] != str(root / "d") for entry in entries)
+    dtypes = ["float32", "float32", *(["bfloat16", "float16"] if low else [])]
+    if draw.random() < 0.5:
+        content["dtype"] = draw.choice(dtypes)
+    if draw.random() < 0.2:
+        content["out_dtype"] = draw.choice(["bfloat16", "float16", "float32"])
+    if draw.random() < 0.2:
+        source = draw.choice(["base", "union", str(root / "a")])
+        content |= draw.choice([{"tokenizer_source": source}, {"tokenizer": {"source": source}}])
+    if draw.random() < 0.1:
+        content["chat_template"] = draw.choice(["auto", "chatml", "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+    if draw.random() < 0.1:
+        content["name"] = "a name"
+    if draw.random() < 0.1:
+        content["random_seed"] = 3
+    return content
+
+
+def ours(path: Path) -> str | None:
+    """Merges beside the recipe; the message of a refusal."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            run_recipe(load_recipe(path, {}), path.with_suffix(".samerge"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def largest_difference(path: Path) -> tuple[float, str]:
+    """In tolerances, and the tensor's name."""
+    found, expected = (load_file(path.with_suffix(suffix) / "model.safetensors") for suffix in (".samerge", ".mergekit"))
+    if set(found) != set(expected):
+        return float("inf"), f"names {set(found) ^ set(expected)}"
+    worst = (0.0, "")
+    content = yaml.safe_load(path.read_text())
+    for name, tensor in expected.items():
+        if found[name].dtype != tensor.dtype or found[name].shape != tensor.shape:
+            return float("inf"), f"{name}: {found[name].dtype} {tuple(found[name].shape)}, {tensor.dtype} {tuple(tensor.shape)}"
+        coarsest = max(tensor.dtype, getattr(torch, content.get("dtype", "float32")), key=TOLERANCE.get)
+        scale = tensor.double().abs().max().clamp_min(1e-30)
+        difference = ((found[name].double() - tensor.double()).abs().max() / scale / TOLERANCE[coarsest]).item()
+        worst = max(worst, (difference, name))
+    return worst
+
+
+def verdict(path: Path, our_message: str | None, their_message: str | None, documented: str) -> tuple[str, str]:
+    """How a recipe ended, and what is wrong with that, if anything."""
+    if our_message is None and their_message is None:
+        difference, name = largest_difference(path)
+        return "same numbers", "" if difference <= 1 else f"'{name}' differs by {difference:.3g} tolerances"
+    if our_message is None:
+        reason = next((words for part, words in WIDER.items() if part in str(their_message)), None)
+        return f"merged here, not by mergekit: {reason}", "" if reason in documented else f"mergekit: {their_message}"
+    if their_message is not None:
+        return "refused by both", ""
+    reason = next((words for part, words in REFUSED.items() if part in our_message), None)
+    return f"refused here: {reason}", "" if reason and reason in documented else our_message
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mergekit", required=True, help="python that has mergekit")
+    parser.add_argument("--recipes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    documented = (Path(__file__).parents[1] / "docs/files.md").read_text()
+    draw = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_models(root)
+        paths = []
+        for number in range(arguments.recipes):
+            paths.append(root / f"{number:03d}.yaml")
+            paths[-1].write_text(yaml.safe_dump(recipe(draw, root), sort_keys=False))
+        command = [arguments.mergekit, "-c", MERGEKIT, str(root / "found.json"), *map(str, paths)]
+        run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if not (root / "found.json").exists():
+            print(run.stderr[-3000:])
+            return 1
+        theirs = json.loads((root / "found.json").read_text())
+        counts: Counter[str] = Counter()
+        wrong = 0
+        for path in paths:
+            how, fault = verdict(path, ours(path), theirs[str(path)], documented)
+            counts[how] += 1
+            if fault:
+                wrong += 1
+                print(f"{path.name}: {how}: {fault}\n{path.read_text()}")
+    for how, count in counts.most_common():
+        print(f"{count:4d} {how}")
+    print(f"{arguments.recipes - wrong} of {arguments.recipes} recipes end as they should")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
