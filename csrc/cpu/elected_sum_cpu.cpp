@@ -1,7 +1,5 @@
 #include "../elected_sum.h"
 
-#include <ATen/Functions.h>
-
 #include "../tensors.h"
 #include "levels.h"
 #include "parallel.h"
@@ -21,7 +19,7 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
   TORCH_CHECK_VALUE(base.is_cpu() && task_vectors.is_cpu() && weights.is_cpu(), "this operator runs on CPU tensors");
   const auto dense_base = base.contiguous(), tasks = dense_rows(task_vectors);
   const auto rounded = weights.to(tasks.scalar_type()).to(weights.scalar_type()).contiguous();
-  const auto out = at::empty_like(dense_base);
+  const auto out = dense_base.new_empty(dense_base.sizes());
   ElectedSum a;
   a.out = out.mutable_data_ptr();
   a.base = dense_base.const_data_ptr();
