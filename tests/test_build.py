@@ -119,3 +119,8 @@ def test_only_the_bindings_include_headers_that_take_long():
     heavy = re.compile(r"#include <(torch/|ATen/(ops/|ATen\.h|Context\.h|Functions\.h))")  # 3 to 10 seconds a file
     files = [path for pattern in ("*.h", "cpu/*") for path in (ROOT / "csrc").glob(pattern)]
     assert len(files) > 30 and not [path.name for path in files if heavy.search(path.read_text())]
+
+
+def test_every_wrapper_is_compiled():
+    wrappers = re.findall(r'#include "(\w+\.cpp)"', (ROOT / "csrc" / "cpu" / "wrappers.cpp").read_text())
+    assert wrappers == sorted(path.name for path in (ROOT / "csrc" / "cpu").glob("*_cpu.cpp"))

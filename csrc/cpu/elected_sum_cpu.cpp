@@ -6,9 +6,6 @@
 
 namespace samerge {
 
-constexpr int64_t kLeastBlocks = 16;  // fewer do not pay for a thread
-constexpr int64_t kPieceBlocks = 64;
-
 at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights, double scale,
                            bool normalize) {  // [N], [T, N], [T]
   TORCH_CHECK_VALUE(base.dim() == 1 && base.size(0) % kBlock == 0 && task_vectors.dim() == 2 &&
@@ -32,6 +29,8 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
   a.base_dtype = dtype_of(dense_base);
   a.task_dtype = dtype_of(tasks);
   const auto loop = loops().elected_sum;
+  constexpr int64_t kLeastBlocks = 16;  // fewer do not pay for a thread
+  constexpr int64_t kPieceBlocks = 64;
   share_out(base.size(0) / kBlock, kLeastBlocks, kPieceBlocks, [&](int64_t first, int64_t last) { loop(a, first, last); });
   return out;
 }
