@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <string>
@@ -78,7 +77,7 @@ struct SoftmaxKlCall {
       num_classes = given_num_classes->contiguous();
       a.num_classes = num_classes.const_data_ptr<int64_t>();
     }
-    losses = at::empty({rows}, student.options().dtype(real));
+    losses = student.new_empty({rows}, student.options().dtype(real));
     a.losses = losses.mutable_data_ptr();
     if (given_row_scale) {
       TORCH_CHECK_VALUE(
@@ -88,7 +87,7 @@ struct SoftmaxKlCall {
       TORCH_CHECK_VALUE(!out || (out->sizes() == given_student.sizes() && out->is_contiguous() && here(*out) &&
                                  out->scalar_type() == given_student.scalar_type()),
                         "out must be contiguous, of the student's shape and dtype, and on its device");
-      grad = out ? *out : at::empty({rows, columns}, student.options());
+      grad = out ? *out : student.new_empty({rows, columns});
       a.row_scale = row_scale.const_data_ptr();
       a.grad = grad->mutable_data_ptr();
     }

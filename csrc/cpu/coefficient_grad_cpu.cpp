@@ -1,5 +1,4 @@
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <vector>
@@ -34,7 +33,7 @@ at::Tensor coefficient_grad_cpu(
   const auto layer = block_layer.contiguous();
   check_packed(grad, task_vectors, layer, scales, at::kCPU);
   check_block_layer(layer, num_layers);
-  const auto out = at::zeros({task_vectors.size(0), num_layers}, grad.options().dtype(accumulator(grad)));
+  const auto out = grad.new_zeros({task_vectors.size(0), num_layers}, grad.options().dtype(accumulator(grad)));
   if (grad.numel() == 0 || out.numel() == 0) return out;
   const auto dense_grad = grad.contiguous(), tasks = dense_rows(task_vectors);
   const auto dense_scales = dense_rows(scales);

@@ -1,15 +1,10 @@
 #include "../elected_sum.h"
 
-#include <ATen/Functions.h>
-
 #include "../tensors.h"
 #include "levels.h"
 #include "parallel.h"
 
 namespace samerge {
-
-constexpr int64_t kLeastBlocks = 16;  // fewer do not pay for a thread
-constexpr int64_t kPieceBlocks = 64;
 
 at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights,
                            double scale,
@@ -22,7 +17,7 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
   TORCH_CHECK_VALUE(base.is_cpu() && task_vectors.is_cpu() && weights.is_cpu(), "this operator runs on CPU tensors");
   const auto dense_base = base.contiguous(), tasks = dense_rows(task_vectors);
   const auto rounded = weights.to(tasks.scalar_type()).to(weights.scalar_type()).contiguous();
-  const auto out = at::empty_like(dense_base);
+  const auto out = dense_base.new_empty(dense_base.sizes());
   ElectedSum a;
   a.out = out.mutable_data_ptr();
   a.base = dense_base.const_data_ptr();
@@ -35,6 +30,8 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
   a.base_dtype = dtype_of(dense_base);
   a.task_dtype = dtype_of(tasks);
   const auto loop = loops().elected_sum;
+  constexpr int64_t kLeastBlocks = 16;  // fewer do not pay for a thread
+  constexpr int64_t kPieceBlocks = 64;
   share_out(base.size(0) / kBlock, kLeastBlocks, kPieceBlocks,
             [&](int64_t first, int64_t last) { loop(a, first, last); });
   return out;

@@ -1,5 +1,4 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include <memory>
 
@@ -25,7 +24,7 @@ at::Tensor gram_product_cpu(const std::vector<at::Tensor>& matrices, const std::
   const auto dense_q = q.contiguous(), dense_scale = scale.contiguous();
   const auto pointers = addresses(matrices, at::kCPU), base_pointers = addresses(bases, at::kCPU);
   GramProduct a = gram_product_call(matrices, bases, dense_q, dense_scale);
-  const auto out = at::empty_like(dense_q);
+  const auto out = dense_q.new_empty(dense_q.sizes());
   if (out.numel() == 0) return out;
   std::unique_ptr<char[]> partials;
   const int64_t batch = matrices.size();

@@ -1,5 +1,4 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <memory>
 
@@ -40,7 +39,7 @@ at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vecto
                         projected.scalar_type() == at::kDouble,
                     "projected must be [B, size, size] float64, size at least last * width");
   const auto q = basis.narrow(1, first * width, width).narrow(2, 0, side).clone(at::MemoryFormat::Contiguous);
-  const auto leaving = at::empty({batch, width, width}, projected.options());
+  const auto leaving = projected.new_empty({batch, width, width});
   const auto dense_scale = scale.contiguous();
   const auto pointers = addresses(matrices, at::kCPU), base_pointers = addresses(bases, at::kCPU);
   GramProduct product = gram_product_call(matrices, bases, q, dense_scale);

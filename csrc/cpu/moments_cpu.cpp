@@ -1,5 +1,4 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <cmath>
 
@@ -20,7 +19,7 @@ at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices,
   const auto loop = loops().moments;
   at::parallel_for(0, batch * a.segments, 1, [&](int64_t first, int64_t last) { loop(a, first, last); });
 
-  const auto out = at::empty({batch, 4}, matrices[0].options().dtype(at::kDouble));
+  const auto out = matrices[0].new_empty({batch, 4}, matrices[0].options().dtype(at::kDouble));
   auto* row = out.mutable_data_ptr<double>();
   for (int64_t i = 0; i < batch; ++i, row += 4) {
     Moments total = {};

@@ -36,7 +36,7 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
   const auto rows = [&](int64_t numbers) { return std::max<int64_t>(1, numbers / a.num_columns); };
   share_out(a.num_rows, rows(kLeastNumbers), rows(kPieceNumbers), [&](int64_t first, int64_t last) {
     at::Tensor scratch;
-    if (numbers <= kLargestScratch) scratch = at::empty({numbers}, call.losses.options());
+    if (numbers <= kLargestScratch) scratch = call.losses.new_empty({numbers});
     loop(a, first, last, scratch.defined() ? scratch.mutable_data_ptr() : nullptr, streamed);
   });
   return {call.losses, call.grad};

@@ -7,9 +7,6 @@
 
 namespace samerge {
 
-constexpr int64_t kLeastBlocks = 32;  // fewer do not pay for a thread
-constexpr int64_t kPieceBlocks = 512;
-
 void weighted_sum_cpu(
     const at::Tensor& out, const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& coefficients,
     const at::Tensor& block_layer,
@@ -23,6 +20,8 @@ void weighted_sum_cpu(
   const WeightedSum a = weighted_sum_call(out, dense_base, tasks, lambda, layer, dense_scales);
   const auto loop = loops().weighted_sum;
   const bool streamed = is_streamed(out);
+  constexpr int64_t kLeastBlocks = 32;  // fewer do not pay for a thread
+  constexpr int64_t kPieceBlocks = 512;
   share_out(layer.numel(), kLeastBlocks, kPieceBlocks,
             [&](int64_t first, int64_t last) { loop(a, first, last, streamed); });
 }

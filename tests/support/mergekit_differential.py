@@ -1,6 +1,6 @@
 """Random recipes through mergekit 0.1.5 and through samerge: the same numbers to rounding, or a refusal that docs/files.md lists.
 
-    python tests/mergekit_differential.py --mergekit PYTHON [--recipes 200] [--seed 0]
+    python tests/support/mergekit_differential.py --mergekit PYTHON [--recipes 200] [--seed 0]
 
 PYTHON: of an environment that has mergekit (`make mergekit-differential` makes one). Models are tiny Llamas, one of them stored
 in bf16, with one tokenizer. Prints how many recipes ended how and each that did not end as it should; then it exits 1.

@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,3 +113,14 @@ def test_cuda_needs_a_cuda_torch_and_its_toolkit(setup, monkeypatch, tmp_path, t
     assert kind == ("cuda" if with_cuda else "cpp")
     assert ("csrc/cuda/weighted_sum.cu" in sources) == ("csrc/cuda/weighted_sum_cuda.cpp" in sources) == with_cuda
     assert os.environ.pop("TORCH_CUDA_ARCH_LIST", None) == (setup.CUDA_ARCHITECTURES if with_cuda else None)
+
+
+def test_only_the_bindings_include_headers_that_take_long():
+    heavy = re.compile(r"#include <(torch/|ATen/(ops/|ATen\.h|Context\.h|Functions\.h))")  # 3 to 10 seconds a file
+    files = [path for pattern in ("*.h", "cpu/*") for path in (ROOT / "csrc").glob(pattern)]
+    assert len(files) > 30 and not [path.name for path in files if heavy.search(path.read_text())]
+
+
+def test_every_wrapper_is_compiled():
+    wrappers = re.findall(r'#include "(\w+\.cpp)"', (ROOT / "csrc" / "cpu" / "wrappers.cpp").read_text())
+    assert wrappers == sorted(path.name for path in (ROOT / "csrc" / "cpu").glob("*_cpu.cpp"))
