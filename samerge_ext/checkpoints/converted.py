@@ -96,7 +96,8 @@ class Conversion:
             groups = _groups(source, self._module, expected, transforms)
         else:
             groups = [_Group(name, None, [(None, name)], {name: _empty(source, name)}) for name in source.names]
-        return _Converted(source, self._module, groups, list(expected)), groups, transforms
+        order = list(expected) if transforms else list(source.names)
+        return _Converted(source, self._module, groups, order), groups, transforms
 
     def _written(self, source: Source) -> tuple[Source, list[_Group]]:
         """As `base`, with the groups; the module keeps which conversions apply, as after transformers' own loading."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.text import Text
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
 from samerge_ext.checkpoints.task_names import names_of_folders
+from samerge_ext.cli.messages import warnings_as_lines
 from samerge_ext.memory import show_bytes
 
 app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -26,23 +26,12 @@ console = Console()
 
 # Errors that the user can mend: shown as one message, without a traceback.
 MISTAKES = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
-PACKAGE = Path(sm.__file__).parent
 
 
 @contextmanager
 def _told() -> Iterator[None]:
     """Mistakes end the command with a message and exit code 1; the package's warnings are a line each."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        shown = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **options: Any) -> None:
-            if PACKAGE in Path(filename).parents:
-                typer.echo(f"note: {message}", err=True)
-            else:
-                shown(message, category, filename, *place, **options)
-
-        warnings.showwarning = show
+    with warnings_as_lines():
         try:
             yield
         except MISTAKES as error:

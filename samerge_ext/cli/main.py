@@ -11,7 +11,5 @@ def main() -> None:
     if find_spec("typer") is None:
         sys.exit('the command line needs more packages: pip install "samerge_ext[cli]"')
     from samerge_ext.cli.commands import app
-    from samerge_ext.cli.messages import show_warnings
 
-    show_warnings()
     app()

@@ -1,26 +1,36 @@
-"""How the command line shows warnings of the library: a line each, once."""
+"""How the command line shows the package's warnings: a line each, once."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
+import typer
 
+import samerge_ext
 from samerge_ext.checkpoints.compatibility import CompatibilityWarning
 
+PACKAGE = Path(samerge_ext.__file__).parent
 
-def show_warnings() -> None:
-    """From now on a `CompatibilityWarning` is one line on stderr, without the place in the code; others stay as they are."""
-    show_others, shown = warnings.showwarning, set[str]()
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-        if not issubclass(category, CompatibilityWarning):
-            show_others(message, category, *where, **options)
-        elif str(message) not in shown:  # a plan and the merge after it compare the same folders
-            shown.add(str(message))
-            Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Inside, what the package warns of is a line on stderr without the place in the code; others' warnings stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        show_others, shown = warnings.showwarning, set[str]()
 
-    warnings.showwarning = show
-    warnings.simplefilter("always", CompatibilityWarning)
+        def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **options: Any) -> None:
+            ours = issubclass(category, CompatibilityWarning) or PACKAGE in Path(filename).parents
+            if not ours:
+                show_others(message, category, filename, *where, **options)
+            elif str(message) not in shown:  # a plan and the merge after it compare the same folders
+                shown.add(str(message))
+                kind = "warning" if issubclass(category, CompatibilityWarning) else "note"
+                typer.echo(f"{kind}: {message}", err=True)
+
+        warnings.showwarning = show
+        yield

@@ -11,7 +11,7 @@ from typing import Any
 
 from samerge_ext.checkpoints.companions import Companions, chat_template
 from samerge_ext.checkpoints.files import folder_of
-from samerge_ext.checkpoints.vocabularies import disagreement, vocabulary
+from samerge_ext.checkpoints.vocabulary import Vocabulary, difference
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import Recipe
 
@@ -41,22 +41,22 @@ def companions_of(recipe: Recipe) -> Companions:
 
 def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
     """The folder whose tokenizer is taken; None for the base's."""
-    found = {folder: vocabulary(folder) for folder in folders}
+    found = {folder: Vocabulary(folder) for folder in folders}
     if source in ("base", "union"):
-        chosen = next((folder for folder in folders if found[folder] is not None), base) if source == "union" else base
+        chosen = next((folder for folder in folders if found[folder].files()), base) if source == "union" else base
     else:
         chosen = folder_of(parse_model(source)[0])
         if not chosen.is_dir():
             raise ValueError(f"tokenizer: {source!r} is neither base nor union nor the folder of a model")
-    ours = found.get(chosen, vocabulary(chosen))
-    if ours is None:
+    ours = found.get(chosen, Vocabulary(chosen))
+    if not ours.files():
         warnings.warn(f"tokenizer: {chosen} has none, so that none goes along", stacklevel=3)
     for folder, theirs in found.items():
-        difference = disagreement(ours, theirs) or (disagreement(theirs, ours) if source == "union" else None)
-        if difference:
+        found_other = difference(ours, theirs)
+        if found_other and (found_other.total or source == "union"):
             raise ValueError(
-                f"tokenizer: the vocabularies of {chosen} and {folder} differ: {difference}. Embeddings are merged row by row, "
-                "not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
+                f"tokenizer: the vocabularies of {chosen} and {folder} differ: {found_other.text}. Embeddings are merged row by "
+                "row, not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
             )
     return None if os.path.realpath(chosen) == os.path.realpath(base) else chosen
 

@@ -14,9 +14,8 @@ LABELS = {"mood": 2, "topic": 3}
 
 def write(root: Path) -> Path:
     """base, mood and topic; mood.txt and topic.jsonl."""
-    vocabulary = root / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(vocabulary))
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary)
 
     def classifier(seed, labels):
         torch.manual_seed(seed)

@@ -25,7 +25,7 @@ transformers.logging.disable_progress_bar()
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 T5 = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
-DOCS = (Path(__file__).parents[1] / "docs/learn.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs/learn.md").read_text()
 REASONS = re.findall(r"^- `([^`]+)`: ", DOCS.partition("## What is refused")[2].partition("\n## ")[0], re.MULTILINE)
 
 

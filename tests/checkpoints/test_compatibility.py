@@ -15,7 +15,7 @@ from samerge_ext.checkpoints.compatibility import CompatibilityWarning, check_mo
 from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.vocabulary import Vocabulary, difference, vocabulary_advice
 from samerge_ext.cli.main import main
-from samerge_ext.cli.messages import show_warnings
+from samerge_ext.cli.messages import warnings_as_lines
 
 # Configurations as they lie on the hub, in what is compared or may differ.
 LLAMA3 = {
@@ -551,10 +551,10 @@ def test_the_command_line_shows_each_warning_as_one_line(models, samerge, tmp_pa
 
 def test_what_was_shown_is_not_shown_again(capsys):
     with warnings.catch_warnings(record=True) as others:
-        show_warnings()
-        for _ in range(2):
-            for category in (CompatibilityWarning, UserWarning):
-                warnings.warn("[twice]", category, stacklevel=1)
-                warnings.simplefilter("always")
+        warnings.simplefilter("always")
+        with warnings_as_lines():
+            for _ in range(2):
+                for category in (CompatibilityWarning, UserWarning):
+                    warnings.warn("[twice]", category, stacklevel=1)
     assert capsys.readouterr().err == "warning: [twice]\n"
     assert [one.category for one in others] == [UserWarning, UserWarning]
