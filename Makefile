@@ -59,7 +59,7 @@ demo: $(DATA)/$(VADER)
 	$(BIN)/samerge demo
 
 $(VENV)/lint-ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --group lint
+	$(INSTALL) --group lint
 	touch $@
 
 lint: $(VENV)/lint-ready
