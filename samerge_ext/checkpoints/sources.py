@@ -48,6 +48,10 @@ class Source(ABC):
         """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
         self._read_into(self.aliases.get(name, name), start, out)
 
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called where it is stored."""
+        return self.aliases.get(name, name)
+
     def weight_dtype(self, name: str) -> torch.dtype:
         """The type that the model keeps a tensor in; `dtype` may be wider, where the tensor is computed when it is read."""
         return self.dtype(name)
