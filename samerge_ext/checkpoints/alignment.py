@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samerge_ext.checkpoints import advice
 from samerge_ext.checkpoints.architecture import Architecture
-from samerge_ext.checkpoints.naming import correspondence, prefix_between
+from samerge_ext.checkpoints.naming import correspondence, is_derived_buffer, prefix_between
 from samerge_ext.checkpoints.sources import Experts, Source, matches
 
 
@@ -102,7 +102,8 @@ def _view(base: Source, expert: Source, heads: tuple[str, ...], keep: tuple[str,
     left = [name for name in left if not _tied_to(expert, name, theirs, known)]
     if missing or left:
         raise ValueError(advice.of_names(base, expert, missing, left))
-    return _View(found, {name: name for name in extra if matches(name, (*heads, *keep))}, inherited, ties)
+    own = {n: n for n in extra if matches(n, heads) or (matches(n, keep) and not known.ignores(n, expert.shape(n)))}
+    return _View(found, own, inherited, ties)
 
 
 def as_in_base(base: Source, expert: Source, folder: str | Path | None) -> Source:
@@ -199,7 +200,8 @@ def _kept(base: Source, experts: Experts, keep: tuple[str, ...]) -> dict[str, So
     """The tensors that no merge changes: those of the base that no expert has, and of experts where the base has none."""
     kept = {name: base for name in base.names if experts and all(_inherits(expert, name) for _, expert in experts)}
     for _, expert in experts:
-        kept.update({n: expert for n in expert.names if matches(n, keep) and n not in base and n not in kept})
+        own = [name for name in expert.names if matches(name, keep) and name not in base and name not in kept]
+        kept.update({name: expert for name in own if not is_derived_buffer(name, expert.shape(name))})
     for pattern in keep:
         if not any(matches(name, (pattern,)) for name in kept):
             merged = next((name for name in base.names if matches(name, (pattern,))), None)
@@ -225,11 +227,12 @@ def _heads(base: Source, experts: Experts, patterns: Sequence[str], folder: str 
     own = [
         [name for name in expert.names if matches(name, tuple(patterns)) and not _inherits(expert, name)] for _, expert in experts
     ]
+    known = {name for source in (base, *(expert for _, expert in experts)) for name in (*source.names, *source.aliases)}
     for pattern in patterns:
-        for _, expert in experts:
-            if not any(matches(name, (pattern,)) for name in (*expert.names, *expert.aliases, *base.names, *base.aliases)):
-                last = advice.some(expert.names[-3:])
-                raise ValueError(f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {last}")
+        if experts and not any(matches(name, (pattern,)) for name in known):
+            expert = experts[0][1]
+            last = advice.some(expert.names[-3:])
+            raise ValueError(f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {last}")
     if folder is not None:
         for name in own[0] if own else ():
             everywhere = name in base and all(name in e and e.shape(name) == base.shape(name) for _, e in experts)
