@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.adapter_config import MERGE_IT, AdapterConfig
+from samerge_ext.checkpoints.architecture import Architecture
 from samerge_ext.checkpoints.files import CheckpointError, SafetensorsFile
 from samerge_ext.checkpoints.folder import read_json
 from samerge_ext.checkpoints.naming import correspondence
@@ -83,14 +84,17 @@ def product_numbers(left: Tensor, right: Tensor, start: int, count: int) -> Tens
 
 def _places(file: SafetensorsFile, base: Source) -> dict[str, str]:
     """What the adapted model calls tensors -> what the base does, where these differ: a base may do without the prefix that its
-    backbone has below a head, or have old names."""
+    backbone has below a head, or have old names; of those that transformers itself changed its tables tell."""
     targets = set()
     for stored in file.names:
         name = WRAPPERS.sub("", stored.removeprefix(PREFIX))
         targets.add(f"{name.rpartition('.lora_')[0]}.weight" if ".lora_" in name else name)
     if all(target in base for target in targets):
         return {}
-    found = correspondence(dict.fromkeys(base.names, torch.Size()), dict.fromkeys(sorted(targets), torch.Size()))
+    ours, theirs = dict.fromkeys(base.names, torch.Size()), dict.fromkeys(sorted(targets), torch.Size())
+    found = correspondence(ours, theirs)
+    if base.files and not targets <= {*found.values(), *base.aliases}:
+        found = correspondence(ours, theirs, Architecture.of_folder(base.files[0]).rename)
     return {theirs: ours for ours, theirs in found.items() if ours != theirs}
 
 

@@ -16,6 +16,7 @@ HEADS = re.compile(r"(^|_)(heads?|classifiers?|classification|score|cls|predicti
 EMBEDDINGS = re.compile(r"embed|(^|\.)(wte|wpe|shared|cls_token|word_embeddings)(\.|$)")
 NORMS = re.compile(r"norm|(^|\.)ln_?\w*(\.|$)", re.IGNORECASE)
 STACK = re.compile(r"(^|\.)\d+\.")
+FUSED, SPLIT = re.compile(r"experts\.\w+_proj(_bias)?$"), re.compile(r"experts\.\d+\.")  # experts of a mixture
 TIED = re.compile(r"embed|lm_head|shared|wte|embed_out|cls\.|decoder\.(weight|bias)$|predictions|generator|output\.weight$")
 
 
@@ -63,6 +64,12 @@ def _what_to_do(base: Source, expert: Source, missing: Sequence[str], extra: Seq
             f"{base.label} is untied: its '{missing[0]}' differs from its '{tied}', and {expert.label} ties them, as one tensor. "
             "Untie the expert: store its embeddings under both names."
         )
+    for fused, names, others in ((base, missing, extra), (expert, extra, missing)):
+        if any(FUSED.search(name) for name in names) and any(SPLIT.search(name) for name in others):
+            return (
+                f"{fused.label} stores all experts of a mixture as one tensor, the other model one by one: load it with "
+                "transformers' from_pretrained, save it with save_pretrained, which stores them one by one, and merge that."
+            )
     if advice := heads_advice([*missing, *extra]):
         return advice
     only = sorted({name.split(".")[0] for name in extra} - {name.split(".")[0] for name in base.names})

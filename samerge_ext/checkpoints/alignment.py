@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samerge_ext.checkpoints import advice
 from samerge_ext.checkpoints.architecture import Architecture
-from samerge_ext.checkpoints.naming import correspondence, prefix_between
+from samerge_ext.checkpoints.naming import correspondence, is_derived_buffer, prefix_between
 from samerge_ext.checkpoints.sources import Experts, Source, matches
 
 
@@ -22,12 +22,15 @@ class NamingNote(UserWarning):
 
 @dataclass(frozen=True)
 class Aligned:
-    """heads: names of the tensors that belong to a task. kept: name -> the expert that a tensor which the base lacks is from."""
+    """heads: names of the tensors that belong to a task. kept: name -> the model that a tensor which is not merged is from.
+    host: the task whose expert has tensors that are kept and that the base lacks, so that its configuration describes the merged
+    model; None where there is none."""
 
     base: Source
     experts: Experts
     heads: tuple[str, ...]
     kept: dict[str, Source]
+    host: str | None = None
 
 
 def align(
@@ -46,38 +49,61 @@ def align(
     folder: of the model that is written, whose configuration tells the architecture; None where none is written.
 
     Raises ValueError for models whose tensors differ, naming the difference and what to do, and for a pattern of heads that
-    fits no tensor, or takes out of a written model what it needs.
+    fits no tensor, or takes out of a written model what it needs, for one of keep that keeps nothing, and where tensors of two
+    experts would be kept.
     """
     heads, keep = tuple(heads), tuple(keep)
     known = _architecture(base, experts, folder)
-    renamed: list[tuple[str, Source]] = []
-    ties: dict[str, str] = {}
-    for task, expert in experts:
-        if set(expert.names) == set(base.names):
-            renamed.append((task, expert))
-            continue
-        found = correspondence(_shapes(base), _shapes(expert), known.rename)
-        missing = [name for name in base.names if name not in found]
-        extra = [name for name in expert.names if name not in found.values()]
-        tied = {name: other for name in missing if (other := _tied_to(base, name, found, known))}
-        ties.update(tied)
-        missing = [name for name in missing if name not in tied]
-        inherited = {n for n in missing if known.ignores(n, base.shape(n)) or matches(n, (*heads, *keep))}
-        missing = [name for name in missing if name not in inherited]
-        theirs = {there: here for here, there in found.items()}
-        left = [n for n in extra if not (known.ignores(n, expert.shape(n)) or matches(n, (*heads, *keep)))]
-        left = [name for name in left if not _tied_to(expert, name, theirs, known)]
-        if missing or left:
-            raise ValueError(advice.of_names(base, expert, missing, left))
-        _note(base, expert, found)
-        if inherited or any(ours != there for ours, there in found.items()):
-            own = {name: name for name in extra if matches(name, (*heads, *keep))}
-            expert = Renamed(expert, {**found, **own}, base, inherited)
-        renamed.append((task, expert))
+    views = [_view(base, expert, heads, keep, known) for _, expert in experts]
+    for (_, expert), view in zip(experts, views, strict=True):
+        _note(base, expert, view.found)
+    never_merged = {name for view in views for name in view.inherited if matches(name, keep)}
+    ties = {name: other for view in views for name, other in view.ties.items()}
+    renamed = [(task, view.of(expert, base, never_merged)) for (task, expert), view in zip(experts, views, strict=True)]
     if ties:
-        once = {name: name for name in base.names if name not in ties}
-        base = Renamed(base, once, base, set(), ties)
-    return Aligned(base, renamed, _heads(base, renamed, heads, folder), _kept(base, renamed, keep))
+        base = Renamed(base, {name: name for name in base.names if name not in ties}, base, set(), ties)
+    kept = _kept(base, renamed, keep)
+    return Aligned(base, renamed, _heads(base, renamed, heads, folder), kept, _host(renamed, kept))
+
+
+@dataclass(frozen=True)
+class _View:
+    """How one expert's tensors are the base's. found: name in the base -> name in the expert; own: as found, of tensors that the
+    base lacks. inherited: names of those that the expert lacks and takes from the base. ties: tensor of the base that the expert
+    has as another one -> that one."""
+
+    found: dict[str, str]
+    own: dict[str, str]
+    inherited: set[str]
+    ties: dict[str, str]
+
+    def of(self, expert: Source, base: Source, never_merged: set[str]) -> Source:
+        """The expert under the base's names; the base's tensors in place of those that are never merged."""
+        inherited = self.inherited | (never_merged & self.found.keys())
+        if not inherited and all(ours == theirs for ours, theirs in self.found.items()):
+            return expert
+        stored = {ours: theirs for ours, theirs in self.found.items() if ours not in inherited}
+        return Renamed(expert, {**stored, **self.own}, base, inherited)
+
+
+def _view(base: Source, expert: Source, heads: tuple[str, ...], keep: tuple[str, ...], known: Architecture) -> _View:
+    """Raises ValueError where tensors are left that only one of the two has."""
+    if set(expert.names) == set(base.names):
+        return _View({name: name for name in base.names}, {}, set(), {})
+    found = correspondence(_shapes(base), _shapes(expert), known.rename)
+    missing = [name for name in base.names if name not in found]
+    extra = [name for name in expert.names if name not in found.values()]
+    ties = {name: other for name in missing if (other := _tied_to(base, name, found, known))}
+    missing = [name for name in missing if name not in ties]
+    inherited = {n for n in missing if known.ignores(n, base.shape(n)) or matches(n, (*heads, *keep))}
+    missing = [name for name in missing if name not in inherited]
+    theirs = {there: here for here, there in found.items()}
+    left = [n for n in extra if not (known.ignores(n, expert.shape(n)) or matches(n, (*heads, *keep)))]
+    left = [name for name in left if not _tied_to(expert, name, theirs, known)]
+    if missing or left:
+        raise ValueError(advice.of_names(base, expert, missing, left))
+    own = {n: n for n in extra if matches(n, heads) or (matches(n, keep) and not known.ignores(n, expert.shape(n)))}
+    return _View(found, own, inherited, ties)
 
 
 def as_in_base(base: Source, expert: Source, folder: str | Path | None) -> Source:
@@ -109,6 +135,10 @@ class Renamed(Source):
 
     def is_buffer(self, name: str) -> bool:
         return self._at(name)[0].is_buffer(self._at(name)[1])
+
+    def stored_name(self, name: str) -> str:
+        source, place = self._at(self.aliases.get(name, name))
+        return name if source is self._base else source.stored_name(place)
 
     def weight_dtype(self, name: str) -> torch.dtype:
         source, place = self._at(self.aliases.get(name, name))
@@ -170,8 +200,26 @@ def _kept(base: Source, experts: Experts, keep: tuple[str, ...]) -> dict[str, So
     """The tensors that no merge changes: those of the base that no expert has, and of experts where the base has none."""
     kept = {name: base for name in base.names if experts and all(_inherits(expert, name) for _, expert in experts)}
     for _, expert in experts:
-        kept.update({n: expert for n in expert.names if matches(n, keep) and n not in base and n not in kept})
+        own = [name for name in expert.names if matches(name, keep) and name not in base and name not in kept]
+        kept.update({name: expert for name in own if not is_derived_buffer(name, expert.shape(name))})
+    for pattern in keep:
+        if not any(matches(name, (pattern,)) for name in kept):
+            merged = next((name for name in base.names if matches(name, (pattern,))), None)
+            why = f"all models have '{merged}', so that it is merged" if merged else "it fits no tensor of any model"
+            raise ValueError(f"keep pattern '{pattern}' keeps nothing: {why}; leave it out, or mend it")
     return kept
+
+
+def _host(experts: Experts, kept: dict[str, Source]) -> str | None:
+    """The task of the expert that kept tensors are from."""
+    hosts = {task: names for task, expert in experts if (names := [name for name, source in kept.items() if source is expert])}
+    if len(hosts) > 1:
+        (one, first), (other, second), *_ = hosts.items()
+        raise ValueError(
+            f"keep takes '{first[0]}' from expert '{one}' and '{second[0]}' from expert '{other}', and no config.json describes "
+            "a model with both; keep those of one expert"
+        )
+    return next(iter(hosts), None)
 
 
 def _heads(base: Source, experts: Experts, patterns: Sequence[str], folder: str | Path | None) -> tuple[str, ...]:
@@ -179,11 +227,12 @@ def _heads(base: Source, experts: Experts, patterns: Sequence[str], folder: str 
     own = [
         [name for name in expert.names if matches(name, tuple(patterns)) and not _inherits(expert, name)] for _, expert in experts
     ]
+    known = {name for source in (base, *(expert for _, expert in experts)) for name in (*source.names, *source.aliases)}
     for pattern in patterns:
-        for _, expert in experts:
-            if not any(matches(name, (pattern,)) for name in (*expert.names, *expert.aliases, *base.names, *base.aliases)):
-                last = advice.some(expert.names[-3:])
-                raise ValueError(f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {last}")
+        if experts and not any(matches(name, (pattern,)) for name in known):
+            expert = experts[0][1]
+            last = advice.some(expert.names[-3:])
+            raise ValueError(f"heads pattern '{pattern}' fits no tensor of {expert.label}, whose last tensors are {last}")
     if folder is not None:
         for name in own[0] if own else ():
             everywhere = name in base and all(name in e and e.shape(name) == base.shape(name) for _, e in experts)

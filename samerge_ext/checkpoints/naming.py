@@ -21,6 +21,7 @@ DERIVED_BUFFERS = re.compile(
     r"|rotary_emb\.(cos|sin)_cached|relative_position_index|embed_positions\.weights?_buffer)$"
 )
 CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|crossattention)\.(bias|mask)$")
+COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 MOST_INSERTED = 3  # components of a name that a prefix has at most
 
 
@@ -53,10 +54,18 @@ def prefix_between(name: str, other: str) -> str:
     return next((f"{'.'.join(parts)}." for rest, (_, parts) in _shortened(long) if rest == short), "")
 
 
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers put before all of them -> names; as they are where two would become one."""
+    names = list(names)
+    bare = [COMPILED.sub(r"\1", name) for name in names]
+    while bare and all(name.startswith("module.") for name in bare):
+        bare = [name.removeprefix("module.") for name in bare]
+    return dict(zip(bare if len(set(bare)) == len(names) else names, names, strict=True))
+
+
 def _plain(name: str) -> str:
     """A name without wrappers, gamma and beta."""
-    name = re.sub(r"(^|\.)_orig_mod\.", r"\1", name)
-    name = re.sub(r"^(module\.)+", "", name)
+    name = re.sub(r"^(module\.)+", "", COMPILED.sub(r"\1", name))
     return re.sub(
         r"(norm|ln)(_?\w*\.)(gamma|beta)$",
         lambda m: f"{m[1]}{m[2]}{'weight' if m[3] == 'gamma' else 'bias'}",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.folder import Checkpoint
-from samerge_ext.checkpoints.naming import is_derived_buffer
+from samerge_ext.checkpoints.naming import is_derived_buffer, unwrapped
 
 # Running statistics of normalisation layers, as state dicts and checkpoints name them.
 STATISTICS = ("*running_mean", "*running_var")
@@ -47,6 +47,10 @@ class Source(ABC):
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
         self._read_into(self.aliases.get(name, name), start, out)
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called where it is stored."""
+        return self.aliases.get(name, name)
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """The type that the model keeps a tensor in; `dtype` may be wider, where the tensor is computed when it is read."""
@@ -129,26 +133,32 @@ class StateDictSource(_Held):
 
 
 class CheckpointSource(Source):
-    """A model folder, opened as a `folder.Checkpoint`."""
+    """A model folder, opened as a `folder.Checkpoint`; names are without what wrappers put before all of them, with which no
+    library loads them."""
 
     def __init__(self, checkpoint: Checkpoint, label: str):
         self.label = f"{label} ({checkpoint.path})"
-        self.names = checkpoint.names
-        self.aliases = dict(checkpoint.tied)
-        self._stored = frozenset(checkpoint.names)
+        self._places = unwrapped((*checkpoint.names, *checkpoint.tied))
+        bare = {stored: name for name, stored in self._places.items()}
+        self.names = tuple(bare[name] for name in checkpoint.names)
+        self.aliases = {bare[alias]: bare[name] for alias, name in checkpoint.tied.items()}
+        self._stored = frozenset(self.names)
         self.files, self._checkpoint = checkpoint.files, checkpoint
 
     def _shape(self, name: str) -> torch.Size:
-        return self._checkpoint.shape(name)
+        return self._checkpoint.shape(self._place(name))
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._checkpoint.dtype(name)
+        return self._checkpoint.dtype(self._place(name))
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name)
+        return self._checkpoint.read(self._place(name))
 
     def _read_into(self, name: str, start: int, out: Tensor) -> None:
-        self._checkpoint.read_into(name, start, out)
+        self._checkpoint.read_into(self._place(name), start, out)
+
+    def _place(self, name: str) -> str:
+        return self._places.get(name, name)
 
 
 # Tasks and the models that were fine-tuned for them.

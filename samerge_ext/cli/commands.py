@@ -67,6 +67,9 @@ def merge(
     models: Annotated[list[Path] | None, typer.Option("--model", help="folder of an expert; once for each")] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="name of a model's task; once for each")] = None,
     heads: Annotated[list[str] | None, typer.Option("--head", help='pattern of task heads, "classifier.*"')] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help='pattern of tensors that not all models have, and that stay as they are, "visual.*"')
+    ] = None,
     parameters: Annotated[list[str] | None, typer.Option("--parameter", help="KEY=VALUE of the method")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="TASK=FILE of unlabelled texts")] = None,
     calibration_texts: Annotated[int | None, typer.Option(help="texts per task; all by default")] = None,
@@ -95,6 +98,7 @@ def merge(
         "models": [{"model": model} for model in models or ()],
         "tasks": tasks,
         "heads": heads,
+        "keep": keep,
         "parameters": _pairs("--parameter", parameters, _parsed),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
@@ -156,6 +160,9 @@ def stats(
     of: Annotated[str, typer.Option(help="experts or task_vectors")] = "experts",
     singular_values: Annotated[int, typer.Option(help="how many of the largest ones")] = 3,
     heads: Annotated[list[str] | None, typer.Option("--head", help='pattern of task heads, "classifier.*"')] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help='pattern of tensors that not all models have, and that stay as they are, "visual.*"')
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write .csv or .json in place of printing")] = None,
     plot: Annotated[Path | None, typer.Option(help="write a PNG of the singular values of every layer")] = None,
 ) -> None:
@@ -167,7 +174,7 @@ def stats(
         folders = _tasks_and_folders(experts)
         if out is not None and out.suffix not in (".csv", ".json"):
             raise ValueError(f"{out}: statistics are written as .csv or .json")
-        packed = sm.PackedWeights.from_folders(base, folders, heads=heads or ())
+        packed = sm.PackedWeights.from_folders(base, folders, heads=heads or (), keep=keep or ())
         features = Features.of_packed(packed, of=of, singular_values=singular_values)
         if plot is not None:
             plot_singular_values(features.values, packed.tasks, packed.layout.names, plot)

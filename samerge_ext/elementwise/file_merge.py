@@ -5,22 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from samerge_ext.checkpoints.alignment import Aligned, align
+from samerge_ext.checkpoints.alignment import Aligned, NamingNote, align
 from samerge_ext.checkpoints.companions import Companions, with_dtype
 from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.files import CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import open_checkpoint, read_json
-from samerge_ext.checkpoints.lora import AdapterSource, model_and_adapter, open_expert
+from samerge_ext.checkpoints.lora import AdapterSource, model_and_adapter, model_of, open_expert
 from samerge_ext.checkpoints.saving import (
     no_space,
     out_of_space,
@@ -44,10 +45,12 @@ class FileMerge:
 
     base: its folder; None where the experts themselves are combined, not their differences from it.
     experts: tasks and folders of models, of adapters of ``names_from``, or "MODEL+ADAPTER".
-    heads: patterns of tensors that are kept per task. keep: of those that not all models have, and that stay as they are.
+    heads: patterns of tensors that are kept per task. keep: of those that not all models have, and that stay as they are; where
+        they are an expert's, names, configuration and companions are that expert's.
     rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
-    names_from: the folder that says which tensors there are. companions: what goes along; all of that folder's by default.
+    names_from: the folder that says which tensors there are. companions: what goes along, and of keep an expert's tokenizer too
+        unless companions name one; all of that folder's by default.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
     dtype: what tensors are read as; by default what the models' own types promote to, and at least fp32 where there are
@@ -89,7 +92,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         read_json(configuration)  # a damaged one is an error now, not when all is merged
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
-    check_models(merge.names_from, merge.experts, merge.heads)
+    check_models(merge.names_from, merge.experts, (*merge.heads, *merge.keep))
     with ExitStack() as stack:
         names, experts = _opened(merge, stack)
         stored = {file: _identity(file) for source in (names, *(expert for _, expert in experts)) for file in source.files}
@@ -125,6 +128,11 @@ class _Run:
         for _, expert in experts:
             check_ties(names, expert)
         self._merge, self._names, self._experts, self._heads, self._kept = merge, names, experts, models.heads, models.kept
+        self._host = None
+        if models.host is not None:
+            self._host, label = dict(merge.experts)[models.host], dict(experts)[models.host].label
+            text = "the names of its tensors, config.json, tokenizer and all else are those of this model, not the base's"
+            warnings.warn(f"{label}: tensors of it are kept; in the merged model {text}", NamingNote, stacklevel=4)
         self._target, self._stored = target, stored
         self._threads = torch.get_num_threads()
         shared = shared_names(names, models.heads)
@@ -149,7 +157,8 @@ class _Run:
                 name: merge.rule_of(name, names.shape(name).numel(), dtype) for name, dtype in self._dtypes.items()
             }
         shared += [name for name in self._kept if name not in names]
-        written = [(name, self._written_dtype(name), self._whose(name).shape(name)) for name in shared]
+        self._called = {name: self._written_name(name, models) for name in shared}
+        written = [(self._called[name], self._written_dtype(name), self._whose(name).shape(name)) for name in shared]
         self.shards = plan_shards(written, merge.shard_bytes)
 
     def merge(self, record: Record, left: list[Shard]) -> None:
@@ -178,7 +187,10 @@ class _Run:
     def finish(self, record: Record) -> None:
         """Adds what makes weights a model, and gives the folder its name."""
         folder, merge = record.folder, self._merge
-        (merge.companions or Companions(folder_of(merge.names_from))).copy(folder)
+        companions = merge.companions or Companions(folder_of(merge.names_from))
+        if self._host is not None:
+            companions = replace(companions, folder=folder_of(model_of(self._host)))
+        companions.copy(folder)
         if (folder / "config.json").exists():
             configuration = self._configuration(read_json(folder / "config.json"))
             (folder / "config.json").write_text(json.dumps(configuration, indent=2))
@@ -199,14 +211,14 @@ class _Run:
     def _configuration(self, configuration: dict) -> dict:
         """config.json with the type that is written, in nested configurations too; as it was where several are written."""
         asked = self._merge.out_dtype or self._merge.dtype
-        written = {self._written_dtype(name) for name in self._dtypes}
+        written = {self._written_dtype(name) for name in (*self._dtypes, *self._kept) if not self._is_kept_buffer(name)}
         if asked is not None:
             configuration = {"dtype": None, **configuration}
         return with_dtype(configuration, written.pop()) if len(written) == 1 else configuration
 
     def _in_order(self, shard: Shard) -> list[str]:
         """The shard's tensors in the order of the model, which decides between equal magnitudes of a whole vector."""
-        return [name for name in dict.fromkeys((*self._names.names, *self._kept)) if name in shard.begins]
+        return [name for name in dict.fromkeys((*self._names.names, *self._kept)) if self._called.get(name) in shard.begins]
 
     def _new_pieces(self, name: str) -> Callable[[], Iterator[Piece]]:
         return self._pieces.of(name, self._dtypes[name], self._names.shape(name).numel())
@@ -232,7 +244,7 @@ class _Run:
 
     def _merge_tensor(self, name: str, writer: ShardWriter) -> None:
         if name in self._buffers:
-            writer.write(name, 0, self._merged_buffer(name).reshape(-1))
+            writer.write(self._called[name], 0, self._merged_buffer(name).reshape(-1))
             return
         dtype, pieces = self._written_dtype(name), self._new_pieces(name)
         try:
@@ -241,7 +253,7 @@ class _Run:
             mask = self._names.read(name)
             if not all(torch.equal(expert.read(name), mask) for _, expert in self._experts):
                 raise
-            writer.write(name, 0, mask.reshape(-1).to(dtype))  # infinite in all models: a mask
+            writer.write(self._called[name], 0, mask.reshape(-1).to(dtype))  # infinite in all models: a mask
 
     def _write_merged(self, name: str, dtype: torch.dtype, pieces: Callable[[], Iterator[Piece]], writer: ShardWriter) -> None:
         with self._blaming([name]):
@@ -250,16 +262,15 @@ class _Run:
             else:
                 results = merge_pieces(self._rules[name], pieces)
             for piece, merged in results:
-                numbers = merged[: piece.size].to(dtype)
-                if not all(torch.isfinite(edge) for edge in torch.aminmax(numbers)):
-                    raise ValueError(f"the merged '{name}' overflows {dtype}; set dtype to float32 or bfloat16")
-                writer.write(name, piece.start, numbers)
+                writer.write(self._called[name], piece.start, _narrowed(name, merged[: piece.size], dtype))
 
     def _merged_buffer(self, name: str) -> Tensor:
         """Running statistics move towards the experts' as the weights do, and stay within the range of all models'; what is
         kept, and other buffers, are as they are."""
         buffer = self._whose(name).read(name)
-        if name in self._kept or not matches(name, STATISTICS):
+        if name in self._kept:
+            return buffer if self._is_kept_buffer(name) else _narrowed(name, buffer, self._written_dtype(name))
+        if not matches(name, STATISTICS):
             return buffer
         shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.numel(), buffer.dtype).shares]
         total = sum(shares)
@@ -277,8 +288,19 @@ class _Run:
         """The model that a tensor's shape, and what is not merged of it, is from."""
         return self._kept.get(name, self._names)
 
+    def _is_kept_buffer(self, name: str) -> bool:
+        return name in self._kept and self._kept[name].is_buffer(name)
+
     def _written_dtype(self, name: str) -> torch.dtype:
-        return self._whose(name).dtype(name) if name in self._buffers else self._written[name]
+        if name not in self._buffers:
+            return self._written[name]
+        asked = self._merge.out_dtype or self._merge.dtype if name in self._kept and not self._is_kept_buffer(name) else None
+        return asked or self._whose(name).dtype(name)
+
+    def _written_name(self, name: str, models: Aligned) -> str:
+        """The base's, or that of the expert whose configuration the merged model has."""
+        host = self._names if models.host is None else dict(models.experts)[models.host]
+        return host.stored_name(name) if name in host else name
 
     def _squares(self) -> list[float]:
         """Of the task vectors' norms."""
@@ -313,6 +335,14 @@ def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, list[tuple[str,
     names = CheckpointSource(checkpoint, "base")
     opened = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
     return names, [(task, stack.enter_context(expert)) for task, expert in opened]
+
+
+def _narrowed(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the type that is written; raises ValueError where numbers leave its range."""
+    numbers = numbers.to(dtype)
+    if numbers.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(numbers)):
+        raise ValueError(f"the merged '{name}' overflows {dtype}; set dtype to float32 or bfloat16")
+    return numbers
 
 
 def _promoted(dtypes: Iterable[torch.dtype]) -> torch.dtype:

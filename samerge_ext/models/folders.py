@@ -44,7 +44,8 @@ class FolderModel:
     def of(cls, base: Path, experts: Mapping[str, Path], heads: Sequence[str] = ()) -> FolderModel:
         """The model that a base and its experts, model folders or adapters, are merged to.
 
-        heads: patterns of the tasks' own tensors. Raises ValueError where the folders' architecture has no logits function here.
+        heads: patterns of the tasks' own tensors, and of those that are kept. Raises ValueError where the folders' architecture
+            has no logits function here.
         """
         folder, architecture, kind = find_architecture(base, experts)
         module = empty_model(folder, architecture)

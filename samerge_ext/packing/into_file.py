@@ -75,10 +75,11 @@ def pack_into_file(
     dtype: torch.dtype,
     task_vector_dtype: torch.dtype | str | None,
     heads: str | Sequence[str],
+    keep: str | Sequence[str],
 ) -> None:
     """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer."""
     form = task_vector_dtype or dtype
-    models = aligned(base, experts, heads, about["folder"])
+    models = aligned(base, experts, heads, keep, about["folder"])
     base, experts = models.base, models.experts
     check_form(form, experts)
     changed = check_sources(base, experts, models.heads, dtype, stored_dtype(dtype, form))
@@ -125,6 +126,7 @@ def described(
     dtype: torch.dtype,
     task_vector_dtype: torch.dtype | str | None,
     heads: str | Sequence[str],
+    keep: str | Sequence[str],
     device: torch.device | str,
     folder: Path | None,
 ) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def described(
 
     Every layer counts as changed. Values are read of heads, buffers and LoRA factors alone.
     """
-    models = aligned(base, experts, heads, folder)
+    models = aligned(base, experts, heads, keep, folder)
     base, experts = models.base, models.experts
     fields = outline(models, base.names, dtype, device)
     form = task_vector_dtype or dtype

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samerge_ext.checkpoints.advice import some
 from samerge_ext.checkpoints.alignment import Aligned, align
 from samerge_ext.checkpoints.naming import is_derived_buffer
 from samerge_ext.checkpoints.sources import Experts, Source, matches
@@ -26,12 +27,13 @@ def pack_into_memory(
     task_vector_dtype: torch.dtype | str | None,
     device: torch.device | str,
     heads: str | Sequence[str],
+    keep: str | Sequence[str] = (),
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """The fields of packed weights. Checks everything, then packs tensor by tensor: what is held beside them is one tensor of
     each model. folder: of the base, where it is from one."""
     task_vector_dtype = task_vector_dtype or dtype
-    models = aligned(base, experts, heads, folder)
+    models = aligned(base, experts, heads, keep, folder)
     base, experts = models.base, models.experts
     check_form(task_vector_dtype, experts)
     changed = check_sources(base, experts, models.heads, dtype, stored_dtype(dtype, task_vector_dtype))
@@ -72,10 +74,20 @@ def empty_task_vectors(
     return QuantisedTaskVectors.zeros(len(experts), layout.numel, form, device)
 
 
-def aligned(base: Source, experts: Experts, heads: str | Sequence[str], folder: str | Path | None) -> Aligned:
-    """The models under one set of names; raises ValueError where they do not agree."""
+def aligned(
+    base: Source, experts: Experts, heads: str | Sequence[str], keep: str | Sequence[str], folder: str | Path | None
+) -> Aligned:
+    """The models under one set of names; raises ValueError where they do not agree, and for kept tensors that the base lacks."""
     check_tasks(experts)
-    return align(base, experts, (heads,) if isinstance(heads, str) else heads, folder=folder)
+    heads, keep = ((patterns,) if isinstance(patterns, str) else patterns for patterns in (heads, keep))
+    models = align(base, experts, heads, keep, folder)
+    if models.host is not None:
+        lacking = [name for name in models.kept if name not in base]
+        raise ValueError(
+            f"keep: {base.label} lacks {some(lacking)} of expert '{models.host}', and packed weights are the base's tensors; "
+            "merge from file to file by a method that learns nothing (task_arithmetic, ties …), or put them into the base"
+        )
+    return models
 
 
 def outline(models: Aligned, changed: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class PackedWeights:
         task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
+        keep: str | Sequence[str] = (),
     ) -> PackedWeights:
         """Packs modules of one architecture.
 
@@ -96,12 +97,13 @@ class PackedWeights:
         tensor. Teachers are then the experts themselves, not their quantised task vectors: modules and state dicts are kept
         as they were given, and folders are read again when logits are computed from them.
         heads: shell-style patterns of the tensors that belong to a task ("classifier.*"): kept per task, not merged.
+        keep: of those of the base that not all experts have ("text_model.*"): they stay as they are.
 
         Raises ValueError, before anything is allocated, for tensors that are missing, extra, of another shape,
         NaN, Inf or not float, for two tasks of one name, and for an expert that equals the base.
         """
         sources = [(task, ModuleSource(module, f"expert '{task}'")) for task, module in _pairs(experts)]
-        return cls(**pack_into_memory(ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads))
+        return cls(**pack_into_memory(ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads, keep))
 
     @classmethod
     def from_state_dicts(
@@ -113,10 +115,11 @@ class PackedWeights:
         task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
+        keep: str | Sequence[str] = (),
     ) -> PackedWeights:
         """As `from_modules`; int64 and bool tensors and BatchNorm's running statistics count as buffers."""
         sources = [(task, StateDictSource(tensors, f"expert '{task}'")) for task, tensors in _pairs(experts)]
-        return cls(**pack_into_memory(StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads))
+        return cls(**pack_into_memory(StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads, keep))
 
     @classmethod
     def from_folders(
@@ -128,6 +131,7 @@ class PackedWeights:
         task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
+        keep: str | Sequence[str] = (),
         file: str | Path | None = None,
         conversion: Conversion | None = None,
     ) -> PackedWeights:
@@ -142,11 +146,11 @@ class PackedWeights:
             and checked.
         conversion: pack the tensors of its module; by default the folders' own.
         """
-        check_models(base, _pairs(experts), heads)
+        check_models(base, _pairs(experts), _both(heads, keep))
         if file is not None:
             if task_vector_dtype == LORA:
                 raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
-            settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads}
+            settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads, "keep": keep}
             identity = identity_of(
                 [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
             )
@@ -158,9 +162,9 @@ class PackedWeights:
             if file is not None:
                 experts_at = {task: str(path) for task, path in _pairs(experts)}
                 about = {"folder": str(base), "experts": experts_at, "identity": identity}
-                pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads)
+                pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads, keep)
                 return replace(cls.open(file, device=device, verify=False), conversion=conversion)
-            packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads, Path(base)))
+            packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads, keep, Path(base)))
         packed.folder, packed.conversion = Path(base), conversion
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
@@ -176,12 +180,13 @@ class PackedWeights:
         task_vector_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
+        keep: str | Sequence[str] = (),
         conversion: Conversion | None = None,
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
-        check_models(base, _pairs(experts), heads)
+        check_models(base, _pairs(experts), _both(heads, keep))
         with _sources(base, experts, conversion) as (base_source, sources):
-            return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, device, Path(base)))
+            return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, keep, device, Path(base)))
 
     @classmethod
     def open(cls, file: str | Path, *, device: torch.device | str = "cpu", verify: bool = True) -> PackedWeights:
@@ -357,6 +362,11 @@ class PackedWeights:
 
 def _pairs(experts: Mapping[str, Expert] | Sequence[tuple[str, Expert]]) -> list[tuple[str, Expert]]:
     return list(experts.items() if isinstance(experts, Mapping) else experts)
+
+
+def _both(heads: str | Sequence[str], keep: str | Sequence[str]) -> list[str]:
+    """Patterns of all that is not merged."""
+    return [pattern for patterns in (heads, keep) for pattern in ((patterns,) if isinstance(patterns, str) else patterns)]
 
 
 @contextmanager

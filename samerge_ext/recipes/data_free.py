@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import model_of
+from samerge_ext.checkpoints.sources import CheckpointSource
 from samerge_ext.checkpoints.task_names import names_of_folders, unused
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Combination, Rule
@@ -90,6 +91,7 @@ def file_merge(
     parameters: Mapping[str, Any],
     *,
     heads: Sequence[str] = (),
+    keep: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     companions: Companions | None = None,
@@ -118,7 +120,7 @@ def file_merge(
     @functools.cache
     def depth_of() -> dict[str, float]:
         with open_checkpoint(names_from) as checkpoint:
-            return depths(checkpoint.names)
+            return depths(CheckpointSource(checkpoint, "base").names)
 
     def rule_of(name: str, numel: int, merged: torch.dtype) -> Rule:
         names = list(depth_of()) if whole else [name]
@@ -152,6 +154,7 @@ def file_merge(
         names_from=names_from,
         base=None if is_linear else base_model,
         heads=tuple(heads),
+        keep=tuple(keep),
         whole=whole,
         factors_of=shortening if _boolean(shared.get("align_norms", False)) else None,
         dtype=dtype,

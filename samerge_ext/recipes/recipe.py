@@ -48,6 +48,8 @@ class Recipe(Strict):
         int4 and int4-residual quantise them; lora keeps the factors, where all models are LoRA adapters.
     tasks: names of the models without the base, in their order; the folders' names by default.
     heads: patterns of tensors that belong to a task and are kept per task.
+    keep: patterns of tensors that not all models have, and that stay as they are: the base's, or else the first model's that has
+        them, whose config.json and tokenizer then go along. Learned methods keep the base's alone.
     tokenizer: whose goes along, base, union or a model, where all models' vocabularies agree with it; `tokenizer_source` too.
     chat_template: auto (most models'), base, a model, a file, chatml, or the template itself.
     calibration: for learned methods.
@@ -62,6 +64,7 @@ class Recipe(Strict):
     task_vector_dtype: TASK_VECTOR_DTYPES | None = None
     tasks: list[str] | None = None
     heads: list[str] = Field(default_factory=list)
+    keep: list[str] = Field(default_factory=list)
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
     calibration: CalibrationEntry | None = None

@@ -97,6 +97,7 @@ def _file_merge(recipe: Recipe) -> FileMerge:
         recipe.base_model,
         recipe.parameters,
         heads=recipe.heads,
+        keep=recipe.keep,
         dtype=DTYPES[recipe.dtype],
         out_dtype=DTYPES[recipe.out_dtype],
         companions=companions_of(recipe),
@@ -115,14 +116,15 @@ def _plans_a_file(recipe: Recipe) -> bool:
 def _packing(recipe: Recipe) -> dict[str, Any]:
     """How a learned merge packs its weights."""
     form = DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype)
-    return {"dtype": DTYPES[recipe.dtype] or torch.float32, "task_vector_dtype": form, "heads": recipe.heads}
+    dtype = DTYPES[recipe.dtype] or torch.float32
+    return {"dtype": dtype, "task_vector_dtype": form, "heads": recipe.heads, "keep": recipe.keep}
 
 
 def _model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]:
     """The model without memory for its weights, and the batches of every task."""
     base, options = recipe.learned_from()
     experts = {task: entry.model for task, entry in recipe.named_experts}
-    model = FolderModel.of(base, experts, recipe.heads)
+    model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep])
     return model, model.batches(
         options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
     )

@@ -58,7 +58,7 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
                 f"tokenizer: the vocabularies of {chosen} and {folder} differ: {found_other.text}. Embeddings are merged row by "
                 "row, not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
             )
-    return None if os.path.realpath(chosen) == os.path.realpath(base) else chosen
+    return chosen
 
 
 def _template(wanted: str, base: Path, folders: Sequence[Path]) -> str | None:
