@@ -33,15 +33,23 @@ def vocabulary(folder: str | Path) -> Vocabulary | bytes | None:
 
 
 def disagreement(ours: Vocabulary | bytes | None, theirs: Vocabulary | bytes | None) -> str | None:
-    """What keeps one vocabulary from being the other's first part, in words; None where nothing does, or one is not there."""
+    """A token with two numbers or a number with two tokens, in words; None where there is none, or one vocabulary is not there."""
     if ours is None or theirs is None or ours == theirs:
         return None
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return "their files differ" if type(ours) is type(theirs) else "they are stored in different forms"
-    for token, number in ours.items():
-        if theirs.get(token) != number:
-            return f"token {token!r} is {number} in the one and {theirs.get(token, 'missing')} in the other"
+    tokens = {number: token for token, number in ours.items()}
+    for token, number in theirs.items():
+        if ours.get(token, number) != number:
+            return f"token {token!r} is {ours[token]} in the one and {number} in the other"
+        if tokens.get(number, token) != token:
+            return f"number {number} is {tokens[number]!r} in the one and {token!r} in the other"
     return None
+
+
+def lacking(ours: Vocabulary | bytes | None, theirs: Vocabulary | bytes | None) -> list[str]:
+    """The tokens of ``ours`` that ``theirs`` does not have; none where they are not known."""
+    return [token for token in ours if token not in theirs] if isinstance(ours, dict) and isinstance(theirs, dict) else []
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from samerge_ext.checkpoints.companions import Companions, chat_template
 from samerge_ext.checkpoints.files import folder_of
-from samerge_ext.checkpoints.vocabularies import disagreement, vocabulary
+from samerge_ext.checkpoints.vocabularies import disagreement, lacking, vocabulary
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import Recipe
 
@@ -43,7 +43,7 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
     """The folder whose tokenizer is taken; None for the base's."""
     found = {folder: vocabulary(folder) for folder in folders}
     if source in ("base", "union"):
-        chosen = next((folder for folder in folders if found[folder] is not None), base) if source == "union" else base
+        chosen = max(folders, key=lambda folder: len(found[folder] or ())) if source == "union" else base
     else:
         chosen = folder_of(parse_model(source)[0])
         if not chosen.is_dir():
@@ -52,11 +52,19 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
     if ours is None:
         warnings.warn(f"tokenizer: {chosen} has none, so that none goes along", stacklevel=3)
     for folder, theirs in found.items():
-        difference = disagreement(ours, theirs) or (disagreement(theirs, ours) if source == "union" else None)
+        difference = disagreement(ours, theirs)
+        if source == "union" and not difference and (others := lacking(theirs, ours)):
+            difference = f"token {others[0]!r} is only in the other"
         if difference:
             raise ValueError(
                 f"tokenizer: the vocabularies of {chosen} and {folder} differ: {difference}. Embeddings are merged row by row, "
                 "not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
+            )
+        if unknown := lacking(ours, theirs):
+            warnings.warn(
+                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({unknown[0]!r} …); whatever is in their rows of its "
+                "embeddings is merged",
+                stacklevel=3,
             )
     return None if os.path.realpath(chosen) == os.path.realpath(base) else chosen
 
