@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from samerge_ext.checkpoints.sources import Source
 
-# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8.
+# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP, MXFP4.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state.*|nested_absmax|nested_quant_map)"
-    r"|weight_scale(_inv)?|weight_packed|weight_zero_point|weight_shape|input_scale|q_scale|q_perm|q_invperm|q_group\w*)$"
+    r"|weight_scale(_inv)?|weight_packed|weight_zero_point|weight_shape|input_scale|q_scale|q_perm|q_invperm|q_group\w*|W_q|Qidxs|codebooks)$"
+    r"|(proj|weight)_(blocks|scales)$"
 )
+SCALES = re.compile(r"\.(scales|biases|zeros|zero_point)$")  # of codes that are called as weights are: MLX
 HEADS = re.compile(r"(^|_)(heads?|classifiers?|classification|score|cls|predictions?|logits?|fc|proj|out|output|pooler)\d*$")
 EMBEDDINGS = re.compile(r"embed|(^|\.)(wte|wpe|shared|cls_token|word_embeddings)(\.|$)")
 NORMS = re.compile(r"norm|(^|\.)ln_?\w*(\.|$)", re.IGNORECASE)
@@ -35,12 +37,18 @@ def is_backbone(name: str) -> bool:
     return bool(STACK.search(name) or EMBEDDINGS.search(name) or NORMS.search(name))
 
 
-def heads_advice(names: Sequence[str]) -> str:
-    """How to keep tensors per task, for those that a task can have of its own; empty where one of them is the backbone's."""
+def heads_advice(names: Sequence[str], others: Iterable[str] = ()) -> str:
+    """How to keep tensors per task, for those that a task can have of its own; empty where one of them is the backbone's.
+
+    others: the models' further tensors, which no pattern takes along.
+    """
     if not names or any(is_backbone(name) for name in names):
         return ""
-    patterns = list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in names))
-    return f"If these belong to the task, keep them per task with heads={patterns[:4]}."
+    shared = set(others) - set(names)
+    modules = {name: f"{name.rpartition('.')[0]}." for name in names if "." in name}
+    whole = {module for module in modules.values() if not any(other.startswith(module) for other in shared)}
+    patterns = [f"{modules[name]}*" if modules.get(name) in whole else name for name in names]
+    return f"If these belong to the task, keep them per task with heads={list(dict.fromkeys(patterns))[:4]}."
 
 
 def of_names(base: Source, expert: Source, missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -52,7 +60,7 @@ def of_names(base: Source, expert: Source, missing: Sequence[str], extra: Sequen
 
 def _what_to_do(base: Source, expert: Source, missing: Sequence[str], extra: Sequence[str]) -> str:
     for source, names in ((base, missing), (expert, extra)):
-        if any(QUANTISED.search(name) for name in names):
+        if any(QUANTISED.search(name) or SCALES.search(name) for name in names):
             return f"{source.label} is quantised: dequantise it first, and merge the dequantised model."
     if not missing and extra and all(TIED.search(name) for name in extra) and (tied := _embedding(base, expert, extra[0])):
         return (
@@ -70,7 +78,7 @@ def _what_to_do(base: Source, expert: Source, missing: Sequence[str], extra: Seq
                 f"{fused.label} stores all experts of a mixture as one tensor, the other model one by one: load it with "
                 "transformers' from_pretrained, save it with save_pretrained, which stores them one by one, and merge that."
             )
-    if advice := heads_advice([*missing, *extra]):
+    if advice := heads_advice([*missing, *extra], (*base.names, *expert.names)):
         return advice
     only = sorted({name.split(".")[0] for name in extra} - {name.split(".")[0] for name in base.names})
     if extra and not missing and only and all(name.split(".")[0] in only for name in extra):

@@ -39,6 +39,7 @@ TOKENIZER = (
     "sentencepiece*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "chat_template*", "*.jinja",
 )  # fmt: skip
 TEMPLATE = "chat_template.jinja"
+QUANTISATION = ("quantization_config", "compression_config", "quantization")  # keys of config.json
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def with_dtype(configuration: dict, dtype: torch.dtype) -> dict:
     """A configuration that says that the weights are of ``dtype``, its nested ones (text_config …) too, where they say a type."""
     changed = {
         key: with_dtype(value, dtype)
-        if isinstance(value, dict) and key.endswith("_config") and key != "quantization_config"
+        if isinstance(value, dict) and key.endswith("_config") and key not in QUANTISATION
         else value
         for key, value in configuration.items()
     }
@@ -140,6 +141,18 @@ def with_dtype(configuration: dict, dtype: torch.dtype) -> dict:
     for key in keys[:1]:
         changed[key] = str(dtype).removeprefix("torch.")
     return changed
+
+
+def without_quantisation(configuration: dict) -> dict:
+    """A configuration without what it says of quantised weights, since merged ones are not: trainers leave it there when they
+    put an adapter into a dequantised model, and transformers would quantise the weights or look for codes."""
+    if found := [key for key in QUANTISATION if configuration.get(key)]:
+        warnings.warn(f"config.json: {', '.join(found)} is left out, since the merged weights are not quantised", stacklevel=3)
+    return {
+        key: without_quantisation(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in configuration.items()
+        if key not in QUANTISATION
+    }
 
 
 def _of_subfolder(folder: Path, subfolder: Path, *, is_module: bool) -> list[str]:

@@ -109,7 +109,7 @@ def _read(label: str, path: Path) -> _Model:
 def _without_config(models: list[_Model]) -> Found:
     """A base whose configuration, which the merged model has, is missing, where an expert's is there to be copied."""
     other = next((model.folder for model in models[1:] if "model_type" in model.settings), None)
-    if other is not None and not (models[0].folder / "config.json").is_file():
+    if other is not None and models[0].folder.is_dir() and not (models[0].folder / "config.json").is_file():
         yield False, (
             f"{models[0].label} has no config.json, so the merged model has none and is not loaded by transformers: copy "
             f"{other / 'config.json'} to it, where it fits"

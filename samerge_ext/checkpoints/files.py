@@ -295,8 +295,11 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 def _refuse_pointer(path: Path) -> None:
     with open(path, "rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
+        head = file.read(24)
+    if head == b"version https://git-lfs.":
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not the weights; download it again, logged in where that is needed")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

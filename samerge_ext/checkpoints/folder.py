@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from samerge_ext.checkpoints.files import (
     check_relative,
     folder_of,
 )
+from samerge_ext.checkpoints.naming import unwrapped
 
 READERS: dict[str, type[SafetensorsFile | TorchFile]] = {
     ".safetensors": SafetensorsFile,
     ".bin": TorchFile,
     ".pt": TorchFile,
     ".pth": TorchFile,
+    ".ckpt": TorchFile,
 }
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")
+OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".index")
 
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -33,7 +38,8 @@ class Checkpoint:
     """The stored tensors of one model; a context manager. Made by `open_checkpoint`.
 
     path: the folder or file that was opened.
-    names: every stored tensor once: shards by file name, within a shard in the order of the file.
+    names: every stored tensor once: shards by file name, within a shard in the order of the file; without what wrappers of a
+        module put into them (`naming.unwrapped`).
     tied: other name of a tensor -> the name in `names`. Known for .bin files; safetensors stores a tied tensor under
         one name and does not say which others it has.
 
@@ -44,29 +50,34 @@ class Checkpoint:
         self.path = path
         self.tied: dict[str, str] = {}
         self._files = files
-        self._file_of: dict[str, SafetensorsFile | TorchFile] = {}
+        self._places: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
+        plain = unwrapped(name for file in files for name in (*file.names, *file.tied))
         for file in files:
             for name in (*file.names, *file.tied):
-                other = self._file_of.setdefault(name, file)
+                other, _ = self._places.setdefault(plain[name], (file, name))
                 if other is not file:
                     raise CheckpointError(f"'{name}' is in both {other.path} and {file.path}; save the model again")
-            self.tied.update(file.tied)
-        self.names = tuple(name for file in files for name in file.names)
+            self.tied.update({plain[alias]: plain[name] for alias, name in file.tied.items()})
+        self.names = tuple(plain[name] for file in files for name in file.names)
 
     def shape(self, name: str) -> torch.Size:
-        return self._find(name).shape(name)
+        file, stored = self._find(name)
+        return file.shape(stored)
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored type, float or not."""
-        return self._find(name).dtype(name)
+        file, stored = self._find(name)
+        return file.dtype(stored)
 
     def read(self, name: str) -> Tensor:
         """The tensor in new, contiguous CPU memory, in its stored type and shape."""
-        return self._find(name).read(name)
+        file, stored = self._find(name)
+        return file.read(stored)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its stored type, contiguous and on the CPU."""
-        self._find(name).read_into(name, start, out)
+        file, stored = self._find(name)
+        file.read_into(stored, start, out)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -83,14 +94,15 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _find(self, name: str) -> SafetensorsFile | TorchFile:
-        if name not in self._file_of:
+    def _find(self, name: str) -> tuple[SafetensorsFile | TorchFile, str]:
+        """Which file has a tensor, and under which name."""
+        if name not in self._places:
             raise CheckpointError(f"{self.path} has no tensor '{name}'; see its .names")
-        return self._file_of[name]
+        return self._places[name]
 
 
 def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
-    """Opens a model folder, an index or a single weight file (.safetensors, .bin, .pt, .pth) and checks its headers.
+    """Opens a model folder, an index or a single weight file (.safetensors, .bin, .pt, .pth, .ckpt) and checks its headers.
 
     A folder holds one of `WEIGHTS`. All tensors of its shards count, also those that the index does not list. Memory
     beyond the tensors that were read: the headers, and for each .bin 64 MiB or its largest tensor (the whole file for
@@ -141,9 +153,12 @@ def _find_weights(path: Path, beside_adapter: bool) -> Path:
     if path.is_file():
         if path.name.startswith("adapter_model."):
             raise _adapter(path)
+        if (shard := SHARD.search(path.name)) and int(shard[1]) > 1:
+            raise CheckpointError(f"{path} is one of {int(shard[1])} shards; pass its folder, or the index beside it")
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path} is neither a folder nor a file; download the model first and pass its folder")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise CheckpointError(f"{path} is neither a folder nor a file{where}; download the model first and pass its folder")
     if (path / "adapter_config.json").exists():
         if not holds_model(path):
             raise _adapter(path)
@@ -155,11 +170,28 @@ def _find_weights(path: Path, beside_adapter: bool) -> Path:
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    others = sorted(file.name for file in path.iterdir() if file.suffix in READERS)
     if adapters := sorted(file.parent.name for file in path.glob("*/adapter_config.json")):  # where PEFT saves those with a name
         raise CheckpointError(f"{path} holds PEFT adapters in folders of their own; pass one of them: {', '.join(adapters)}")
-    advice = f"pass one of its files by name: {', '.join(others)}" if others else "download the model's weights"
-    raise CheckpointError(f"{path} holds none of {', '.join(WEIGHTS)}; {advice}")
+    raise CheckpointError(f"{path} holds none of {', '.join(WEIGHTS)}; {_instead(path)}")
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder that does not hold a model's weights: by what it holds."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in READERS)
+    if shards := [name for name in names if SHARD.search(name)]:
+        index = SHARD.sub(r".\2.index.json", shards[0])
+        return f"it has shards ({shards[0]} …) without their index: download {index}"
+    if names:
+        return f"pass one of its files by name: {', '.join(names)}"
+    if models := sorted(place.name for place in folder.iterdir() if place.is_dir() and holds_model(place)):
+        return f"pass one of the models in it: {', '.join(models)}"
+    if list(folder.glob("global_step*")):
+        return "it is a checkpoint of DeepSpeed: make a model of it with its zero_to_fp32.py"
+    if list(folder.glob("**/*.distcp")):
+        return "it is a sharded checkpoint of FSDP: make a model of it with `accelerate merge-weights`"
+    if others := sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS):
+        return f"{others[0]} is of another format: download the model's weights as safetensors, or save them so with transformers"
+    return "download the model's weights"
 
 
 def _adapter(path: Path) -> CheckpointError:

@@ -21,7 +21,8 @@ DERIVED_BUFFERS = re.compile(
     r"|rotary_emb\.(cos|sin)_cached|relative_position_index|embed_positions\.weights?_buffer)$"
 )
 CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|crossattention)\.(bias|mask)$")
-COMPILED = re.compile(r"(^|\.)_orig_mod\.")
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
+WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 MOST_INSERTED = 3  # components of a name that a prefix has at most
 
 
@@ -30,6 +31,16 @@ def is_derived_buffer(name: str, shape: torch.Size) -> bool:
     if CAUSAL_MASK.search(name):
         return len(shape) in (2, 4) and shape[-1] == shape[-2]
     return DERIVED_BUFFERS.search(name) is not None
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Stored name of each tensor of a model -> its name without wrappers: those of torch.compile, FSDP and activation
+    checkpointing wherever they are, `module.` of DistributedDataParallel where all names begin with it."""
+    plain = {name: WRAPPERS.sub(r"\1", name) for name in names}
+    while plain and all(name.startswith("module.") for name in plain.values()):
+        plain = {stored: name.removeprefix("module.") for stored, name in plain.items()}
+    count = Counter(plain.values())
+    return {stored: name if count[name] == 1 else stored for stored, name in plain.items()}
 
 
 def correspondence(ours: Shapes, theirs: Shapes, rename: Callable[[str], str] | None = None) -> dict[str, str]:
@@ -57,7 +68,7 @@ def prefix_between(name: str, other: str) -> str:
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """Names without what wrappers put before all of them -> names; as they are where two would become one."""
     names = list(names)
-    bare = [COMPILED.sub(r"\1", name) for name in names]
+    bare = [WRAPPERS.sub(r"\1", name) for name in names]
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
     return dict(zip(bare if len(set(bare)) == len(names) else names, names, strict=True))
@@ -65,7 +76,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 def _plain(name: str) -> str:
     """A name without wrappers, gamma and beta."""
-    name = re.sub(r"^(module\.)+", "", COMPILED.sub(r"\1", name))
+    name = re.sub(r"^(module\.)+", "", WRAPPERS.sub(r"\1", name))
     return re.sub(
         r"(norm|ln)(_?\w*\.)(gamma|beta)$",
         lambda m: f"{m[1]}{m[2]}{'weight' if m[3] == 'gamma' else 'bias'}",

@@ -46,6 +46,11 @@ class Vocabulary:
                 self._read[name].update(_numbered(read_json(self.folder / "added_tokens.json")))
         return self._read[name]
 
+    def known(self) -> set[str]:
+        """The tokens that the first of the files has; none where they are not known."""
+        first = next(iter(self.files()), "")
+        return set() if not first or any(fnmatchcase(first, pattern) for pattern in OPAQUE) else set(self.tokens(first).values())
+
     def same_bytes(self, other: Vocabulary, name: str, others_name: str) -> bool:
         pairs = [(self.folder / name, other.folder / others_name)]
         if name != FAST:

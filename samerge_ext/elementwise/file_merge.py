@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samerge_ext.checkpoints.alignment import Aligned, NamingNote, align
-from samerge_ext.checkpoints.companions import Companions, with_dtype
+from samerge_ext.checkpoints.companions import Companions, with_dtype, without_quantisation
 from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.files import CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import open_checkpoint, read_json
@@ -192,7 +192,7 @@ class _Run:
             companions = replace(companions, folder=folder_of(model_of(self._host)))
         companions.copy(folder)
         if (folder / "config.json").exists():
-            configuration = self._configuration(read_json(folder / "config.json"))
+            configuration = self._configuration(without_quantisation(read_json(folder / "config.json")))
             (folder / "config.json").write_text(json.dumps(configuration, indent=2))
         if len(self.shards) > 1:
             (folder / "model.safetensors.index.json").write_text(index_of(self.shards))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints.companions import Companions, with_dtype
+from samerge_ext.checkpoints.companions import Companions, with_dtype, without_quantisation
 from samerge_ext.checkpoints.files import folder_of
 from samerge_ext.checkpoints.folder import read_config
 from samerge_ext.checkpoints.saving import require_apart, save_checkpoint
@@ -130,6 +130,7 @@ class Result:
             companions = companions.folder
         if companions is not None:
             found = read_config(companions) if (folder_of(companions) / "config.json").exists() else None
+            found = without_quantisation(found) if found else None
             if found and type(self.module).__module__.startswith("transformers."):
                 found["architectures"] = [type(self.module).__name__]
             return found

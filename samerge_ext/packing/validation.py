@@ -66,7 +66,7 @@ def _check_shapes(base: Source, expert: Source, shared: list[str]) -> None:
             f"{expert.label}: '{name}' is {list(expert.shape(name))}, in {base.label} it is {list(base.shape(name))}"
             f"{f' ({len(differ) - 1} more tensors differ too)' if len(differ) > 1 else ''}"
         )
-        advice = vocabulary_advice(name, base.shape(name), expert.shape(name)) or heads_advice(differ)
+        advice = vocabulary_advice(name, base.shape(name), expert.shape(name)) or heads_advice(differ, shared)
         raise ValueError(f"{text}. {advice}".rstrip())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -196,9 +197,12 @@ def _number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError(f"{value} is not a number")
     try:
-        return float(value)  # YAML reads 1e-1 as a text
+        number = float(value)  # YAML reads 1e-1 as a text
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number")
+    return number
 
 
 def _density(value: Any) -> float:

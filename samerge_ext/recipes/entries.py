@@ -27,7 +27,8 @@ class Strict(BaseModel):
 
 
 class ModelEntry(Strict):
-    """A model: its folder or weight file, an adapter on it ("model+adapter"), and under `parameters` its weight and density.
+    """A model: its folder or weight file, an adapter on it ("model+adapter"), and under `parameters` its weight and density. A text
+    alone is a model without parameters.
 
     layer_range: [0, number of layers] and nothing else; where mergekit's slices are given.
     """
@@ -40,6 +41,8 @@ class ModelEntry(Strict):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, content: Any) -> Any:
+        if isinstance(content, str | Path):
+            content = {"model": content}
         if isinstance(content, dict) and content.get("model") is not None:
             model, adapter = parse_model(content["model"])
             content = {**content, "model": model}

@@ -113,6 +113,8 @@ class Recipe(Strict):
         if self.base_model is None and self.merge_method != "linear":
             raise ValueError(f"{self.merge_method} needs 'base_model'")
         self._take_adapters_of_the_base()
+        if not self.experts:
+            raise ValueError(f"'models' lists no model{' beside the base' if self.models else ''}; give those to merge")
         if self.tasks is None:
             self.tasks = names_of_folders(entry.place for entry in self.experts)
         if len(self.tasks) != len(self.experts):

@@ -43,7 +43,7 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
     """The folder whose tokenizer is taken; None for the base's."""
     found = {folder: Vocabulary(folder) for folder in folders}
     if source in ("base", "union"):
-        chosen = next((folder for folder in folders if found[folder].files()), base) if source == "union" else base
+        chosen = max(folders, key=lambda folder: len(found[folder].known())) if source == "union" else base
     else:
         chosen = folder_of(parse_model(source)[0])
         if not chosen.is_dir():
@@ -53,7 +53,7 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
         warnings.warn(f"tokenizer: {chosen} has none, so that none goes along", stacklevel=3)
     for folder, theirs in found.items():
         found_other = difference(ours, theirs)
-        if found_other and (found_other.total or source == "union"):
+        if found_other and (found_other.total or (source == "union" and not ours.known() >= theirs.known())):
             raise ValueError(
                 f"tokenizer: the vocabularies of {chosen} and {folder} differ: {found_other.text}. Embeddings are merged row by "
                 "row, not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"

@@ -287,7 +287,7 @@ def test_the_tokenizer_that_is_asked_for_goes_along(root, source):
 
 @pytest.mark.parametrize(
     ("words", "fits"),
-    [(["x", "y"], ["base", "union"]), (["x", "y", "z"], ["base"]), (["x"], ["base"]), (["y", "x"], [])],
+    [(["x", "y"], ["base", "union"]), (["x", "y", "z"], ["base", "union"]), (["x"], ["base", "union"]), (["y", "x"], [])],
 )
 @pytest.mark.parametrize("form", ["tokenizer.json", "vocab.txt", "vocab.json"])
 def test_vocabularies_have_to_agree(root, words, fits, form):
