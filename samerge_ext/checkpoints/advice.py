@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from samerge_ext.checkpoints.sources import Source
 
-# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP, MXFP4.
+# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state.*|nested_absmax|nested_quant_map)"
     r"|weight_scale(_inv)?|weight_packed|weight_zero_point|weight_shape|input_scale|q_scale|q_perm|q_invperm|q_group\w*|W_q|Qidxs|codebooks)$"

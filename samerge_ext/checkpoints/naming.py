@@ -65,15 +65,6 @@ def prefix_between(name: str, other: str) -> str:
     return next((f"{'.'.join(parts)}." for rest, (_, parts) in _shortened(long) if rest == short), "")
 
 
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Names without what wrappers put before all of them -> names; as they are where two would become one."""
-    names = list(names)
-    bare = [WRAPPERS.sub(r"\1", name) for name in names]
-    while bare and all(name.startswith("module.") for name in bare):
-        bare = [name.removeprefix("module.") for name in bare]
-    return dict(zip(bare if len(set(bare)) == len(names) else names, names, strict=True))
-
-
 def _plain(name: str) -> str:
     """A name without wrappers, gamma and beta."""
     name = re.sub(r"^(module\.)+", "", WRAPPERS.sub(r"\1", name))

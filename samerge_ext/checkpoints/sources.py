@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.folder import Checkpoint
-from samerge_ext.checkpoints.naming import is_derived_buffer, unwrapped
+from samerge_ext.checkpoints.naming import is_derived_buffer
 
 # Running statistics of normalisation layers, as state dicts and checkpoints name them.
 STATISTICS = ("*running_mean", "*running_var")
@@ -133,32 +133,26 @@ class StateDictSource(_Held):
 
 
 class CheckpointSource(Source):
-    """A model folder, opened as a `folder.Checkpoint`; names are without what wrappers put before all of them, with which no
-    library loads them."""
+    """A model folder, opened as a `folder.Checkpoint`."""
 
     def __init__(self, checkpoint: Checkpoint, label: str):
         self.label = f"{label} ({checkpoint.path})"
-        self._places = unwrapped((*checkpoint.names, *checkpoint.tied))
-        bare = {stored: name for name, stored in self._places.items()}
-        self.names = tuple(bare[name] for name in checkpoint.names)
-        self.aliases = {bare[alias]: bare[name] for alias, name in checkpoint.tied.items()}
-        self._stored = frozenset(self.names)
+        self.names = checkpoint.names
+        self.aliases = dict(checkpoint.tied)
+        self._stored = frozenset(checkpoint.names)
         self.files, self._checkpoint = checkpoint.files, checkpoint
 
     def _shape(self, name: str) -> torch.Size:
-        return self._checkpoint.shape(self._place(name))
+        return self._checkpoint.shape(name)
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._checkpoint.dtype(self._place(name))
+        return self._checkpoint.dtype(name)
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(self._place(name))
+        return self._checkpoint.read(name)
 
     def _read_into(self, name: str, start: int, out: Tensor) -> None:
-        self._checkpoint.read_into(self._place(name), start, out)
-
-    def _place(self, name: str) -> str:
-        return self._places.get(name, name)
+        self._checkpoint.read_into(name, start, out)
 
 
 # Tasks and the models that were fine-tuned for them.

@@ -121,9 +121,9 @@ def test_an_architectures_own_names():
 
 
 def test_what_wrappers_put_before_all_names():
-    assert unwrapped(["module.a", "module.b.module.c"]) == {"a": "module.a", "b.module.c": "module.b.module.c"}
-    assert unwrapped(["_orig_mod.a", "b._orig_mod.c"]) == {"a": "_orig_mod.a", "b.c": "b._orig_mod.c"}
-    assert unwrapped(["module._orig_mod.module.a"]) == {"a": "module._orig_mod.module.a"}
+    assert unwrapped(["module.a", "module.b.module.c"]) == {"module.a": "a", "module.b.module.c": "b.module.c"}
+    assert unwrapped(["_orig_mod.a", "b._orig_mod.c"]) == {"_orig_mod.a": "a", "b._orig_mod.c": "b.c"}
+    assert unwrapped(["module._orig_mod.module.a"]) == {"module._orig_mod.module.a": "a"}
     for names in (["module.a", "b"], ["a", "_orig_mod.a"], []):
         assert unwrapped(names) == {name: name for name in names}
 

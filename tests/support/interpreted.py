@@ -1,7 +1,7 @@
 """Triton's interpreter without what it repeats, which took half of an interpreted run.
 
-Before every call of a kernel, and of a function within one, it replaces what triton.language has for a GPU, and afterwards puts it
-back. Here it stays replaced.
+Before every call of a kernel, and of a function within one, it replaces what triton.language has for a GPU, and afterwards puts
+it back. Here it stays replaced.
 """
 
 import functools
