@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -26,10 +27,12 @@ from samerge_ext.demo.experts import (
     build_heads,
     encode,
     expert_folder,
+    expert_path,
     load_folder,
     text_batches,
 )
 from samerge_ext.demo.report import Cell
+from samerge_ext.learning.config import LearningConfig
 from samerge_ext.memory import PeakMemory
 
 # Of learned rows, unless a row says otherwise.
@@ -63,6 +66,14 @@ class Workbench:
         self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
         self._quantised: dict[str, sm.PackedWeights] = {}
 
+    def at_seed(self, seed: int) -> Workbench:
+        """The same at another seed, which has its own experts and shares the texts, the heads and the base."""
+        other = copy(self)
+        other.seed, other._quantised = seed, {}
+        for name in ("experts", "packed"):
+            vars(other).pop(name, None)
+        return other
+
     @property
     def full(self) -> bool:
         return self.protocol.name == "full"
@@ -81,7 +92,11 @@ class Workbench:
 
     def expert(self, task: str) -> Path:
         """The folder of a task's expert, fine-tuned now if the cache does not have it."""
-        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache)
+        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache, self.progress)
+
+    def expert_path(self, task: str) -> Path:
+        """Where that folder is, or will be."""
+        return expert_path(self.tasks[task], self.protocol, self.seed, self.cache)
 
     @cached_property
     def experts(self) -> dict[str, Path]:
@@ -102,16 +117,20 @@ class Workbench:
 
     @cached_property
     def test(self) -> Evaluator:
-        return Evaluator(self.tasks, self.heads, self.protocol, "test")
+        return Evaluator(self.tasks, self.heads, self.protocol, "test", progress=self.progress)
 
     @cached_property
     def tuning(self) -> Evaluator:
         """Labelled texts of the training part, for choices that need labels."""
-        return Evaluator(self.tasks, self.heads, self.protocol, "tuning")
+        return Evaluator(self.tasks, self.heads, self.protocol, "tuning", progress=self.progress)
+
+    @cached_property
+    def _module(self) -> nn.Module:
+        return load_folder(self.base)
 
     def module(self) -> nn.Module:
-        """A module of the encoder's architecture."""
-        return load_folder(self.base)
+        """A module of the encoder's architecture: the caller's own, copied from one that is loaded once."""
+        return deepcopy(self._module)
 
     def calibration(self, texts: int, batch: int) -> dict[str, list[Batch]]:
         """Unlabelled batches per task, of texts drawn from the training split."""
@@ -137,33 +156,33 @@ def task_arithmetic(bench: Workbench, settings: dict) -> sm.Result:
     return max(results, key=lambda result: mean(accuracies_of(result, bench.tuning)))
 
 
-def samerging(bench: Workbench, settings: dict) -> sm.Result:
-    return _learned(sm.samerging, sm.SAMergingConfig, bench, settings)
+# kind → its method and its configuration
+LEARNED: dict[str, tuple[Callable[..., sm.Result], type[LearningConfig]]] = {
+    "samerging": (sm.samerging, sm.SAMergingConfig),
+    "adamerging": (sm.adamerging, sm.AdaMergingConfig),
+    "statsmerging": (sm.statsmerging, sm.StatsMergingConfig),
+}
 
 
-def adamerging(bench: Workbench, settings: dict) -> sm.Result:
-    return _learned(sm.adamerging, sm.AdaMergingConfig, bench, settings)
+def learned(kind: str, bench: Workbench, settings: dict) -> sm.Result:
+    config, texts, batch = learned_settings(kind, bench, settings)
+    calibration = bench.calibration(texts, batch)
+    return LEARNED[kind][0](bench.module(), bench.packed_for(settings), calibration, bench.logits, config=config)
 
 
-def statsmerging(bench: Workbench, settings: dict) -> sm.Result:
-    return _learned(sm.statsmerging, sm.StatsMergingConfig, bench, settings)
-
-
-def _learned(method: Callable, config: type, bench: Workbench, settings: dict) -> sm.Result:
+def learned_settings(kind: str, bench: Workbench, settings: dict) -> tuple[LearningConfig, int, int]:
+    """A learned row's configuration, calibration texts per task and texts per task and step."""
     settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
-    calibration = bench.calibration(settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name]))
-    packed = bench.packed_for(settings)
+    texts, batch = settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name])
     settings.pop("task_vector_dtype", None)
-    return method(bench.module(), packed, calibration, bench.logits, config=config(**settings))
+    return LEARNED[kind][1](**settings), texts, batch
 
 
 # How each kind of row makes its merged model; a new method is one more entry.
 KINDS: dict[str, Callable[[Workbench, dict], sm.Result]] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
-    "samerging": samerging,
-    "adamerging": adamerging,
-    "statsmerging": statsmerging,
+    **{kind: partial(learned, kind) for kind in LEARNED},
 }
 
 

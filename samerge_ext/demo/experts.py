@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
+from tqdm import tqdm
 
 from samerge_ext.demo.corpora import PINS, package_file
 from samerge_ext.demo.data import ALL_TASKS, SMALL_TASKS, Split, Task
@@ -154,7 +155,7 @@ def build_heads(tasks: Mapping[str, Task], protocol: Protocol) -> Heads:
         return Heads({name: encode(backbone, collate(tokenise(task.descriptions, protocol))) for name, task in tasks.items()})
 
 
-def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int) -> PreTrainedModel:
+def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int, progress: bool = False) -> PreTrainedModel:
     """An expert: the backbone after ``protocol.steps`` steps of AdamW on ``task.train``; ``seed`` picks the batches.
 
     fp32 and without dropout: so few steps do not overfit, and on CPUs without matrix units bf16 autocast is slower.
@@ -165,10 +166,11 @@ def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int) -> PreTra
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, protocol))
-    rows = tokenise(task.train.texts, protocol)
     labels = torch.tensor(task.train.labels)
-    for indices in _batch_order(len(rows), protocol, seed):
-        logits = heads(encode(module, collate([rows[i] for i in indices.tolist()])), task.name)
+    order = _batch_order(len(task.train), protocol, seed)
+    for indices in tqdm(order, desc=f"expert '{task.name}'", unit="step", leave=False, disable=not progress):
+        rows = tokenise([task.train.texts[i] for i in indices.tolist()], protocol)
+        logits = heads(encode(module, collate(rows)), task.name)
         loss = cross_entropy(logits, labels[indices])
         optimizer.zero_grad()
         loss.backward()
@@ -199,19 +201,24 @@ def base_folder(protocol: Protocol, cache: Path) -> Path:
     return folder
 
 
-def expert_folder(task: Task, heads: Heads, protocol: Protocol, seed: int, cache: Path) -> Path:
-    """The expert as a Hugging Face folder, fine-tuned now if the cache does not have it.
+def expert_folder(task: Task, heads: Heads, protocol: Protocol, seed: int, cache: Path, progress: bool = False) -> Path:
+    """The expert as a Hugging Face folder, fine-tuned now if the cache does not have it."""
+    folder = expert_path(task, protocol, seed, cache)
+    if not folder.exists():
+        save_folder(fine_tune(task, heads, protocol, seed, progress), folder)
+    return folder
 
-    Its name holds a digest of all it was made from (protocol, texts, labels, descriptions, backbone), so that a changed
+
+def expert_path(task: Task, protocol: Protocol, seed: int, cache: Path) -> Path:
+    """Where the expert is kept, or will be.
+
+    Its name holds a digest of all it is made from (protocol, texts, labels, descriptions, backbone), so that a changed
     protocol or corpus never finds a stale expert.
     """
     recipe = asdict(protocol) | {"tasks": None, "task": asdict(task), "seed": seed, "backbone": PINS[BACKBONE]}
     recipe["task"] = {key: recipe["task"][key] for key in ("name", "descriptions", "train")}
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache) / "experts" / protocol.name / f"{task.name}-seed{seed}-{digest}"
-    if not folder.exists():
-        save_folder(fine_tune(task, heads, protocol, seed), folder)
-    return folder
+    return Path(cache) / "experts" / protocol.name / f"{task.name}-seed{seed}-{digest}"
 
 
 def save_folder(module: PreTrainedModel, folder: Path) -> None:
@@ -234,25 +241,46 @@ def save_folder(module: PreTrainedModel, folder: Path) -> None:
 class Evaluator:
     """Accuracy of encoders on one split of every task, tokenised once.
 
-    tasks: name → Task. split: "test" or "tuning". size: texts per batch.
+    tasks: name → Task. split: "test" or "tuning". size: texts per batch. progress: show a bar while it judges.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], heads: Heads, protocol: Protocol, split: str, size: int = 64):
-        self.heads = heads
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        heads: Heads,
+        protocol: Protocol,
+        split: str,
+        size: int = 64,
+        progress: bool = False,
+    ):
+        self.heads, self.split, self.progress = heads, split, progress
         self.batches = {name: labelled_batches(getattr(task, split), protocol, size) for name, task in tasks.items()}
 
-    @torch.inference_mode()
     def accuracy(self, module: nn.Module, task: str) -> float:
         """Share of the split's texts whose highest logit is their class."""
-        correct = total = 0
-        for batch, labels in self.batches[task]:
-            correct += int((self.heads(encode(module, batch), task).argmax(-1) == labels).sum())
-            total += len(labels)
-        return correct / total
+        return self._accuracies(module, [task])[task]
 
     def accuracies(self, module: nn.Module) -> dict[str, float]:
         """Accuracy on every task with the same encoder."""
-        return {task: self.accuracy(module, task) for task in self.batches}
+        return self._accuracies(module, list(self.batches))
+
+    @property
+    def tokens(self) -> int:
+        """What one judgement of all tasks passes through an encoder, padding included."""
+        return sum(batch["input_ids"].numel() for held in self.batches.values() for batch, _ in held)
+
+    @torch.inference_mode()
+    def _accuracies(self, module: nn.Module, tasks: list[str]) -> dict[str, float]:
+        found = {}
+        total = sum(len(self.batches[task]) for task in tasks)
+        with tqdm(total=total, desc=f"{self.split} texts", unit="batch", leave=False, disable=not self.progress) as bar:
+            for task in tasks:
+                right = []
+                for batch, labels in self.batches[task]:
+                    right.append(self.heads(encode(module, batch), task).argmax(-1) == labels)
+                    bar.update()
+                found[task] = torch.cat(right).sum().item() / sum(map(len, right))
+        return found
 
 
 def labelled_batches(split: Split, protocol: Protocol, size: int) -> list[tuple[Batch, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +68,7 @@ class Heterogeneous(Workbench):
             list(zip(words, text_batches(texts, self.protocol, size), strict=True)),
             teacher_logits=lambda module, batch: module(batch[0]),
             student_logits=lambda module, batch: self.heads(encode(module, batch[1]), task),
-            config=self.distillation(self.own),
+            config=replace(self.distillation(self.own), progress=self.progress),
         )
 
 

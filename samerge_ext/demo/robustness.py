@@ -20,12 +20,10 @@ LEVELS = (0.05, 0.1, 0.2)  # share of characters with an error
 
 def robustness_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
     """The models of the main study, merged again: one table of means by level, and one per level by task."""
-    noisy = {
-        level: Evaluator(
-            {name: with_errors(task, level) for name, task in bench.tasks.items()}, bench.heads, bench.protocol, "test"
-        )
-        for level in LEVELS
-    }
+    noisy = {}
+    for level in LEVELS:
+        tasks = {name: with_errors(task, level) for name, task in bench.tasks.items()}
+        noisy[level] = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
     for row in main_rows(bench.full):
         accuracies = {0.0: run_cell(bench, row)["accuracies"]}
         for level, evaluator in noisy.items():

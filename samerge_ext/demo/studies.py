@@ -16,6 +16,7 @@ from rich.console import Console
 
 from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.demo.cells import STEPS, Row, Workbench, as_cell, run_cell
+from samerge_ext.demo.estimate import announcement
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.heterogeneous import heterogeneous_study
 from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, write_card
@@ -39,11 +40,24 @@ SPECTRUM = 8  # singular values per layer in the plot of the task vectors' spect
 Study = Callable[[Workbench, Path], Iterator[tuple[str, Cell]]]
 
 
-def of_rows(make_rows: Callable[[bool], list[Row]], split: str = "test") -> Study:
+# Studies whose rows are known beforehand, and the split on which they are judged where it is not the test texts.
+ROWS: dict[str, Callable[[bool], list[Row]]] = {
+    "main": main_rows,
+    "claims": claims_rows,
+    "tuning": tuning_rows,
+    "ablation": ablation_rows,
+    "features": features_rows,
+    "quantised": quantised_rows,
+}
+SPLITS = {"tuning": "tuning"}
+
+
+def of_rows(name: str) -> Study:
     """One table, of rows that are merged and judged on one split."""
+    split = SPLITS.get(name, "test")
 
     def study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
-        for row in make_rows(bench.full):
+        for row in ROWS[name](bench.full):
             yield f"accuracy on {split} texts, %", as_cell(bench, row, run_cell(bench, row, split))
 
     return study
@@ -66,10 +80,7 @@ def quantised_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
 
 STUDIES: dict[str, Study] = {
     "main": main_study,
-    "claims": of_rows(claims_rows),
-    "tuning": of_rows(tuning_rows, "tuning"),
-    "ablation": of_rows(ablation_rows),
-    "features": of_rows(features_rows),
+    **{name: of_rows(name) for name in ("claims", "tuning", "ablation", "features")},
     "quantised": quantised_study,
     "unseen": unseen_study,
     "robustness": robustness_study,
@@ -90,17 +101,17 @@ def run_study(
     protocol = FULL if full else SMALL
     out.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[Cell]] = {}
+    first = Workbench(protocol, 0, cache, progress)
+    if name in ROWS:
+        console.print(announcement(first, seeds, ROWS[name](full), SPLITS.get(name, "test")))
     for seed in range(seeds):
-        bench = Workbench(protocol, seed, cache, progress)
+        bench = first.at_seed(seed) if seed else first
         for task in bench.tasks:
-            console.print(f"seed {seed}: expert '{task}'", end=" … ")
             bench.expert(task)
-            console.print("ready")
+            console.print(f"seed {seed}: expert '{task}': ready")
         for title, cell in STUDIES[name](bench, out):
             tables.setdefault(title, []).append(cell)
             console.print(f"seed {seed}: {cell.method}: {100 * cell.mean:.1f} %")
-        if seed == 0:
-            first = bench
     texts = []
     for table, cells in tables.items():
         title = f"{name}, {protocol.name} variant, {seeds} seed{'s' * (seeds > 1)}: {table}"

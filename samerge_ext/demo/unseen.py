@@ -23,7 +23,8 @@ def unseen_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
     for pair in left_out(bench.protocol.tasks):
         others = tuple(task for task in bench.protocol.tasks if task not in pair)
         merged = Workbench(replace(bench.protocol, tasks=others), bench.seed, bench.cache, bench.progress)
-        unseen = Evaluator({task: bench.tasks[task] for task in pair}, bench.heads, bench.protocol, "test")
+        tasks = {task: bench.tasks[task] for task in pair}
+        unseen = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
         names = " and ".join(pair)
         for row in main_rows(bench.full):
             found = run_cell(merged, row)

@@ -129,7 +129,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(protocol):
 
 def test_an_expert_is_made_once_and_a_changed_recipe_makes_another(tasks, heads, expert, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(experts, "fine_tune", lambda task, heads, protocol, seed: made.append(seed) or expert)
+    monkeypatch.setattr(experts, "fine_tune", lambda task, heads, protocol, seed, progress: made.append(seed) or expert)
     task = tasks["r8"]
     folder = experts.expert_folder(task, heads, SHORT, 0, tmp_path)
     assert experts.expert_folder(task, heads, SHORT, 0, tmp_path) == folder and len(made) == 1
@@ -187,3 +187,11 @@ def test_accuracy_is_the_share_of_right_texts_one_by_one(tasks, heads, expert):
 def test_heads_follow_the_features_dtype():
     heads = Heads({"task": torch.eye(3)})
     assert heads(torch.ones(2, 3, dtype=torch.float64), "task").dtype == torch.float64
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_fine_tuning_and_judging_show_bars_unless_they_should_not(tasks, heads, capsys, progress):
+    module = experts.fine_tune(tasks["r8"], heads, replace(SHORT, steps=2, warmup=1), 0, progress)
+    Evaluator({"r8": tasks["r8"]}, heads, SHORT, "tuning", progress=progress).accuracies(module)
+    shown = capsys.readouterr().err
+    assert ("expert 'r8'" in shown) == ("tuning texts" in shown) == progress and bool(shown) == progress

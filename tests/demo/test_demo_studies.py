@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from dataclasses import replace
 from difflib import SequenceMatcher
 from random import Random
@@ -11,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from samerge_ext.demo import cells, heterogeneous, robustness, rows, studies, unseen
+from samerge_ext.demo import cells, estimate, experts, heterogeneous, robustness, rows, studies, unseen
 from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
 from samerge_ext.demo.data import Split, load_tasks
-from samerge_ext.demo.experts import SMALL, backbone_folder
+from samerge_ext.demo.experts import SMALL, backbone_folder, encode
 
 TINY = replace(SMALL, tasks=("election", "tweets"), layers=1, max_tokens=8, steps=3, warmup=1, batch=8)
 
@@ -189,3 +190,49 @@ def test_words_are_hashed_into_buckets_that_are_not_padding():
     assert words.shape == (3, 5)
     assert (words[0, :4] > 0).all() and words[0, 4] == 0 and words[0, 1] == words[0, 3]
     assert (words[1] == 0).all() and (words[2] > 0).all() and words.max() < 8
+
+
+def test_the_start_says_what_is_left_and_how_long_it_takes(run, tmp_path):
+    bench = cells.Workbench(TINY, 0, tmp_path, progress=False)
+    every = rows.main_rows(full=False)
+    text = estimate.announcement(bench, 2, every, "test")
+    work = f"4 experts, then {2 * len(every)} rows of the table"
+    assert re.fullmatch(rf"{work}: about (a minute|\d+ (minutes|hours)) on \d+ threads?", text)
+    _, printed, _ = run()
+    again, printed_again, _ = run()
+    assert "the cache has all of it" in printed_again and len(again) == len(every)
+
+
+@pytest.mark.parametrize("label", ["Task Arithmetic, best λ", "StatsMerging", "SAMerging"])
+def test_a_row_passes_the_tokens_through_the_encoder_that_are_expected_of_it(run, monkeypatch, label):
+    _, _, out = run()
+    bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    row = next(row for row in rows.main_rows(full=False) if row.label == label)
+    passed = 0
+
+    def counting(module, batch):
+        nonlocal passed
+        passed += batch["input_ids"].numel()
+        return encode(module, batch)
+
+    monkeypatch.setattr(estimate, "FORWARD_AND_BACKWARD", 1)
+    expected = estimate.row_tokens(bench, row, "test")
+    for module in (cells, experts):
+        monkeypatch.setattr(module, "encode", counting)
+    cells.run_cell(bench, row, again=True)
+    assert passed == pytest.approx(expected, rel=0.02)
+
+
+def test_an_estimate_is_told_as_precisely_as_it_is_known():
+    assert [estimate.duration(seconds) for seconds in (5, 80, 200, 5000, 7000)] == [
+        "a minute", "a minute", "3 minutes", "83 minutes", "2 hours",
+    ]  # fmt: skip
+
+
+def test_a_bench_at_another_seed_shares_texts_and_not_experts(run):
+    _, _, out = run()
+    bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    assert bench.packed.tasks == TINY.tasks
+    other = bench.at_seed(1)
+    assert other.tasks is bench.tasks and other.heads is bench.heads
+    assert {"packed", "experts"}.isdisjoint(vars(other)) and other.expert_path("tweets") != bench.expert_path("tweets")
