@@ -185,7 +185,7 @@ def test_a_tower_of_an_expert_is_written_as_that_expert_is_stored(tmp_path):
     assert torch.equal(written["visual.blocks.0.weight"], tower["visual.blocks.0.weight"].bfloat16())
     name = "layers.0.q.weight"
     assert_close(written[f"language.{name}"], (BASE[name] + B[name]) / 2)
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"architectures": ["Both"], "torch_dtype": "bfloat16"}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"architectures": ["Both"], "dtype": "bfloat16"}
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {"of": "b"}
 
 
