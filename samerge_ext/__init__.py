@@ -51,6 +51,7 @@ _LAZY_MODULES = ("models",)
 
 __all__ = [
     "AdaMergingConfig",
+    "CompatibilityWarning",
     "DistillationConfig",
     "Layout",
     "MergedModel",
@@ -88,6 +89,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers and editors
     from . import models
+    from .checkpoints.compatibility import CompatibilityWarning
     from .merged.model import MergedModel
     from .merged.result import Result
     from .methods.adamerging import AdaMergingConfig, adamerging
