@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from samerge_ext.checkpoints.sources import Source
 
-# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP, MXFP4.
+# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP,
+# MXFP4.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state.*|nested_absmax|nested_quant_map)"
     r"|weight_scale(_inv)?|weight_packed|weight_zero_point|weight_shape|input_scale|q_scale|q_perm|q_invperm|q_group\w*|W_q|Qidxs|codebooks)$"
@@ -44,10 +45,15 @@ def heads_advice(names: Sequence[str], others: Iterable[str] = ()) -> str:
     if not names or any(is_backbone(name) for name in names):
         return ""
     shared = set(others) - set(names)
-    modules = {name: f"{name.rpartition('.')[0]}." for name in names if "." in name}
-    whole = {module for module in modules.values() if not any(other.startswith(module) for other in shared)}
-    patterns = [f"{modules[name]}*" if modules.get(name) in whole else name for name in names]
-    return f"If these belong to the task, keep them per task with heads={list(dict.fromkeys(patterns))[:4]}."
+    patterns = dict.fromkeys(_pattern(name, shared) for name in names)
+    return f"If these belong to the task, keep them per task with heads={list(patterns)}."
+
+
+def _pattern(name: str, shared: Iterable[str]) -> str:
+    """Of the largest module around a tensor that has none of the shared ones; of the tensor alone where there is no such."""
+    parts = name.split(".")
+    modules = (f"{'.'.join(parts[:depth])}." for depth in range(1, len(parts)))
+    return next((f"{module}*" for module in modules if not any(other.startswith(module) for other in shared)), name)
 
 
 def of_names(base: Source, expert: Source, missing: Sequence[str], extra: Sequence[str]) -> str:

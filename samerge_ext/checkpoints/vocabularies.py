@@ -33,7 +33,7 @@ def vocabulary(folder: str | Path) -> Vocabulary | bytes | None:
 
 
 def disagreement(ours: Vocabulary | bytes | None, theirs: Vocabulary | bytes | None) -> str | None:
-    """A token with two numbers or a number with two tokens, in words; None where there is none, or one vocabulary is not there."""
+    """A token with two numbers or a number with two tokens, in words; None without one, or where one vocabulary is not there."""
     if ours is None or theirs is None or ours == theirs:
         return None
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):

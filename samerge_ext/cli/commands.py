@@ -18,6 +18,7 @@ from rich.text import Text
 
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
+from samerge_ext.checkpoints.compatibility import CompatibilityWarning
 from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.memory import show_bytes
 
@@ -37,7 +38,7 @@ def _told() -> Iterator[None]:
         shown = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **options: Any) -> None:
-            if PACKAGE in Path(filename).parents:
+            if PACKAGE in Path(filename).parents and not issubclass(category, CompatibilityWarning):
                 typer.echo(f"note: {message}", err=True)
             else:
                 shown(message, category, filename, *place, **options)

@@ -27,8 +27,8 @@ class Strict(BaseModel):
 
 
 class ModelEntry(Strict):
-    """A model: its folder or weight file, an adapter on it ("model+adapter"), and under `parameters` its weight and density. A text
-    alone is a model without parameters.
+    """A model: its folder or weight file, an adapter on it ("model+adapter"), and under `parameters` its weight and density. A
+    text alone is a model without parameters.
 
     layer_range: [0, number of layers] and nothing else; where mergekit's slices are given.
     """

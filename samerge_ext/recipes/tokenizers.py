@@ -62,8 +62,8 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
             )
         if unknown := lacking(ours, theirs):
             warnings.warn(
-                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({unknown[0]!r} …); whatever is in their rows of its "
-                "embeddings is merged",
+                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({unknown[0]!r} …); whatever is in their rows of "
+                "its embeddings is merged",
                 stacklevel=3,
             )
     return None if os.path.realpath(chosen) == os.path.realpath(base) else chosen
@@ -95,10 +95,10 @@ def _template(wanted: str, base: Path, folders: Sequence[Path]) -> str | None:
 def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path | None, template: str | None) -> None:
     """Says which file only other models have, and how it goes along."""
     others = [other for other in folders if other != folder]
-    if not (folder / "config.json").exists():
-        having = next((other for other in others if (other / "config.json").exists()), "the model that the weights belong to")
+    if not any((place / "config.json").exists() for place in folders):  # where another has one, `check_models` names it
         warnings.warn(
-            f"{folder} has no config.json, so that the merged folder has none and is no model to load; copy that of {having}",
+            f"{folder} has no config.json, so that the merged folder has none and is no model to load; copy that of the model "
+            "that the weights belong to",
             stacklevel=3,
         )
     if template is None and chat_template(tokenizer or folder) is None:
