@@ -37,6 +37,14 @@ def is_backbone(name: str) -> bool:
     return bool(STACK.search(name) or EMBEDDINGS.search(name) or NORMS.search(name))
 
 
+def may_be_tied(name: str, other: str) -> bool:
+    """Embeddings and heads, and a head's bias to that of its own decoder; equal biases or norms may just be untrained."""
+    if name.endswith("weight"):
+        return bool(TIED.search(other)) and not (NORMS.search(name) or NORMS.search(other))
+    inner, outer = sorted((name.rpartition(".")[0], other.rpartition(".")[0]), key=len, reverse=True)
+    return name.endswith("bias") and other.endswith("bias") and inner.rpartition(".")[0] == outer
+
+
 def heads_advice(names: Sequence[str], others: Iterable[str] = ()) -> str:
     """How to keep tensors per task, for those that a task can have of its own; empty where one of them is the backbone's.
 
@@ -98,7 +106,8 @@ def _parts(names: Iterable[str]) -> list[str]:
 def _embedding(tied: Source, untied: Source, name: str) -> str | None:
     """The tensor that ``name`` would be tied to: an embedding that both models have, of its shape."""
     shape = untied.shape(name)
-    return next((n for n in tied.names if n in untied and n != name and EMBEDDINGS.search(n) and untied.shape(n) == shape), None)
+    names = (n for n in tied.names if n in untied and n != name and EMBEDDINGS.search(n) and may_be_tied(name, n))
+    return next((n for n in names if untied.shape(n) == shape), None)
 
 
 def _layers(names: Iterable[str]) -> int:

@@ -162,16 +162,9 @@ def _tied_to(source: Source, name: str, found: dict[str, str], known: Architectu
     if name in source.aliases:
         return source.aliases[name] if source.aliases[name] in found else None
     kind = source.shape(name), source.dtype(name)
-    candidates = [other for other in found if _may_be_tied(name, other) and (source.shape(other), source.dtype(other)) == kind]
+    alike = (other for other in found if (source.shape(other), source.dtype(other)) == kind)
+    candidates = (other for other in alike if advice.may_be_tied(name, other))
     return next((other for other in candidates if torch.equal(source.read(other), source.read(name))), None)
-
-
-def _may_be_tied(name: str, other: str) -> bool:
-    """Embeddings and heads, and a head's bias to that of its own decoder; equal biases or norms may just be untrained."""
-    if name.endswith("weight"):
-        return bool(advice.TIED.search(other)) and not (advice.NORMS.search(name) or advice.NORMS.search(other))
-    inner, outer = sorted((name.rpartition(".")[0], other.rpartition(".")[0]), key=len, reverse=True)
-    return name.endswith("bias") and other.endswith("bias") and inner.rpartition(".")[0] == outer
 
 
 def _kept(base: Source, experts: Experts, keep: tuple[str, ...]) -> dict[str, Source]:
