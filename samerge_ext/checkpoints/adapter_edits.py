@@ -140,16 +140,19 @@ class _Sorted:
                         raise CheckpointError(f"{self._label}: '{first}' has no place: '{second}' is missing; save it again")
                     magnitude, bias = (first.removesuffix(a) + name for name in ("lora_magnitude_vector", "lora_B.bias"))
                     pair = self._add_pair(first, second, a.startswith("lora_embedding"), magnitude if magnitude in left else None)
-                    if bias in left:
+                    if pair and bias in left:
                         self._add_bias(bias, pair.scaling)
                     for name in (first, second, magnitude, bias):
                         left.pop(name, None)
         return left
 
-    def _add_pair(self, first: str, second: str, embedding: bool, magnitude: str | None) -> Pair:
+    def _add_pair(self, first: str, second: str, embedding: bool, magnitude: str | None) -> Pair | None:
+        """Adds the change of a layer; None where it is that of the embeddings which the layer is tied to."""
         module = WRAPPERS.sub("", first.removeprefix(PREFIX)).rpartition(".lora_")[0]
         target = f"{module}.weight"
         if not embedding and (tied := self._tied_to(target)):
+            if self._changes_alike(first, second, tied):
+                return None
             raise CheckpointError(
                 f"{self._label}: '{first}' changes '{target}', which is tied to '{tied}' in {self._base.label}; a change of one "
                 "cannot be merged into both. Untie them in the base (tie_word_embeddings: false, a copy of the embeddings stored "
@@ -170,6 +173,17 @@ class _Sorted:
             raise CheckpointError(f"{self._label}: '{first}' is a second pair of factors of '{place}'; {MERGE_IT}")
         self.edits[place] = Edit(pair=pair)
         return pair
+
+    def _changes_alike(self, first: str, second: str, tied: str) -> bool:
+        """Whether the embeddings that a head is tied to have its factors, transposed (PEFT's ensure_weight_tying)."""
+        for a in self._file.names:
+            if a.endswith(FACTORS[1][0]):
+                module = WRAPPERS.sub("", a.removeprefix(PREFIX)).rpartition(".lora_")[0]
+                b = a.removesuffix(FACTORS[1][0]) + FACTORS[1][1]
+                if self._place(f"{module}.weight") == tied and b in self._file.names:
+                    read = self._file.read
+                    return torch.equal(read(a).T, read(second)) and torch.equal(read(b).T, read(first))
+        return False
 
     def _add_bias(self, stored: str, scaling: float) -> None:
         """Adds the bias of the second factor (lora_bias), which belongs to the layer's own."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from samerge_ext.checkpoints.sources import Source
 
-# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP.
+# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP,
+# MXFP4.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state.*|nested_absmax|nested_quant_map)"
     r"|weight_scale(_inv)?|weight_packed|weight_zero_point|weight_shape|input_scale|q_scale|q_perm|q_invperm|q_group\w*|W_q|Qidxs|codebooks)$"
@@ -37,6 +38,14 @@ def is_backbone(name: str) -> bool:
     return bool(STACK.search(name) or EMBEDDINGS.search(name) or NORMS.search(name))
 
 
+def may_be_tied(name: str, other: str) -> bool:
+    """Embeddings and heads, and a head's bias to that of its own decoder; equal biases or norms may just be untrained."""
+    if name.endswith("weight"):
+        return bool(TIED.search(other)) and not (NORMS.search(name) or NORMS.search(other))
+    inner, outer = sorted((name.rpartition(".")[0], other.rpartition(".")[0]), key=len, reverse=True)
+    return name.endswith("bias") and other.endswith("bias") and inner.rpartition(".")[0] == outer
+
+
 def heads_advice(names: Sequence[str], others: Iterable[str] = ()) -> str:
     """How to keep tensors per task, for those that a task can have of its own; empty where one of them is the backbone's.
 
@@ -45,10 +54,15 @@ def heads_advice(names: Sequence[str], others: Iterable[str] = ()) -> str:
     if not names or any(is_backbone(name) for name in names):
         return ""
     shared = set(others) - set(names)
-    modules = {name: f"{name.rpartition('.')[0]}." for name in names if "." in name}
-    whole = {module for module in modules.values() if not any(other.startswith(module) for other in shared)}
-    patterns = [f"{modules[name]}*" if modules.get(name) in whole else name for name in names]
-    return f"If these belong to the task, keep them per task with heads={list(dict.fromkeys(patterns))[:4]}."
+    patterns = dict.fromkeys(_pattern(name, shared) for name in names)
+    return f"If these belong to the task, keep them per task with heads={list(patterns)}."
+
+
+def _pattern(name: str, shared: Iterable[str]) -> str:
+    """Of the largest module around a tensor that has none of the shared ones; of the tensor alone where there is no such."""
+    parts = name.split(".")
+    modules = (f"{'.'.join(parts[:depth])}." for depth in range(1, len(parts)))
+    return next((f"{module}*" for module in modules if not any(other.startswith(module) for other in shared)), name)
 
 
 def of_names(base: Source, expert: Source, missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -99,7 +113,8 @@ def _parts(names: Iterable[str]) -> list[str]:
 def _embedding(tied: Source, untied: Source, name: str) -> str | None:
     """The tensor that ``name`` would be tied to: an embedding that both models have, of its shape."""
     shape = untied.shape(name)
-    return next((n for n in tied.names if n in untied and n != name and EMBEDDINGS.search(n) and untied.shape(n) == shape), None)
+    names = (n for n in tied.names if n in untied and n != name and EMBEDDINGS.search(n) and may_be_tied(name, n))
+    return next((n for n in names if untied.shape(n) == shape), None)
 
 
 def _layers(names: Iterable[str]) -> int:

@@ -192,7 +192,8 @@ def _tied_to(source: Source, name: str, found: dict[str, str], known: Architectu
     if name in source.aliases:
         return source.aliases[name] if source.aliases[name] in found else None
     kind = source.shape(name), source.dtype(name)
-    candidates = [other for other in found if advice.TIED.search(other) and (source.shape(other), source.dtype(other)) == kind]
+    alike = (other for other in found if (source.shape(other), source.dtype(other)) == kind)
+    candidates = (other for other in alike if advice.may_be_tied(name, other))
     return next((other for other in candidates if torch.equal(source.read(other), source.read(name))), None)
 
 

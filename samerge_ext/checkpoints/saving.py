@@ -105,7 +105,7 @@ def require_target(path: str | Path, *, overwrite: bool = False) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; choose another folder")
     if not overwrite:
-        raise CheckpointError(f"{target} exists and is not empty; choose another folder or pass overwrite=True")
+        raise CheckpointError(f"{target} exists and is not empty; choose another folder or pass overwrite=True (--overwrite)")
     if not any((target / name).exists() for name in ("config.json", *WEIGHTS)):
         raise CheckpointError(f"{target} is not a model folder, overwrite=True would delete it; choose another folder")
 

@@ -112,3 +112,13 @@ class LearningConfig:
     def learning_rate_at(self, step: int, steps: int) -> float:
         """The learning rate of a step of a run of so many."""
         return self.learning_rate
+
+
+def check_device(device: str | None) -> None:
+    """Raises ValueError where torch knows no such device, or finds none here."""
+    try:
+        wanted = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: torch knows no such device; cpu and cuda are some") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")

@@ -13,6 +13,7 @@ from samerge_ext.checkpoints.files import folder_of
 
 Batch = dict[str, Tensor]
 
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow")  # which hold texts, but not one a line
 # Files that tokenizers keep their words in, for those whose class does not name them.
 VOCABULARIES = ("tokenizer.json", "*.model", "tekken.json", "*.tiktoken", "vocab*")
 
@@ -25,6 +26,8 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the calibration of a text model is a file with one unlabelled text a line")
+    if path.suffix in TABLES:
+        raise ValueError(f'{path} is no file with one text a line; write its texts as such, or as .jsonl with the field "text"')
     texts = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # what else splitlines() splits at may be inside of a text

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from samerge_ext.checkpoints.lora import is_adapter
 from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
@@ -19,7 +20,7 @@ from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
 from samerge_ext.methods.samerging import SAMergingConfig, samerging
 from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
 from samerge_ext.recipes.data_free import METHODS, check_parameters
-from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, parse_model
+from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, check_keys, parse_model
 from samerge_ext.recipes.mergekit_keys import as_recipe
 
 LEARNED: dict[str, tuple[Callable[..., Result], type[LearningConfig]]] = {
@@ -135,7 +136,7 @@ class Recipe(Strict):
             raise ValueError(f"{self.merge_method} learns the weights; remove 'parameters' of the models")
         try:
             self.method_settings()
-        except TypeError as error:
+        except ValueError as error:
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
         return self
 
@@ -151,9 +152,14 @@ class Recipe(Strict):
             if self.base_model is not None and os.path.realpath(entry.model) == os.path.realpath(self.base_model):
                 entry.model, entry.adapter = entry.adapter, None
 
-    def method_settings(self) -> Any:
-        """A learned method's configuration."""
-        return LEARNED[self.merge_method][1](**self.parameters)
+    def method_settings(self, **defaults: Any) -> Any:
+        """A learned method's configuration: its parameters as the fields' types, before ``defaults``. Raises ValueError."""
+        config = LEARNED[self.merge_method][1]
+        check_keys(self.parameters, [field.name for field in fields(config)])
+        try:
+            return TypeAdapter(config).validate_python({**defaults, **self.parameters})  # YAML reads 1e-3 as a text
+        except ValidationError as error:
+            raise ValueError("; ".join(_faults(error))) from error
 
 
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
@@ -176,13 +182,16 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(as_recipe(content))
     except ValidationError as error:
-        faults = [
-            f"  {'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
+        faults = _faults(error, "file")
     except ValueError as error:
-        faults = [f"  file: {error}"]
-    raise ValueError("\n".join([f"{path} is no recipe that can be merged:", *faults]))
+        faults = [f"file: {error}"]
+    raise ValueError("\n  ".join([f"{path} is no recipe that can be merged:", *faults]))
+
+
+def _faults(error: ValidationError, whole: str = "") -> list[str]:
+    """pydantic's faults, each after the key that it is in; whole: what those of no key are said of."""
+    found = [(".".join(map(str, fault["loc"])) or whole, fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
+    return [f"{key}: {text}" if key else text for key, text in found]
 
 
 class _Loader(yaml.SafeLoader):

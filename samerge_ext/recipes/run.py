@@ -12,6 +12,7 @@ from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.learning.config import check_device
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.models.folders import FolderModel
@@ -50,6 +51,7 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
         merge_files(_file_merge(recipe), out, overwrite=overwrite)
         return None
     require_target(target, overwrite=overwrite)
+    check_device(recipe.method_settings().device)
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     base, _ = recipe.learned_from()
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
@@ -58,8 +60,8 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    method, config_type = LEARNED[recipe.merge_method]
-    settings = config_type(**{"checkpoint_dir": state, **recipe.parameters})
+    method, _ = LEARNED[recipe.merge_method]
+    settings = recipe.method_settings(checkpoint_dir=state)
     result = method(model.module, packed, calibration, model.kind.logits, config=settings)
     result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite)
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
