@@ -1,18 +1,10 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import need_backend, packed
+from processes import python
 
 import samerge_ext as sm
 from samerge_ext import backend
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
 def test_every_backend_says_whether_it_runs():
@@ -113,8 +105,8 @@ def test_levels_can_be_forced():
 
 
 def test_importing_costs_little_more_than_torch():
-    code = "import torch, time; t = time.perf_counter(); import samerge_ext; print(time.perf_counter() - t)"
-    assert min(float(python(code).stdout) for _ in range(2)) < 0.3
+    code = "import torch, time; t = time.process_time(); import samerge_ext; print(time.process_time() - t)"
+    assert any(float(python(code).stdout) < 0.3 for _ in range(2))
 
 
 def test_heavy_packages_are_imported_only_when_used():

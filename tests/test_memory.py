@@ -1,40 +1,37 @@
 """Memory as the process sees it."""
 
+import contextlib
 import platform
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
+from processes import in_a_process
 
-from samerge_ext.memory import large_tensors_mapped
+from samerge_ext.memory import large_tensors_mapped, resident_bytes
 
-HELD = """
-    import contextlib
-    import torch
-    from samerge_ext.memory import large_tensors_mapped, resident_bytes
-    BLOCK = 4 << 20
-    torch.ones(4 * BLOCK, dtype=torch.uint8) # freed: now malloc takes blocks up to this size from its heap
-    with {context}():
-        held = [(torch.ones(BLOCK, dtype=torch.uint8), torch.ones(BLOCK // 40)) for _ in range(50)]
-    small = [b for _, b in held]             # between the blocks, so that the heap cannot shrink
-    before = resident_bytes()
-    del held
-    print((before - resident_bytes()) / BLOCK)
-"""
-
-
+BLOCK = 4 << 20
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what malloc does by itself is known of glibc's alone")
 
 
+def blocks_given_back(context) -> float:
+    """How many of fifty freed blocks are the system's again."""
+    torch.ones(4 * BLOCK, dtype=torch.uint8)  # freed: now malloc takes blocks up to this size from its heap
+    with context():
+        held = [(torch.ones(BLOCK, dtype=torch.uint8), torch.ones(BLOCK // 40)) for _ in range(50)]
+    small = [b for _, b in held]  # between the blocks, so that the heap cannot shrink
+    before = resident_bytes()
+    del held
+    given_back = before - resident_bytes()
+    del small
+    return given_back / BLOCK
+
+
 @GLIBC
-@pytest.mark.parametrize("context", ["contextlib.nullcontext", "large_tensors_mapped"])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, large_tensors_mapped])
 def test_freed_tensors_go_back_to_the_system(context):
     """Which they do not by themselves: without that the test would prove nothing."""
-    script = textwrap.dedent(HELD.format(context=context))
-    blocks = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
-    assert blocks > 45 if context == "large_tensors_mapped" else blocks < 5
+    blocks = in_a_process(blocks_given_back, context)
+    assert blocks > 45 if context is large_tensors_mapped else blocks < 5
 
 
 @GLIBC

@@ -2,21 +2,20 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
 from folders import DTYPES, assert_same, read_all, sample, save_bert, some_tensors
+from processes import give_freed_tensors_back, in_a_process
 from safetensors.torch import load_file, save_file
 
 from samerge_ext.checkpoints import files as checkpoint_files
 from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
 from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.memory import PeakMemory
 
 
 def write_raw(path: Path, header, data: bytes = b"", length: int | None = None) -> Path:
@@ -347,29 +346,19 @@ def test_files_are_closed(sharded):
     assert not any(str(sharded) in name for name in open_files())
 
 
-MEASURE = r"""
-    import re, sys
-    import torch
-    from samerge_ext.checkpoints.folder import open_checkpoint
-
-    def peak_mb():
-        # ru_maxrss would begin at the memory of the process that started this one.
-        return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
-
-    with open_checkpoint(sys.argv[1]) as checkpoint:
-        before = peak_mb()
-        for name in checkpoint.names:
-            checkpoint.read(name)
-        print(peak_mb() - before)
-"""
+def growth_while_reading(folder: Path) -> int:
+    """Bytes of memory, at most."""
+    give_freed_tensors_back()
+    with open_checkpoint(folder) as checkpoint:
+        with PeakMemory() as peak:
+            for name in checkpoint.names:
+                checkpoint.read(name)
+    return peak.rise
 
 
 @pytest.mark.parametrize("name, allowed_mb", [("model.safetensors", 16 + 8), ("pytorch_model.bin", 64 + 16 + 16 + 8)])
 def test_memory_stays_at_one_tensor(tmp_path, name, allowed_mb):
-    """In tensors of 16 MiB, 304 MiB of safetensors or 160 of .bin, of which up to 64 + 16 stay mapped.
-
-    A fixed threshold makes the allocator give every freed tensor back, so that what is measured is what is held.
-    """
+    """In tensors of 16 MiB, 304 MiB of safetensors or 160 of .bin, of which up to 64 + 16 stay mapped."""
     size = 16 << 20
     if name == "model.safetensors":
         header = {f"t{i}": f32(i * size, (i + 1) * size, size // 4) for i in range(19)}
@@ -377,10 +366,7 @@ def test_memory_stays_at_one_tensor(tmp_path, name, allowed_mb):
         os.truncate(path, path.stat().st_size + 19 * size)
     else:
         torch.save({f"t{i}": torch.zeros(size // 4) for i in range(10)}, tmp_path / name)
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    grown_mb = float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    assert 15 < grown_mb < allowed_mb
+    assert 15 < in_a_process(growth_while_reading, tmp_path) / 2**20 < allowed_mb
 
 
 def test_read_config(bert, tmp_path):

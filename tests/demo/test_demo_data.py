@@ -2,12 +2,11 @@
 
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from helpers import ROOT
+from processes import python
 
 from samerge_ext.demo import corpora, data
 from samerge_ext.demo.corpora import CORPORA, PINS, Example, MissingData
@@ -166,5 +165,4 @@ def test_import_is_light():
         "import sys, samerge_ext.demo.data, samerge_ext.demo.experts, samerge_ext.demo.report\n"
         "print(sorted({'transformers', 'matplotlib', 'rich'} & set(sys.modules)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert python(code).stdout.strip() == "[]"

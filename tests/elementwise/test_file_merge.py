@@ -3,13 +3,9 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 
-import folders
+import processes
 import pytest
 import torch
 from folders import assert_same, read_all
@@ -149,44 +145,34 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, threads):
         assert peak.rise < 40e6, f"{method}: {peak.rise / 1e6:.0f} MB"
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = {tests!r}, {support!r}
-from test_file_merge import merge_of
-from samerge_ext.elementwise.file_merge import merge_files
-print("started", flush=True)
-merge_files(merge_of(Path({models!r}), whole={whole}, align=True, shard_bytes=2_000_000), {out!r})
-"""
+def merge_in_shards(models, out, whole, told=None):
+    if told:
+        told.send("started")
+    merge_files(merge_of(models, whole=whole, align=True, shard_bytes=2_000_000), out)
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_kills_lose_nothing(tmp_path, whole):
     """Killed at five moments from early to late, then run to its end: the bytes are those of a run in one piece."""
     models = write(tmp_path, {f"w{i}": (1_000_000,) for i in range(20)})
-    started = time.perf_counter()
-    merge_files(merge_of(models, whole=whole, align=True, shard_bytes=2_000_000), tmp_path / "one")
-    seconds = time.perf_counter() - started
-    script = textwrap.dedent(SCRIPT).format(
-        tests=os.path.dirname(__file__), support=os.path.dirname(folders.__file__), models=str(models), whole=whole,
-        out=str(tmp_path / "out"),
-    )
-    command = [sys.executable, "-c", script]
+    begun = time.perf_counter()
+    merge_in_shards(models, tmp_path / "one", whole)
+    seconds = time.perf_counter() - begun
     finished = []
     for kill in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        process.stdout.readline()
+        heard, told = processes.context.Pipe(duplex=False)
+        process = processes.start(merge_in_shards, models, tmp_path / "out", whole, told)
+        heard.recv()
         time.sleep(seconds * (0.2 + 0.15 * kill))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
         if (tmp_path / "out").exists():
             break
         record = tmp_path / "out.state/merge.json"
         finished.append(len(json.loads(record.read_text())["shards"]) if record.exists() else 0)
     assert finished == sorted(finished), f"finished shards are kept: {finished}"
     if not (tmp_path / "out").exists() or (tmp_path / "out.state").exists():
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        processes.in_a_process(merge_in_shards, models, tmp_path / "out", whole)
     assert not (tmp_path / "out.state").exists()
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -129,7 +129,7 @@ def test_a_head_of_the_base_alone_is_left_out(base, experts):
 def test_folders_are_read_tensor_by_tensor(tmp_path):
     """Peak memory is the packed store plus one tensor of the base, of an expert, and their difference."""
     packing_memory.write_models(tmp_path)
-    beyond = packing_memory.beyond_the_store(tmp_path, "bfloat16")
+    beyond = packing_memory.beyond_the_store(tmp_path, torch.bfloat16)
     assert beyond < 4 * packing_memory.TENSOR, f"{beyond:.0f} MiB beyond the store; a model has 128"
 
 
