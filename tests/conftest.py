@@ -26,6 +26,8 @@ def pytest_report_header():
 
 # Under TRITON_INTERPRET=1 operator tests run on the interpreted kernels alone; test_triton.py starts such a run.
 if INTERPRETED:
+    import interpreted  # noqa: F401
+
     BACKENDS = LEVELS = ("triton",)
 else:
     ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
