@@ -1,5 +1,6 @@
 """The demo from end to end, on one block of the encoder and a few steps: table, cells, merged model."""
 
+import functools
 import json
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -13,24 +14,34 @@ from rich.console import Console
 from samerge_ext.demo import cells, heterogeneous, robustness, rows, studies, unseen
 from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
-from samerge_ext.demo.data import load_tasks
+from samerge_ext.demo.data import Split, load_tasks
 from samerge_ext.demo.experts import SMALL, backbone_folder
 
 TINY = replace(SMALL, tasks=("election", "tweets"), layers=1, max_tokens=8, steps=3, warmup=1, batch=8)
 
 
+@functools.cache
+def few_texts(names):
+    """The tasks with enough texts to tell models apart, read once."""
+    def cut(split):
+        return Split(split.texts[:200], split.labels[:200])
+
+    return {name: replace(task, tuning=cut(task.tuning), test=cut(task.test)) for name, task in load_tasks(names).items()}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs the main study; called again, continues from the same cache."""
+    """Runs a study; called again, continues from the same cache."""
     try:
         backbone_folder()
-        load_tasks(TINY.tasks)
+        few_texts(TINY.tasks)
     except MissingData as error:
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "SMALL", TINY)
         patch.setattr(cells, "STEPS", 2)
+        patch.setattr(cells, "load_tasks", few_texts)
 
         def run(out="out", study="main"):
             console = Console(record=True, width=200)
@@ -40,8 +51,18 @@ def run(tmp_path_factory):
         yield run
 
 
-def test_the_table_has_every_method_with_its_cost(run):
-    found, printed, out = run()
+@pytest.fixture(scope="module")
+def main(run):
+    """Cells of the main study, what it prints, and where its table is."""
+    return run()
+
+
+def by_method(found):
+    return {cell.method: cell for cell in found}
+
+
+def test_the_table_has_every_method_with_its_cost(main):
+    found, printed, out = main
     labels = [row.label for row in rows.main_rows(full=False)]
     assert [cell.method for cell in found] == labels
     assert all(set(cell.accuracies) == set(TINY.tasks) for cell in found)
@@ -51,10 +72,10 @@ def test_the_table_has_every_method_with_its_cost(run):
         assert label in printed and f"| {label} |" in table
 
 
-def test_the_merged_folder_is_a_model_that_transformers_loads(run):
+def test_the_merged_folder_is_a_model_that_transformers_loads(main):
     from transformers import AutoModel, AutoTokenizer
 
-    _, _, out = run()
+    _, _, out = main
     folder = out / "merged"
     module = AutoModel.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
@@ -68,8 +89,8 @@ def test_the_merged_folder_is_a_model_that_transformers_loads(run):
     assert moved and not any(name.startswith("embeddings") for name in moved)
 
 
-def test_finished_cells_are_not_computed_again(run, monkeypatch):
-    before, _, _ = run()
+def test_finished_cells_are_not_computed_again(run, main, monkeypatch):
+    before, _, _ = main
 
     def fail(*_):
         raise AssertionError("computed again")
@@ -86,7 +107,7 @@ def test_an_unknown_study_is_refused(run):
         run(study="mian")
 
 
-def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, monkeypatch):
+def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, main, monkeypatch):
     labels = ["pretrained", "Task Arithmetic, λ = 0.3", "StatsMerging", "experts"]
     few = [row for row in rows.main_rows(full=False) if row.label in labels]
     monkeypatch.setattr(unseen, "LEFT_OUT", (("election",), ("tweets",)))
@@ -94,23 +115,22 @@ def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, monkeypatch):
     found, _, out = run(study="unseen")
     assert [cell.method for cell in found] == labels * 4
     assert [set(cell.accuracies) for cell in found[:: len(labels)]] == [{"election"}, {"tweets"}, {"tweets"}, {"election"}]
-    main = {cell.method: cell for cell in run()[0]}
-    experts = {cell.method: cell for cell in found[: len(labels)]}["experts"]
-    assert experts.accuracies == {"election": main["experts"].accuracies["election"]}
+    experts = by_method(found[: len(labels)])["experts"]
+    assert experts.accuracies == {"election": by_method(main[0])["experts"].accuracies["election"]}
     assert "election, whose experts were not merged" in (out / "unseen-small.md").read_text()
 
 
-def test_quantised_rows_say_what_their_task_vectors_take(run):
+def test_quantised_rows_say_what_their_task_vectors_take(run, main):
     found, _, _ = run(study="quantised")
     sizes = {cell.method.split(", ")[1]: float(cell.method.split(", ")[2].removesuffix(" MiB")) for cell in found}
     assert list(sizes) == ["fp32", "int8", "int4", "int4-residual"]
     assert sizes["int4"] < sizes["int8"] < sizes["fp32"] / 3.9 and sizes["int4"] < sizes["int4-residual"]
-    assert {cell.method: cell for cell in run()[0]}["SAMerging"].accuracies == found[0].accuracies
+    assert by_method(main[0])["SAMerging"].accuracies == found[0].accuracies
 
 
-def test_models_are_merged_again_for_texts_with_errors(run, monkeypatch):
+def test_models_are_merged_again_for_texts_with_errors(run, main, monkeypatch):
     monkeypatch.setattr(robustness, "LEVELS", (0.0, 0.3))
-    main = {cell.method: cell for cell in run()[0]}
+    main = by_method(main[0])
 
     def fail(*_):
         raise AssertionError("learned again")
@@ -119,12 +139,11 @@ def test_models_are_merged_again_for_texts_with_errors(run, monkeypatch):
     found, _, _ = run(study="robustness")
     untouched = [cell for cell in found if set(cell.accuracies) == set(TINY.tasks)][: len(main)]
     assert {cell.method: cell.accuracies for cell in untouched} == {name: cell.accuracies for name, cell in main.items()}
-    summary = {cell.method: cell.accuracies for cell in found[: len(main)]}
-    assert summary["SAMerging"]["0 %"] == pytest.approx(main["SAMerging"].mean)
+    assert by_method(found[: len(main)])["SAMerging"].accuracies["0 %"] == pytest.approx(main["SAMerging"].mean)
 
 
-def test_a_cell_from_before_coefficients_were_kept_is_computed_again(run):
-    found, _, out = run()
+def test_a_cell_from_before_coefficients_were_kept_is_computed_again(main):
+    _, _, out = main
     bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
     row = next(row for row in rows.main_rows(full=False) if row.label == "AdaMerging")
     path = cells.cell_path(bench, row, "test")
@@ -143,7 +162,7 @@ def test_typing_errors_are_as_many_as_asked_for_and_always_the_same():
     assert 0.85 < same / len(text) < 0.96
 
 
-def test_experts_distilled_from_another_architecture_are_merged_with_the_rest(run, monkeypatch):
+def test_experts_distilled_from_another_architecture_are_merged_with_the_rest(run, main, monkeypatch):
     few = [row for row in rows.main_rows(full=False) if row.label in ("Task Arithmetic, λ = 0.3", "StatsMerging", "experts")]
     small = Convolution(buckets=256, width=8, filters=8, epochs=1)
     monkeypatch.setattr(heterogeneous, "CONVOLUTION", small)
@@ -151,10 +170,10 @@ def test_experts_distilled_from_another_architecture_are_merged_with_the_rest(ru
     found, _, out = run(study="heterogeneous")
     labels = ["teachers", "experts, two of them distilled", "Task Arithmetic, λ = 0.3", "StatsMerging"]
     assert [cell.method for cell in found] == labels
-    main = {cell.method: cell for cell in run()[0]}
+    experts = by_method(main[0])["experts"]
     for cell in found[:2]:
-        assert cell.accuracies["tweets"] == main["experts"].accuracies["tweets"]
-        assert cell.accuracies["election"] != main["experts"].accuracies["election"]
+        assert cell.accuracies["tweets"] == experts.accuracies["tweets"]
+        assert cell.accuracies["election"] != experts.accuracies["election"]
 
     def fail(*_, **__):
         raise AssertionError("made again")
