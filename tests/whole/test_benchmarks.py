@@ -68,27 +68,34 @@ def test_bytes_are_those_that_must_move(tiny_run):
     assert moved["softmax_kl", "7x30 bf16 with grad"] == 3 * 7 * 30 * 2
 
 
-def test_a_wrong_result_has_no_time_and_only_ours_must_be_right(tmp_path):
-    copy = shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+@pytest.fixture(scope="module")
+def faulty_run(tmp_path_factory):
+    """Output and rows of a run in which candidates raise and are wrong, and a case is too large."""
+    folder = tmp_path_factory.mktemp("faulty")
+    copy = shutil.copytree(BENCHMARKS, folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
     with (copy / "bench_weighted_sum.py").open("a") as file:
         file.write("\n\nCANDIDATES |= {'raises': lambda x: 1 / 0}\n")
         file.write("CANDIDATES |= dict.fromkeys(['wrong', 'samerge wrong'], lambda x: lambda: x.base.clone())\n")
-    command = ("-m", "pytest", "bench_weighted_sum.py", "-k", "fp32 and (wrong or raises or _foreach)", "--size", "tiny")
-    result = run(*command, "--save-to", tmp_path, folder=copy)
-    assert result.returncode == 1 and "1 failed" in result.stdout
-    assert result.stdout.count("no time is given for a wrong result") >= 2
-    assert "raises: ZeroDivisionError" in result.stdout
-    (path,) = tmp_path.glob("*.json")
-    assert [row["candidate"] for row in rows_of(path)] == ["_foreach"]
-
-
-def test_a_case_that_does_not_fit_is_skipped_with_its_size(tmp_path):
-    copy = shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
     with (copy / "cases.py").open("a") as file:
-        file.write("\n\npacked_cases = lambda device, size: [Packed('1B', 2000, torch.float32)]\n")
-    result = run("-m", "pytest", "bench_weighted_sum.py", "--size", "tiny", folder=copy)
-    assert re.search(r"1B T2000 fp32 needs \d{4,}\.\d GiB, \d+\.\d GiB are free", result.stdout)
-    assert result.returncode == 0
+        file.write("\n\ntiny_cases = packed_cases\n")
+        file.write("packed_cases = lambda *which: [*tiny_cases(*which), Packed('1B', 2000, torch.float32)]\n")
+    command = ("-m", "pytest", "bench_weighted_sum.py", "-k", "fp32 and (wrong or raises or _foreach)", "--size", "tiny")
+    result = run(*command, "--save-to", folder, folder=copy)
+    assert result.returncode == 1, result.stdout[-4000:] + result.stderr[-2000:]
+    (path,) = folder.glob("*.json")
+    return result.stdout, rows_of(path)
+
+
+def test_a_wrong_result_has_no_time_and_only_ours_must_be_right(faulty_run):
+    output, rows = faulty_run
+    assert "1 failed" in output
+    assert output.count("no time is given for a wrong result") >= 2
+    assert "raises: ZeroDivisionError" in output
+    assert [row["candidate"] for row in rows] == ["_foreach"]
+
+
+def test_a_case_that_does_not_fit_is_skipped_with_its_size(faulty_run):
+    assert re.search(r"1B T2000 fp32 needs \d{4,}\.\d GiB, \d+\.\d GiB are free", faulty_run[0])
 
 
 def test_layer_maps_are_those_of_the_models(monkeypatch):
@@ -120,23 +127,40 @@ def results_file(path: Path, share: float, device="some GPU", candidate="samerge
     return path
 
 
+@pytest.fixture
+def compare(monkeypatch, capsys):
+    """The command in this process: its status and what it prints."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import compare
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+        return compare.main(), capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("share", "options", "status"), ((0.85, (), 0), (0.75, (), 1), (0.75, ("--threshold", 0.2), 0), (1.5, (), 0))
 )
-def test_compare_names_what_lost_its_share(tmp_path, share, options, status):
+def test_compare_names_what_lost_its_share(compare, tmp_path, share, options, status):
     old, new = results_file(tmp_path / "old.json", 0.9), results_file(tmp_path / "new.json", share)
-    result = run("compare.py", old, new, *options)
-    assert result.returncode == status, result.stdout + result.stderr
-    assert f"{status} of 1 benchmarks got slower" in result.stdout
-    assert ("slower\n" in result.stdout) == bool(status)
+    found, printed = compare(old, new, *options)
+    assert found == status
+    assert f"{status} of 1 benchmarks got slower" in printed
+    assert ("slower\n" in printed) == bool(status)
 
 
 @pytest.mark.parametrize("other", ({"device": "another GPU"}, {"candidate": "samerge triton"}, {"candidate": "published"}))
-def test_compare_refuses_what_has_nothing_in_common(tmp_path, other):
+def test_compare_refuses_what_has_nothing_in_common(compare, tmp_path, other):
     old, new = results_file(tmp_path / "old.json", 0.9), results_file(tmp_path / "new.json", 0.9, **other)
-    result = run("compare.py", old, new)
-    assert result.returncode == 2
-    assert result.stdout.startswith("not comparable")
+    status, printed = compare(old, new)
+    assert status == 2 and printed.startswith("not comparable")
+
+
+def test_compare_ends_with_its_status(tmp_path):
+    old, new = results_file(tmp_path / "old.json", 0.9), results_file(tmp_path / "new.json", 0.75)
+    assert run("compare.py", old, new).returncode == 1
 
 
 def test_the_roofline_is_drawn_without_a_display(tiny_run, tmp_path, monkeypatch):
