@@ -48,9 +48,33 @@ def build_wheel(tree: Path, **environment: str) -> tuple[subprocess.CompletedPro
     return result, names
 
 
-def test_a_wheel_holds_the_extension_and_the_kernels(tree):
-    result, names = build_wheel(tree)
+HASTY = """#!{python}
+import subprocess, sys
+command = ["c++"]
+for argument in sys.argv[1:]:
+    if argument.endswith(".cpp"):
+        print(argument, file=open({notes!r}, "a"))
+    command += ["-x", "c++", "/dev/null"] if argument.endswith(".cpp") else [argument]
+sys.exit(subprocess.run(command).returncode)
+"""
+
+
+@pytest.fixture
+def hasty(tmp_path):
+    """A compiler that notes every source and takes it for empty, and its notes: the real one has compiled all of them, with the
+    same setup.py, into the installation that is tested."""
+    compiler, notes = tmp_path / "hasty", tmp_path / "notes"
+    compiler.write_text(HASTY.format(python=sys.executable, notes=str(notes)))
+    compiler.chmod(0o755)
+    return compiler, notes
+
+
+def test_a_wheel_holds_the_extension_and_the_kernels(tree, hasty):
+    compiler, notes = hasty
+    result, names = build_wheel(tree, CXX=str(compiler))
     assert result.returncode == 0, result.stdout[-4000:]
+    compiled = {Path(line).relative_to(tree) for line in notes.read_text().splitlines()}
+    assert {Path("csrc/bindings.cpp"), *(path.relative_to(ROOT) for path in (ROOT / "csrc/cpu").glob("*.cpp"))} <= compiled
     assert any(name.startswith("samerge_ext/_C.") for name in names)
     assert {"samerge_ext/kernels/__init__.py", "samerge_ext/ops/weighted_sum.py"} <= names
     assert not any(name.startswith(("tests/", "csrc/", "kernels/")) for name in names)
