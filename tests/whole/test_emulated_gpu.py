@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import streaming
 import torch
+from torch.utils.cpp_extension import include_paths
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import plan
@@ -23,11 +24,6 @@ pytestmark = [
 
 SUPPORT = Path(streaming.__file__).parent
 TORCH = Path(torch.__file__).parent
-BUILD = """
-import sys
-from torch.utils.cpp_extension import load
-load("emulated_cuda", [sys.argv[1]], build_directory=sys.argv[2], extra_cflags=["-O0"], is_python_module=False)
-"""
 PLAN = """
 import json, sys
 import streaming, torch
@@ -71,13 +67,13 @@ EMULATED = (
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """A function that runs Python with the device in place, and returns what it prints."""
-    folder = tmp_path_factory.mktemp("emulated")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # ninja
-    build = [sys.executable, "-c", BUILD, SUPPORT / "emulated_cuda.cpp", folder]
-    built = subprocess.run(build, env=environment, capture_output=True, text=True)
+    library = tmp_path_factory.mktemp("emulated") / "emulated_cuda.so"
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-shared", "-fPIC", *(f"-I{path}" for path in include_paths())]
+    command += [SUPPORT / "emulated_cuda.cpp", "-o", library, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    environment |= {"LD_PRELOAD": str(folder / "emulated_cuda.so"), "LD_LIBRARY_PATH": str(TORCH / "lib")}
-    environment |= {"PYTHONPATH": str(SUPPORT)}
+    environment = os.environ | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(TORCH / "lib")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
 
     def run(*arguments):
         done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
