@@ -148,9 +148,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, threads):
         assert peak.rise < 40e6, f"{method}: {peak.rise / 1e6:.0f} MB"
 
 
-def merge_in_shards(models, out, whole, started=None):
-    if started:
-        started.set()
+def merge_in_shards(models, out, whole, told=None):
+    if told:
+        told.send("started")
     merge_files(merge_of(models, whole=whole, align=True, shard_bytes=2_000_000), out)
 
 
@@ -163,10 +163,9 @@ def test_kills_lose_nothing(tmp_path, whole):
     seconds = time.perf_counter() - begun
     finished = []
     for kill in range(5):
-        started = processes.context.Event()
-        process = processes.context.Process(target=merge_in_shards, args=(models, tmp_path / "out", whole, started))
-        process.start()
-        started.wait()
+        heard, told = processes.context.Pipe(duplex=False)
+        process = processes.start(merge_in_shards, models, tmp_path / "out", whole, told)
+        heard.recv()
         time.sleep(seconds * (0.2 + 0.15 * kill))
         process.kill()
         process.join()

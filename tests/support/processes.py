@@ -6,25 +6,47 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch"])
 
 
+def start(function, *arguments) -> multiprocessing.Process:
+    """One that calls the function."""
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def in_a_process(function, *arguments):
-    """What the function returns, called there."""
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    """What the function returns, called there, or what it raises."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = start(_answer, sender, function, arguments)
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        process.join()
+        answer = RuntimeError(f"the process ended with {process.exitcode}")
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _answer(sender, function, arguments) -> None:
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send(error)
+        raise  # prints where
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """As `python -c`, with what it prints; torch has been imported before."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
-        process = context.Process(target=_python, args=(code, {**os.environ, **environment}, files))
-        process.start()
+        process = start(_python, code, {**os.environ, **environment}, files)
         process.join()
         return subprocess.CompletedProcess(code, process.exitcode, *(file.read_text() for file in files))
 

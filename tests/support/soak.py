@@ -123,22 +123,27 @@ def in_a_process(function, argument, seconds: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def many_kills(kills: int, seed: int = 0) -> None:
+    """So many, in runs from this seed on; in a process that has made no backward pass, which a fork may not follow."""
+    torch.set_num_threads(1)  # a fork has no other threads
+    done = 0
+    while done < kills:
+        done += one_run_with_kills(seed, min(8, kills - done))
+        seed += 1
+        print(f"{done} kills; runs continued to the same bits up to seed {seed - 1}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--kills", type=int, default=100)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # a fork has no other threads; nor may it follow a backward pass, so kills come first
-    kills = seed = 0
-    while kills < arguments.kills:
-        kills += one_run_with_kills(seed, min(8, arguments.kills - kills))
-        seed += 1
-        print(f"{kills} kills, {seed} runs continued to the same bits", flush=True)
+    many_kills(arguments.kills)
     outcomes = []
     for seed in range(arguments.plans):
         outcomes.append(one_plan(seed))
         print(f"plan {seed}: {outcomes[-1]}", flush=True)
-    print({outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}, f"{kills} kills")
+    print({outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}, f"{arguments.kills} kills")
 
 
 if __name__ == "__main__":
