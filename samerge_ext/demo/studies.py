@@ -97,8 +97,9 @@ def run_study(
     """
     if name not in STUDIES:
         raise ValueError(f"there is no study {name!r}; choose one of {', '.join(STUDIES)}")
-    _quiet_transformers()
     protocol = FULL if full else SMALL
+    console.print(f"{name}, {protocol.name} variant: {len(protocol.tasks)} tasks; reading texts and encoder")
+    _quiet_transformers()
     out.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[Cell]] = {}
     first = Workbench(protocol, 0, cache, progress)

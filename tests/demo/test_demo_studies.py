@@ -41,8 +41,9 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "SMALL", TINY)
-        patch.setattr(cells, "STEPS", 2)
         patch.setattr(cells, "load_tasks", few_texts)
+        for module, name in ((cells, "STEPS"), (rows, "TUNED_STEPS"), (rows, "QUICK_STEPS")):
+            patch.setattr(module, name, 2)
 
         def run(out="out", study="main"):
             console = Console(record=True, width=200)
@@ -236,3 +237,15 @@ def test_a_bench_at_another_seed_shares_texts_and_not_experts(run):
     other = bench.at_seed(1)
     assert other.tasks is bench.tasks and other.heads is bench.heads
     assert {"packed", "experts"}.isdisjoint(vars(other)) and other.expert_path("tweets") != bench.expert_path("tweets")
+
+
+def test_the_small_table_has_the_full_ones_rows_with_fewer_and_larger_steps(monkeypatch):
+    monkeypatch.setattr(rows, "TUNED_STEPS", 300)
+    monkeypatch.setattr(rows, "QUICK_STEPS", 60)
+    small, full = rows.main_rows(full=False), rows.main_rows(full=True)
+    assert [row.label for row in small] == [row.label for row in full]
+    for quick, long in zip(small, full, strict=True):
+        if "learning_rate" in long.settings:
+            assert quick.settings.pop("steps") == 60 and "steps" not in long.settings
+            assert quick.settings.pop("learning_rate") == pytest.approx(5 * long.settings.pop("learning_rate"))
+        assert quick == long
