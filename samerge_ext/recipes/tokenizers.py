@@ -58,6 +58,12 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
                 f"tokenizer: the vocabularies of {chosen} and {folder} differ: {found_other.text}. Embeddings are merged row by "
                 "row, not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
             )
+        if theirs.known() and (unknown := sorted(ours.known() - theirs.known())):
+            warnings.warn(
+                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({unknown[0]!r} …); whatever is in their rows of "
+                "its embeddings is merged",
+                stacklevel=3,
+            )
     return chosen
 
 
