@@ -5,13 +5,14 @@ from torch.func import functional_call
 
 
 def merged_parameters(base, experts, coefficients):
-    """θ₀ + Σ_t λ_t,l τ_t,l, differentiable in coefficients [T, L], by name."""
-    theta = dict(base.named_parameters())
+    """θ₀ + Σ_t λ_t,l τ_t,l, differentiable in coefficients [T, L], by name; θ₀ where all τ are zero, as those of embeddings."""
+    merged = {name: value.detach() for name, value in base.named_parameters()}
     tuned = [dict(expert.named_parameters()) for expert in experts.values()]
-    return {
-        name: value.detach() + sum(coefficients[t, l] * (e[name].detach() - value.detach()) for t, e in enumerate(tuned))
-        for l, (name, value) in enumerate(theta.items())
-    }
+    for l, (name, value) in enumerate(merged.items()):
+        task_vectors = [expert[name].detach() - value for expert in tuned]
+        if any(task_vector.any() for task_vector in task_vectors):
+            merged[name] = value + sum(coefficients[t, l] * task_vector for t, task_vector in enumerate(task_vectors))
+    return merged
 
 
 def averaged_buffers(base, experts):
