@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import HALF_A_SCALE, INTERPRETED, NARROW, assert_close, packed
+from helpers import HALF_A_SCALE, INTERPRETED, NARROW, THREADS, assert_close, packed
 from torch.library import opcheck
 
 import samerge_ext as sm
@@ -138,7 +138,7 @@ def test_threads_and_repeats_agree_to_the_bit(each_level, threads):
         pytest.skip("the reference leaves the order of sums to torch")
     base, task_vectors, coefficients, block_layer = quantised("int4-residual", 8, [3, 1, 2] if INTERPRETED else [100, 1, 500])
     results = []
-    for count in (1, 2, 3, 1):
+    for count in THREADS:
         threads(count)
         merged = sm.weighted_sum(base, task_vectors, coefficients, block_layer)
         results.append((merged, sm.coefficient_grad(base, task_vectors, block_layer, 3)))

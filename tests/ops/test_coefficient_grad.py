@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import INTERPRETED, NARROW, assert_close, packed
+from helpers import INTERPRETED, NARROW, THREADS, assert_close, packed
 from torch.library import opcheck
 
 import samerge_ext as sm
@@ -72,7 +72,7 @@ def test_threads_and_repeats_agree_to_the_bit(each_level, threads):
         pytest.skip("the reference leaves the order of sums to torch")
     grad, task_vectors, _, block_layer = packed(8, [10, 1, 5] if INTERPRETED else [100, 1, 500], tasks=torch.bfloat16)
     results = []
-    for count in (1, 2, 3, 7, 1):
+    for count in THREADS:
         threads(count)
         results.append(sm.coefficient_grad(grad, task_vectors, block_layer, 3))
     assert all(torch.equal(results[0], result) for result in results)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from helpers import INTERPRETED, MOMENTS_TOLERANCE, NARROW, assert_close, random_normal
+from helpers import INTERPRETED, MOMENTS_TOLERANCE, NARROW, THREADS, assert_close, random_normal
 from torch.library import opcheck
 
 from samerge_ext import reference
 from samerge_ext.ops import gram_product, moments
 
 SHAPES = [(1, 1), (5, 3), (3, 5), (64, 33), (37, 100), (130, 130), (1, 40), (40, 1)]
+ROWS = 5 if INTERPRETED else None  # for moments, which take one row after the other; by default all
 LARGE = [] if INTERPRETED else [(700, 384), (384, 700), (20000, 17), (17, 20000), (9, 100003)]
 
 
@@ -58,7 +59,7 @@ def test_dtypes_mix(each_level, dtype, base):
         close(*problem(shape, dtype, base))
         matrices, bases, q, scale = problem(shape, dtype, base, real=torch.float64)
         close(matrices, bases, q, scale)
-        close_moments(matrices, bases)
+        close_moments([w[:ROWS] for w in matrices], [w[:ROWS] for w in bases])
 
 
 def test_double(each_level):
@@ -101,7 +102,7 @@ def test_threads_and_repeats_agree_to_the_bit(each_level, threads):
     matrices, bases, q, scale = problem(shape)
     wide = [w.mT.contiguous() for w in matrices]
     results = []
-    for count in (1, 2, 3, 7, 1):
+    for count in THREADS:
         threads(count)
         results.append((gram_product(matrices, bases, q, scale), gram_product(wide, bases, q, scale), moments(matrices, [])))
     for some in zip(*results):

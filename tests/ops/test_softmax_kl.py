@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import INTERPRETED, NARROW, assert_close, random_normal
+from helpers import INTERPRETED, NARROW, THREADS, assert_close, random_normal
 from torch.library import opcheck
 
 import samerge_ext as sm
@@ -207,11 +207,11 @@ def test_inputs_need_not_be_contiguous(each_level, loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_threads_and_repeats_agree_to_the_bit(each_backend, threads, loss):
     args = arguments(loss, 4 if INTERPRETED else 64, 1100)
-    threads(1)
-    one = run(*args)
-    for count in (3, 2, 1):
+    results = []
+    for count in THREADS:
         threads(count)
-        assert all(map(torch.equal, one, run(*args)))
+        results.append(run(*args))
+    assert all(torch.equal(*pair) for result in results for pair in zip(results[0], result, strict=True))
 
 
 def test_reductions_and_weights(each_backend):

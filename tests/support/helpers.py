@@ -29,6 +29,7 @@ QUANTISED_LOSS = {"int8": 2e-2, "int4": 2e-1, "int4-residual": 2e-1}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVELS = ("portable", "avx2", "avx512")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+THREADS = (1, 1) if INTERPRETED else (1, 2, 3, 7, 1)  # Triton's interpreter has one
 if INTERPRETED:
     TOLERANCE[torch.bfloat16] *= 2  # Triton's interpreter cuts off what a GPU rounds
 
