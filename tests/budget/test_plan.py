@@ -123,8 +123,8 @@ def test_a_host_budget_is_for_a_gpu_and_goes_with_a_budget(packed_twice):
         sm.samerging(streaming.make(1), packed_twice[0], streaming.make_batches(), streaming.logits, config=config)
 
 
-def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(packed_twice, tmp_path, monkeypatch):
-    in_file = packed_twice[1]
+def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(tmp_path, monkeypatch):
+    in_file = streaming.packed_twice(tmp_path, streaming.make(blocks=1))[1]
     made = []
     monkeypatch.setattr(
         "samerge_ext.budget.plan.MergedModel",
@@ -133,10 +133,11 @@ def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(pack
 
     def run(budget, folder=None):
         config = sm.SAMergingConfig(progress=False, steps=3, memory_budget=budget, checkpoint_dir=folder)
-        return sm.samerging(streaming.make(1), in_file, streaming.make_batches(), streaming.logits, config=config).coefficients
+        module = streaming.make(1, blocks=1)
+        return sm.samerging(module, in_file, streaming.make_batches(), streaming.logits, config=config).coefficients
 
     plenty = run("1TB")
-    sizes = [way.device_bytes for way in ways(streaming.make(1), in_file).ways]
+    sizes = [way.device_bytes for way in ways(streaming.make(1, blocks=1), in_file).ways]
     streamed = run(sizes[0] * 2, tmp_path)
     assert made == [False, False]
     torch.testing.assert_close(streamed, plenty, rtol=0, atol=0)
