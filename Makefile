@@ -69,7 +69,7 @@ lint: $(VENV)/lint-ready
 	$(BIN)/lint-imports --no-logo
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Two hundred random plans and a hundred kills of learned merges.
 soak: $(VENV)/test-ready

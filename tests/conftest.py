@@ -20,6 +20,16 @@ def packed_twice(tmp_path):
     return streaming.packed_twice(tmp_path)
 
 
+# With --dist loadfile a worker takes one file after another, and makes a module's fixtures once: the longest first, so that the
+# workers end together.
+LONGEST = ("cuda_build", "plan", "triton", "demo_studies", "benchmarks", "emulated_gpu", "sanitized_loops", "families", "soak")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_report_header():
     return "tests marked gpu are deselected unless -m names them: make test-gpu"
 
