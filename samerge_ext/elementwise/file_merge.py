@@ -21,7 +21,7 @@ from samerge_ext.checkpoints.companions import Companions, with_dtype, without_q
 from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.files import CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import open_checkpoint, read_json
-from samerge_ext.checkpoints.lora import AdapterSource, model_and_adapter, model_of, open_expert
+from samerge_ext.checkpoints.lora import model_and_adapter, model_of, open_expert
 from samerge_ext.checkpoints.saving import (
     no_space,
     out_of_space,
@@ -140,7 +140,8 @@ class _Run:
         base = names if merge.base is not None else None
         sources = [source for _, source in experts] + ([base] if base else [])
         layers = [name for name in shared if name not in self._buffers]
-        wide = [torch.float32] if any(isinstance(source, AdapterSource) for source in sources) else []
+        computed = any(source.dtype(name) != source.weight_dtype(name) for source in sources for name in layers)
+        wide = [torch.float32] if computed else []  # where there are adapters
         self._dtypes = {name: merge.dtype or _promoted([*wide, *(source.dtype(name) for source in sources)]) for name in layers}
         self._written = {
             name: merge.out_dtype or merge.dtype or _promoted(source.weight_dtype(name) for source in sources) for name in layers

@@ -91,9 +91,10 @@ def _check_values(base: Source, experts: Experts, shared: list[str]) -> set[str]
         finite = is_finite(pretrained)
         for task, expert in experts:
             finetuned = expert.read(name)
-            if not finite and torch.equal(finetuned, pretrained):  # a mask of all models
-                continue
-            check_finite(base, name, pretrained)
+            if not finite:
+                if torch.equal(finetuned, pretrained):  # a mask of all models
+                    continue
+                check_finite(base, name, pretrained)
             check_finite(expert, name, finetuned)
             if not base.is_buffer(name) and not torch.equal(*_widened(finetuned, pretrained)):
                 changed.add(name)

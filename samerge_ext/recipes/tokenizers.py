@@ -39,8 +39,8 @@ def companions_of(recipe: Recipe) -> Companions:
     return Companions(folder, tokenizer, template)
 
 
-def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path | None:
-    """The folder whose tokenizer is taken; None for the base's."""
+def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path:
+    """The folder whose tokenizer is taken: of a union that which knows most tokens, and it must know all."""
     found = {folder: Vocabulary(folder) for folder in folders}
     if source in ("base", "union"):
         chosen = max(folders, key=lambda folder: len(found[folder].known())) if source == "union" else base
