@@ -1,9 +1,12 @@
 """The Python half of emulated_cuda.cpp: torch.cuda's functions for a device that does everything at once, and the operators'
 reference in the place of their CUDA kernels. A pytest plugin: `-p emulated_cuda`, with the library preloaded."""
 
+import os
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from samerge_ext import backend
@@ -54,3 +57,19 @@ torch.UntypedStorage.to = lambda self, *, device, non_blocking=False: _on(self, 
 _unavailable, _lookup = backend._unavailable, backend._lookup
 backend._unavailable = lambda name: None if name == "cuda" else _unavailable(name)
 backend._lookup = lambda op, name: _lookup(op, "reference" if name == "cuda" else name)
+
+_status = 0
+
+
+def pytest_sessionfinish(exitstatus):
+    global _status
+    _status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure():
+    """Leaves without running what C++ has to do at exit: torch wakes the device's autograd thread there, which under a
+    Python before 3.12 asks for the lock of an interpreter that is gone, and now and then ends the process by an abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_status)

@@ -25,7 +25,7 @@ pytestmark = [
 SUPPORT = Path(streaming.__file__).parent
 TORCH = Path(torch.__file__).parent
 PLAN = """
-import json, sys
+import json, os, sys
 import streaming, torch
 import samerge_ext as sm
 from dataclasses import asdict
@@ -48,7 +48,8 @@ for name, (packed, logits, settings) in cases.items():
     config = sm.SAMergingConfig(device="cuda", **settings)
     module = streaming.make(1, dtype=base.position.dtype, width=64)
     found[name] = [asdict(way) for way in plan(module, weights[packed], streaming.make_batches(), logits, config).ways]
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+os._exit(0)  # as emulated_cuda.py's pytest_unconfigure
 """
 # Of test_gpu.py; the others are about kernels, captured graphs, or a GPU's memory.
 EMULATED = (
