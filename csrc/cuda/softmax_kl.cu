@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
           for (int k = 0; k < kCount; ++k) slope[k] = at[k] < share.classes ? slope[k] : Real(0);
         }
         const auto pack = narrow<Student, kCount>(slope, a.student_dtype);
-        if (share.aligned) {
+        if (plan.aligned_grad) {
           if (at.first < share.columns) store_pack(grad, at.first, pack);
         } else {
 #pragma unroll
@@ -208,6 +208,7 @@ cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream) {
   const int student_bytes = bytes_of(a.student_dtype);
   const int teacher_bytes = a.num_teachers ? bytes_of(a.teacher_dtype) : student_bytes;
   const int count = 16 / (student_bytes > teacher_bytes ? student_bytes : teacher_bytes);
+  // Nothing that decides the order of sums depends on the gradient: a loss is the same to the bit with one and without.
   const bool is_kl = a.loss == RowLoss::kl, short_rows = a.num_columns <= kShortRow;
   const int64_t column_bytes = student_bytes + (is_kl ? a.num_teachers * teacher_bytes : 0);  // kept between the passes
   const int64_t one_teacher = student_bytes == 8 ? sizeof(Teacher<double>) : sizeof(Teacher<float>);
@@ -216,17 +217,17 @@ cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream) {
   plan.teacher_bytes = divide_up(a.num_teachers * one_teacher * (short_rows ? kWarps : 1), 16) * 16;
   plan.aligned = a.num_columns % count == 0 && on_16_bytes(a.student, a.student_stride * student_bytes) &&
                  on_16_bytes(a.teacher, a.teacher_stride * teacher_bytes) &&
-                 on_16_bytes(a.teacher, a.teacher_row_stride * teacher_bytes) &&
-                 on_16_bytes(a.grad, a.num_columns * student_bytes);
+                 on_16_bytes(a.teacher, a.teacher_row_stride * teacher_bytes);
+  plan.aligned_grad = plan.aligned && on_16_bytes(a.grad, a.num_columns * student_bytes);
   int64_t shared_bytes = plan.teacher_bytes, work = divide_up(a.num_rows, kWarps);
   Kernel kernel = kernel_for<WarpTeam>(student_bytes, teacher_bytes);
   plan.chunks = divide_up(a.num_columns, kWarp * count);
   if (!short_rows) {
     const int64_t chunks = divide_up(a.num_columns, kThreads * count), chunk_bytes = kThreads * count * column_bytes;
-    const bool two_passes = a.grad || is_kl;
-    const int widest = two_passes && generation >= 9 ? 8 : 1;
+    const int widest = generation >= 9 ? 8 : 1;
     while (plan.cluster < widest && divide_up(chunks, plan.cluster) * chunk_bytes > kShareBytes) plan.cluster *= 2;
     plan.chunks = divide_up(chunks, plan.cluster);
+    const bool two_passes = a.grad || is_kl;
     plan.keep = two_passes && shared_bytes + plan.chunks * chunk_bytes + kStaticBytes <= shared_limit;
     if (plan.keep) shared_bytes += plan.chunks * chunk_bytes;
     work = a.num_rows * plan.cluster;

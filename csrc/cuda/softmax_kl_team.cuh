@@ -22,7 +22,8 @@ struct Plan {
   int chunks;         // packs per thread in a block's or warp's share of a row
   int teacher_bytes;  // of shared memory, for teachers[]
   bool keep;          // the share stays in shared memory between the passes
-  bool aligned;       // all rows begin on 16 bytes and consist of whole packs
+  bool aligned;       // all rows of logits begin on 16 bytes and consist of whole packs
+  bool aligned_grad;  // so do those of the gradient
 };
 
 struct Larger {

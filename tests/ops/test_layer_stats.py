@@ -11,7 +11,7 @@ def pack(shift=0.0, dtype=torch.float32, **options):
     """Layers of one to four dimensions, on both sides of the direct threshold; the last two no expert has changed."""
     shapes = {"matrix": (190, 200), "vector": (33,), "kernel": (8, 3, 4, 4), "number": (), "still": (20, 30), "bias": (7,)}
     generator = torch.Generator().manual_seed(0)
-    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     base = {name: draw(shape) * 0.1 + shift for name, shape in shapes.items()}
     experts = {}
     for task in ("news", "spam"):
@@ -25,15 +25,15 @@ def pack(shift=0.0, dtype=torch.float32, **options):
 
 
 def truth(packed, of, top_k=3):  # -> [T, L, 3 + top_k] fp64
-    out = torch.zeros(packed.num_tasks, packed.layout.num_layers, 3 + top_k, dtype=torch.float64)
-    base = packed.layout.views(packed.base)
-    for t, row in enumerate(packed.task_vectors):
+    out = torch.zeros(packed.num_tasks, packed.layout.num_layers, 3 + top_k, dtype=torch.float64, device="cpu")
+    base = packed.layout.views(packed.base.cpu())
+    for t, row in enumerate(packed.task_vectors.cpu()):
         views = packed.layout.views(row)
         for l, name in enumerate(packed.layout.names):
             if of == "task_vectors":
-                weight = views[name].double() if name in views else torch.zeros(packed.layout.shapes[l], dtype=torch.float64)
+                weight = views[name].double() if name in views else out.new_zeros(packed.layout.shapes[l])
             else:
-                weight = base[name].double() + views[name].double() if name in views else packed.unchanged[name].double()
+                weight = base[name].double() + views[name].double() if name in views else packed.unchanged[name].cpu().double()
             flat = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
             sigma = torch.linalg.svdvals(flat)[:top_k]
             moments = torch.stack([weight.mean(), weight.var(correction=0), weight.norm()])

@@ -357,6 +357,19 @@ def test_the_gradient_can_be_written_into_a_given_tensor(each_backend, loss, dty
     assert torch.equal(out, expected[1]) and torch.equal(value, expected[0])
 
 
+@pytest.mark.parametrize("columns", (64, 2048))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_where_the_gradient_lies_does_not_matter(each_backend, loss, columns):
+    """One that begins between 16 bytes is written number by number; the logits are read, and summed, as before."""
+    student, teacher = random_normal((5, columns), (2, 5, columns), seed=3)
+    call = getattr(sm, {"kl": "softmax_kl", "cross_entropy": "argmax_cross_entropy", "entropy": "entropy"}[loss] + "_with_grad")
+    logits = (student,) if loss == "entropy" else (student, teacher)
+    value, grad = call(*logits)
+    shifted = torch.full((5 * columns + 1,), torch.nan)[1:].view(5, columns)
+    shifted_value, _ = call(*logits, out=shifted)
+    assert torch.equal(shifted_value, value) and torch.equal(shifted, grad)
+
+
 def test_a_tensor_for_the_gradient_that_does_not_fit_is_refused():
     student = torch.randn(5, 37)
     for out, problem in (
