@@ -1,137 +1,262 @@
 // z = q W^T W, or q W W^T where W has more columns than rows, W = scale * (base + matrix), for many matrices at once
 //
-// A block of threads takes one chunk of one matrix, a panel at a time. Of a tall matrix a panel is 64 whole rows: every
-// warp multiplies four rows at a time with eight vectors of q, lanes along the row, into y in shared memory; then every
-// thread takes a column of z down the panel, which the caches still hold. Of a wide matrix a panel is 256 columns, and
-// the two products change their order. A block adds its panels in its own row of partials and a second kernel adds the
-// chunks in double, in order, so nothing is atomic and results repeat to the bit. Moves W once from memory and once
-// more from the cache for every eight vectors, and 2 * width * side numbers per chunk for the sums.
-#include "matrix_source.cuh"
+// The lines of W, which are its rows, or its columns where these are more, are cut into chunks, a block of threads for
+// each. A thread owns four places of every line. It reads its numbers of eight lines into registers, 16 bytes at a time,
+// and multiplies them with eight vectors of q; the block adds what its threads have to y, a number per line and vector;
+// and the same registers times y are added to z, which stays in registers to the end of the chunk: W is read once for
+// every eight vectors, or four in double. Where lines are longer than a block can own, z takes up panels of 64 lines, and
+// W is read once more, from the caches. A chunk has its own row of partials and a second kernel adds the chunks in double, in order, so nothing
+// is atomic and results repeat to the bit. Moves 2 * width * side numbers per chunk for the sums.
+#include "device.cuh"
 
 namespace samerge::gpu {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp, kPanelRows = 64, kTogether = 4;
+constexpr int kOwn = 4;   // places of a line that a thread owns
+constexpr int kQuad = 4;  // lines whose products are added up at once
+constexpr int kMostThreads = 256;
+template <class Real>
+constexpr int kQuads = sizeof(Real) == 8 ? 1 : 2;  // read at once
 
-// sums[r][j] = sum over the columns of row r times vector j, in every lane; rows beyond the last count as zero.
-template <int kVectors, class Real, class Row, class Vector>
-__device__ __forceinline__ void dot_rows(int64_t columns, Real (&sums)[kTogether][kVectors], Row row, Vector vector) {
+// The sums over all lanes of kCount values, lane l being told that of value l % kCount, always added in the same order.
+template <int kCount, int kAll = kCount, class Real>
+__device__ __forceinline__ Real warp_sums(const Real (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    Real sum = values[0];
+#pragma unroll
+    for (int offset = kAll; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    return sum;
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = threadIdx.x & kHalf;
+    Real sums[kHalf];
+#pragma unroll
+    for (int k = 0; k < kHalf; ++k) {
+      const Real given = upper ? values[k] : values[k + kHalf];
+      sums[k] = (upper ? values[k + kHalf] : values[k]) + __shfl_xor_sync(kAllLanes, given, kHalf);
+    }
+    return warp_sums<kHalf, kAll>(sums);
+  }
+}
+
+// The matrices or the bases of a call, one of them at a time.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  int rows, columns;  // those that are read; beyond them lie zeros
+  DType dtype;
+  bool aligned;  // rows begin on 16 bytes
+
+  // kCount numbers from a place on that is a multiple of kCount.
+  template <class Stored, int kCount>
+  __device__ __forceinline__ Pack<Stored, kCount> run(int row, int column) const {
+    Pack<Stored, kCount> pack = {};
+    const int64_t first = row * stride + column;
+    if (row >= rows) return pack;
+    if (aligned && column + kCount <= columns) return load_pack<Stored, kCount>(data, first);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      if (column + k < columns) pack.numbers[k] = static_cast<const Stored*>(data)[first + k];
+    return pack;
+  }
+
+  // w += a thread's numbers of the lines from `line` on, all of which are on their way before the first is used.
+  template <class Stored, int kLines, class Real>
+  __device__ __forceinline__ void add_stored(bool tall, int line, int place, Real (&w)[kLines][kOwn]) const {
+    if (tall) {
+      Pack<Stored, kOwn> packs[kLines];
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) packs[l] = run<Stored, kOwn>(line + l, place);
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) {
+        real_t<Stored> x[kOwn];
+        widen(packs[l], dtype, x);
+#pragma unroll
+        for (int s = 0; s < kOwn; ++s) w[l][s] += x[s];
+      }
+    } else {
+      Pack<Stored, kLines> packs[kOwn];
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) packs[s] = run<Stored, kLines>(place + s, line);
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) {
+        real_t<Stored> x[kLines];
+        widen(packs[s], dtype, x);
+#pragma unroll
+        for (int l = 0; l < kLines; ++l) w[l][s] += x[l];
+      }
+    }
+  }
+
+  template <int kLines, class Real>
+  __device__ __forceinline__ void add(bool tall, int line, int place, Real (&w)[kLines][kOwn]) const {
+    if (dtype == DType::f32) return add_stored<float>(tall, line, place, w);
+    if constexpr (sizeof(Real) == 8)
+      if (dtype == DType::f64) return add_stored<double>(tall, line, place, w);
+    add_stored<uint16_t>(tall, line, place, w);
+  }
+};
+
+__device__ Rows rows_of(const void* data, int64_t stride, DType dtype, int rows, int columns) {
+  const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  return {data, stride, rows, columns, dtype, reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0};
+}
+
+// The lines of W up to `end`.
+template <class Real>
+struct Lines {
+  Rows matrix, base;
+  bool tall;
+  Real scale;
+
+  __device__ Lines(const GramProduct& a, const Addresses& at, int i, int end) : tall(a.tall()), scale(a.scale[i]) {
+    const int rows = tall ? end : a.rows, columns = tall ? a.columns : end;
+    matrix = rows_of(at.matrices[i], a.matrix_stride, a.matrix_dtype, rows, columns);
+    base = rows_of(a.bases ? at.bases[i] : nullptr, a.base_stride, a.base_dtype, rows, columns);
+  }
+
+  template <int kLines>
+  __device__ __forceinline__ void load(int line, int place, Real (&w)[kLines][kOwn]) const {
+#pragma unroll
+    for (int l = 0; l < kLines; ++l)
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) w[l][s] = 0;
+    matrix.add(tall, line, place, w);
+    if (base.data) base.add(tall, line, place, w);
+#pragma unroll
+    for (int l = 0; l < kLines; ++l)
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) w[l][s] *= scale;
+  }
+};
+
+// A thread's numbers of a vector along the shorter side.
+template <class Real>
+__device__ __forceinline__ void load_own(const Real* vector, int place, int side, Real (&x)[kOwn]) {
+  if (side % kOwn == 0 && place < side && reinterpret_cast<uintptr_t>(vector) % 16 == 0)
+    return widen(load_pack<Real, kOwn>(vector, place), DType::f32, x);
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) x[s] = place + s < side ? vector[place + s] : Real(0);
+}
+
+template <class Real>
+__device__ __forceinline__ void store_own(Real* vector, int place, int side, const Real (&x)[kOwn]) {
+  if (side % kOwn == 0) {
+    if (place < side) store_pack(vector, place, narrow<Real, kOwn>(x, DType::f32));
+  } else {
+#pragma unroll
+    for (int s = 0; s < kOwn; ++s)
+      if (place + s < side) vector[place + s] = x[s];
+  }
+}
+
+// sums += the products of four lines with the vectors of q, of which own_q(j, x) reads the thread's numbers.
+template <int kVectors, class Real, class OwnQ>
+__device__ __forceinline__ void add_dots(const Real (*w)[kOwn], const OwnQ& own_q, Real (&sums)[kQuad * kVectors]) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    Real x[kOwn];
+    own_q(j, x);
+#pragma unroll
+    for (int l = 0; l < kQuad; ++l)
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) sums[l * kVectors + j] += w[l][s] * x[s];
+  }
+}
+
+// z += four lines times their numbers of y.
+template <int kVectors, class Real>
+__device__ __forceinline__ void add_lines(const Real (*w)[kOwn], const Real (*y)[kVectors], Real (&z)[kVectors][kOwn]) {
+#pragma unroll
+  for (int l = 0; l < kQuad; ++l)
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j)
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s) z[j][s] += w[l][s] * y[l][j];
+}
+
+// Grid: chunks, matrices. kWhole: the block owns a line with all its places, and shared memory holds q.
+template <int kVectors, bool kWhole, class Real>
+__global__ void __launch_bounds__(kMostThreads, 1) multiply(const GramProduct a, const Addresses at) {
+  constexpr int kPanel = kWhole ? kQuads<Real> * kQuad : 64, kWarps = kMostThreads / kWarp, kSums = kQuad * kVectors;
+  __shared__ Real of_warps[kPanel / kQuad][kWarps][kSums];
+  __shared__ Real y[kPanel][kVectors];
+  extern __shared__ uint4 shared[];
+  const int64_t i = blockIdx.y;
+  const int side = a.side(), longer = a.tall() ? a.rows : a.columns, tile = blockDim.x * kOwn;
+  const int begin = blockIdx.x * a.chunk, end = begin + a.chunk < longer ? begin + a.chunk : longer;
+  const int mine = threadIdx.x * kOwn;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const Lines<Real> lines(a, at, i, end);
+
+  for (int64_t vector = 0; vector < a.width; vector += kVectors) {
+    const Real* q = static_cast<const Real*>(a.q) + (i * a.width + vector) * side;
+    Real* out = static_cast<Real*>(a.partials) + ((i * a.chunks + blockIdx.x) * a.width + vector) * side;
+    Real z[kVectors][kOwn] = {};
+    Real w[kWhole ? kPanel : kQuad][kOwn];
+    if constexpr (kWhole) {  // a thread reads back only what it has brought itself
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        Real x[kOwn];
+        load_own(q + j * side, mine, side, x);
+        store_pack(shared, j * tile + mine, narrow<Real, kOwn>(x, DType::f32));
+      }
+    }
+    for (int first = begin; first < end; first += kPanel) {
+      if constexpr (kWhole) lines.load(first, mine, w);
+#pragma unroll(kWhole ? kQuads<Real> : 1)
+      for (int quad = 0; quad < kPanel / kQuad; ++quad) {
+        Real sums[kSums] = {};
+        if constexpr (kWhole) {
+          add_dots<kVectors>(w + quad * kQuad, [&](int j, Real(&x)[kOwn]) {
+            widen(load_pack<Real, kOwn>(shared, j * tile + mine), DType::f32, x);
+          }, sums);
+        } else {
 #pragma unroll 1
-  for (int64_t c = threadIdx.x % kWarp; c < columns; c += kWarp) {
-    Real w[kTogether];
-#pragma unroll
-    for (int r = 0; r < kTogether; ++r) w[r] = row(r, c);
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      const Real x = vector(j, c);
-#pragma unroll
-      for (int r = 0; r < kTogether; ++r) sums[r][j] += w[r] * x;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kTogether; ++r)
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) sums[r][j] = warp_sum(sums[r][j]);
-}
-
-template <int kVectors, class Real>
-__device__ void multiply_rows(const GramProduct& a, const MatrixSource<Real>& source, Real scale, const Real* q,
-                              int64_t begin, int64_t end, Real* z) {  // [kVectors, columns], [kVectors, columns]
-  __shared__ Real y[kPanelRows][kVectors];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t first = begin; first < end; first += kPanelRows) {
-    const int rows = end - first < kPanelRows ? end - first : kPanelRows;
-    for (int group = warp * kTogether; group < rows; group += kWarps * kTogether) {
-      Real sums[kTogether][kVectors] = {};
-      dot_rows<kVectors>(a.columns, sums, [&](int r, int64_t c) {
-        return group + r < rows ? scale * source(first + group + r, c) : Real(0);
-      }, [&](int j, int64_t c) { return q[j * a.columns + c]; });
-#pragma unroll
-      for (int r = 0; r < kTogether; ++r)
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j)
-          if (lane == 0 && group + r < rows) y[group + r][j] = sums[r][j];
-    }
-    __syncthreads();
-    for (int64_t c = threadIdx.x; c < a.columns; c += kThreads) {
-      Real sums[kVectors] = {};
-#pragma unroll 2
-      for (int r = 0; r < rows; ++r) {
-        const Real w = scale * source(first + r, c);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) sums[j] += w * y[r][j];
-      }
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j)
-        z[j * a.columns + c] = first > begin ? z[j * a.columns + c] + sums[j] : sums[j];
-    }
-    __syncthreads();
-  }
-}
-
-template <int kVectors, class Real>
-__device__ void multiply_columns(const GramProduct& a, const MatrixSource<Real>& source, Real scale, const Real* q,
-                                 int64_t begin, int64_t end, Real* z) {  // [kVectors, rows], [kVectors, rows]
-  __shared__ Real y[kVectors][kThreads], some_q[kPanelRows][kVectors];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t first = begin; first < end; first += kThreads) {
-    const int columns = end - first < kThreads ? end - first : kThreads;
-    Real of_column[kVectors] = {};
-    for (int64_t row = 0; row < a.rows; row += kPanelRows) {
-      const int rows = a.rows - row < kPanelRows ? a.rows - row : kPanelRows;
-      for (int i = threadIdx.x; i < rows * kVectors; i += kThreads)
-        some_q[i / kVectors][i % kVectors] = q[i % kVectors * a.rows + row + i / kVectors];
-      __syncthreads();
-      if (threadIdx.x < columns) {
-#pragma unroll 2
-        for (int r = 0; r < rows; ++r) {
-          const Real w = scale * source(row + r, first + threadIdx.x);
-#pragma unroll
-          for (int j = 0; j < kVectors; ++j) of_column[j] += w * some_q[r][j];
+          for (int place = mine; place < side; place += tile) {
+            lines.load(first + quad * kQuad, place, w);
+            add_dots<kVectors>(w, [&](int j, Real(&x)[kOwn]) { load_own(q + j * side, place, side, x); }, sums);
+          }
         }
+        const Real sum = warp_sums(sums);
+        if (lane < kSums) of_warps[quad][warp][lane] = sum;
       }
       __syncthreads();
-    }
+      for (int k = threadIdx.x; k < kPanel * kVectors; k += blockDim.x) {
+        Real sum = 0;
+        for (int other = 0; other < warps; ++other) sum += of_warps[k / kSums][other][k % kSums];
+        y[k / kVectors][k % kVectors] = sum;
+      }
+      __syncthreads();
+      if constexpr (kWhole) {
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) y[j][threadIdx.x] = of_column[j];
-    __syncthreads();
-    for (int64_t row = warp * kTogether; row < a.rows; row += kWarps * kTogether) {
-      Real sums[kTogether][kVectors] = {};
-      dot_rows<kVectors>(columns, sums, [&](int r, int64_t c) {
-        return row + r < a.rows ? scale * source(row + r, first + c) : Real(0);
-      }, [&](int j, int64_t c) { return y[j][c]; });
+        for (int quad = 0; quad < kQuads<Real>; ++quad) add_lines(w + quad * kQuad, y + quad * kQuad, z);
+      } else {
+#pragma unroll 1
+        for (int place = mine; place < side; place += tile) {
 #pragma unroll
-      for (int r = 0; r < kTogether; ++r)
+          for (int j = 0; j < kVectors; ++j) load_own(out + j * side, place, first > begin ? side : 0, z[j]);
+#pragma unroll 1
+          for (int quad = 0; quad < kPanel / kQuad; ++quad) {
+            lines.load(first + quad * kQuad, place, w);
+            add_lines(w, y + quad * kQuad, z);
+          }
 #pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-          Real* const out = z + j * a.rows + row + r;
-          if (lane == 0 && row + r < a.rows) *out = first > begin ? *out + sums[r][j] : sums[r][j];
+          for (int j = 0; j < kVectors; ++j) store_own(out + j * side, place, side, z[j]);
         }
+      }
     }
-    __syncthreads();
-  }
-}
-
-// Grid: chunks, matrices.
-template <int kVectors, class Real>
-__global__ void __launch_bounds__(kThreads, 1) multiply(const GramProduct a, const Addresses at) {
-  const int64_t i = blockIdx.y, side = a.side(), longer = a.tall() ? a.rows : a.columns;
-  const int64_t begin = blockIdx.x * a.chunk, end = begin + a.chunk < longer ? begin + a.chunk : longer;
-  const MatrixSource<Real> source(a, at, i);
-  const Real* q = static_cast<const Real*>(a.q) + i * a.width * side;
-  Real* z = static_cast<Real*>(a.partials) + (i * a.chunks + blockIdx.x) * a.width * side;
-  for (int64_t j = 0; j < a.width; j += kVectors) {
-    if (a.tall())
-      multiply_rows<kVectors, Real>(a, source, a.scale[i], q + j * side, begin, end, z + j * side);
-    else
-      multiply_columns<kVectors, Real>(a, source, a.scale[i], q + j * side, begin, end, z + j * side);
+    if constexpr (kWhole) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) store_own(out + j * side, mine, side, z[j]);
+    }
   }
 }
 
 // Grid: parts of width * side, matrices.
 template <class Real>
-__global__ void __launch_bounds__(kThreads) add_chunks(const GramProduct a, Real* out) {
-  const int64_t numbers = a.width * a.side(), i = blockIdx.y, k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kMostThreads) add_chunks(const GramProduct a, Real* out) {
+  const int64_t numbers = a.width * a.side(), i = blockIdx.y, k = int64_t(blockIdx.x) * kMostThreads + threadIdx.x;
   if (k >= numbers) return;
   const Real* partials = static_cast<const Real*>(a.partials) + i * a.chunks * numbers + k;
   double sum = 0;
@@ -140,22 +265,28 @@ __global__ void __launch_bounds__(kThreads) add_chunks(const GramProduct a, Real
   out[i * numbers + k] = sum;
 }
 
-template <class Real>
+template <class Real, int kVectors>
 cudaError_t launch(const GramProduct& a, const Addresses& at, Real* out, cudaStream_t stream) {
-  const dim3 grid(a.chunks, at.count), sums((a.width * a.side() + kThreads - 1) / kThreads, at.count);
-  if (a.width % 8 == 0)
-    multiply<8, Real><<<grid, kThreads, 0, stream>>>(a, at);
-  else
-    multiply<kWidth, Real><<<grid, kThreads, 0, stream>>>(a, at);
-  if (const cudaError_t error = cudaGetLastError()) return error;
-  add_chunks<Real><<<sums, kThreads, 0, stream>>>(a, out);
+  const int64_t needed = (a.side() + kOwn * kWarp - 1) / (kOwn * kWarp) * kWarp;
+  const bool whole = needed <= kMostThreads;
+  const int threads = whole ? needed : kMostThreads;
+  const int64_t shared_bytes = whole ? kVectors * kOwn * threads * sizeof(Real) : 0;
+  const auto kernel = whole ? multiply<kVectors, true, Real> : multiply<kVectors, false, Real>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error) return error;
+  kernel<<<dim3(a.chunks, at.count), threads, shared_bytes, stream>>>(a, at);
+  if (error = cudaGetLastError(); error) return error;
+  const dim3 sums((a.width * a.side() + kMostThreads - 1) / kMostThreads, at.count);
+  add_chunks<Real><<<sums, kMostThreads, 0, stream>>>(a, out);
   return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t gram_product(const GramProduct& a, const Addresses& at, void* out, cudaStream_t stream) {
-  return a.wide ? launch(a, at, static_cast<double*>(out), stream) : launch(a, at, static_cast<float*>(out), stream);
+  if (a.wide) return launch<double, kWidth>(a, at, static_cast<double*>(out), stream);
+  return a.width % 8 == 0 ? launch<float, 8>(a, at, static_cast<float*>(out), stream)
+                          : launch<float, kWidth>(a, at, static_cast<float*>(out), stream);
 }
 
 }  // namespace samerge::gpu

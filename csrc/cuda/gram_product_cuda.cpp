@@ -27,7 +27,7 @@ at::Tensor gram_product_cuda(const std::vector<at::Tensor>& matrices, const std:
   const auto out = at::empty_like(dense_q);
   if (out.numel() == 0) return out;
   const int64_t longer = a.tall() ? a.rows : a.columns, numbers = a.width * a.side();
-  a.chunk = std::max<int64_t>(a.tall() ? 64 : 256, (longer + kMaxChunks - 1) / kMaxChunks);
+  a.chunk = (std::max<int64_t>(192, (longer + kMaxChunks - 1) / kMaxChunks) + 7) / 8 * 8;
   a.chunks = (longer + a.chunk - 1) / a.chunk;
   a.bases = bases.empty() ? nullptr : base_pointers.data();
   const int64_t batch = matrices.size();
