@@ -2,14 +2,14 @@
 //
 // Two stages without atomics, so that the result repeats to the bit. In the first a warp multiplies one block of 1,024
 // numbers of the gradient with the task vectors, up to eight at a time, and writes one sum per task; a grid that fills the
-// device walks over the blocks. In the second, a block of threads adds in double the sums of one layer and task; where a
-// layer begins it finds by a search in block_layer. Moves (T + 1) reads per number, and 16 T bytes per block for the sums.
+// device walks over the blocks. In the second, a block of threads adds in double the sums of one layer, of
+// up to eight tasks; where a layer begins it finds by a search in block_layer. Moves (T + 1) reads per number, and 16 T bytes per block for the sums.
 #include "device.cuh"
 
 namespace samerge::gpu {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kSumThreads = 1024;
 
 // Adds the lanes' sums of kCount task vectors, and writes as many as there are.
 template <class Real, int kCount>
@@ -24,9 +24,11 @@ __device__ __forceinline__ void write_sums(const Real (&sums)[kCount], double* p
   if (lane < kCount && lane < num_tasks) partials[lane] = mine;
 }
 
-// kTasks task vectors, or any number, eight at a time, where it is 0.
+// kTasks task vectors, or any number, eight at a time, where it is 0. (Left to itself, the compiler at times spills a register for
+// the sake of more warps: of 16-bit numbers and of codes two blocks of threads per multiprocessor are all that is asked for.)
 template <class Stored, int kTasks>
-__global__ void __launch_bounds__(kThreads) dot_blocks(const CoefficientGrad a, int64_t num_blocks) {
+__global__ void __launch_bounds__(kThreads, sizeof(Stored) == 2 ? 2 : 0)
+    dot_blocks(const CoefficientGrad a, int64_t num_blocks) {
   using Real = real_t<Stored>;
   constexpr int kCount = 16 / sizeof(Stored), kGroup = kTasks ? kTasks : 8;
   const int lane = threadIdx.x % kWarp;
@@ -57,8 +59,7 @@ __global__ void __launch_bounds__(kThreads) dot_blocks(const CoefficientGrad a, 
   }
 }
 
-// As above, of codes, a piece of kTasks task vectors, or of four, at a time. (Left to itself, the compiler spills a register
-// for the sake of more warps: two blocks of threads per multiprocessor are all that is asked for.)
+// As above, of codes, a piece of kTasks task vectors, or of four, at a time.
 template <int kBits, class Real, int kTasks>
 __global__ void __launch_bounds__(kThreads, 2) dot_codes(const CoefficientGrad a, int64_t num_blocks) {
   using C = Codes<kBits>;
@@ -113,21 +114,32 @@ __device__ int64_t blocks_before(const int32_t* block_layer, int64_t num_blocks,
   return begin;
 }
 
-template <class Real>
-__global__ void __launch_bounds__(kThreads)
-    add_blocks(Real* out, const double* partials, const int32_t* block_layer, int64_t num_blocks, int64_t num_layers) {
-  const int64_t layer = blockIdx.x, task = blockIdx.y, num_tasks = gridDim.y;
-  const int64_t begin = blocks_before(block_layer, num_blocks, layer);
-  const int64_t end = blocks_before(block_layer, num_blocks, layer + 1);
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t b = begin + threadIdx.x; b < end; b += kThreads) sum += partials[b * num_tasks + task];
-  __shared__ double of_warps[kWarps];
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sum;
+// Grid: layers, groups of kTasks tasks. Neighbouring threads read the tasks of a block, which lie side by side.
+template <class Real, int kTasks>
+__global__ void __launch_bounds__(kSumThreads) add_blocks(Real* out, const double* partials, const int32_t* block_layer,
+                                                          int64_t num_blocks, int64_t num_layers, int64_t num_tasks) {
+  constexpr int kRows = kSumThreads / kTasks, kWarps = kSumThreads / kWarp;
+  const int64_t layer = blockIdx.x, task = blockIdx.y * kTasks + threadIdx.x % kTasks;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __shared__ int64_t bounds[2];
+  if (warp < 2) {
+    const int64_t before = blocks_before(block_layer, num_blocks, layer + warp);
+    if (lane == 0) bounds[warp] = before;
+  }
   __syncthreads();
-  if (threadIdx.x) return;
-  for (int w = 1; w < kWarps; ++w) sum += of_warps[w];
+  double sum = 0;
+  if (task < num_tasks) {
+#pragma unroll 8
+    for (int64_t b = bounds[0] + threadIdx.x / kTasks; b < bounds[1]; b += kRows) sum += partials[b * num_tasks + task];
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset >= kTasks; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  __shared__ double of_warps[kWarps][kTasks];
+  if (lane < kTasks) of_warps[warp][lane] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kTasks || task >= num_tasks) return;
+  sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += of_warps[w][threadIdx.x];
   out[task * num_layers + layer] = sum;
 }
 
@@ -141,9 +153,14 @@ cudaError_t launch(Kernel kernel, const CoefficientGrad& a, void* out, const int
     return error;
   kernel<<<grid, kThreads, 0, stream>>>(a, num_blocks);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  const dim3 sums(num_layers, a.num_tasks);
-  add_blocks<Real>
-      <<<sums, kThreads, 0, stream>>>(static_cast<Real*>(out), a.partials, block_layer, num_blocks, num_layers);
+  const int tasks = a.num_tasks > 4 ? 8 : a.num_tasks > 2 ? 4 : a.num_tasks;
+  const auto add = tasks == 8   ? add_blocks<Real, 8>
+                   : tasks == 4 ? add_blocks<Real, 4>
+                   : tasks == 2 ? add_blocks<Real, 2>
+                                : add_blocks<Real, 1>;
+  const dim3 sums(num_layers, (a.num_tasks + tasks - 1) / tasks);
+  add<<<sums, kSumThreads, 0, stream>>>(static_cast<Real*>(out), a.partials, block_layer, num_blocks, num_layers,
+                                        a.num_tasks);
   return cudaGetLastError();
 }
 

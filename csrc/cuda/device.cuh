@@ -102,11 +102,55 @@ __device__ __forceinline__ Pack<Stored, kCount> narrow(const real_t<Stored>* x, 
   return pack;
 }
 
+// Eight floats of a thread are two accesses of 16 bytes. So that either touches whole sectors of 32 bytes, two neighbouring
+// threads, whose numbers are adjacent, access each sector together: the first of their numbers belong to the even one, and
+// each trades what is the other's. All lanes take part.
+__device__ __forceinline__ void trade(float (&x)[8]) {
+  const bool odd = threadIdx.x % 2;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float got = __shfl_xor_sync(kAllLanes, odd ? x[k] : x[k + 4], 1);
+    x[k] = odd ? got : x[k];
+    x[k + 4] = odd ? x[k + 4] : got;
+  }
+}
+
+__device__ __forceinline__ int64_t place_in_sector(int64_t first, int half) {
+  return first + 8 * half - (threadIdx.x % 2 ? 4 : 0);
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_floats(const void* data, int64_t first, float (&x)[kCount]) {
+  if constexpr (kCount == 8) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      widen(load_pack<float, 4>(data, place_in_sector(first, half)), DType::f32, x + 4 * half);
+    trade(x);
+  } else {
+    widen(load_pack<float, kCount>(data, first), DType::f32, x);
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_floats(void* data, int64_t first, const float (&x)[kCount]) {
+  if constexpr (kCount == 8) {
+    float traded[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) traded[k] = x[k];
+    trade(traded);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      store_pack(data, place_in_sector(first, half), narrow<float, 4>(traded + 4 * half, DType::f32));
+  } else {
+    store_pack(data, first, narrow<float, kCount>(x, DType::f32));
+  }
+}
+
 // kCount numbers of a vector of any dtype: for the one or two streams beside T task vectors.
 template <int kCount>
 __device__ __forceinline__ void load(const void* data, DType dtype, int64_t first, float (&x)[kCount]) {
   if (dtype == DType::f32)
-    widen(load_pack<float, kCount>(data, first), dtype, x);
+    load_floats(data, first, x);
   else
     widen(load_pack<uint16_t, kCount>(data, first), dtype, x);
 }
@@ -119,7 +163,7 @@ __device__ __forceinline__ void load(const void* data, DType dtype, int64_t firs
 template <int kCount>
 __device__ __forceinline__ void store(void* data, DType dtype, int64_t first, const float (&x)[kCount]) {
   if (dtype == DType::f32)
-    store_pack(data, first, narrow<float, kCount>(x, dtype));
+    store_floats(data, first, x);
   else
     store_pack(data, first, narrow<uint16_t, kCount>(x, dtype));
 }

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads) merge(const WeightedSum a, int64_t n
 
 // As above, of codes: a thread takes a piece of the block, of kTasks task vectors, or of four at a time.
 template <int kBits, class Real, int kTasks>
-__global__ void __launch_bounds__(Codes<kBits>::kPieces) merge_codes(const WeightedSum a, int64_t num_blocks) {
+__global__ void __launch_bounds__(Codes<kBits>::kPieces, 512 / Codes<kBits>::kPieces)
+    merge_codes(const WeightedSum a, int64_t num_blocks) {
   using C = Codes<kBits>;
   constexpr int kCount = kTasks ? kTasks : 4;
   const int first_of_block = C::first(threadIdx.x), group = first_of_block / kGroup;
