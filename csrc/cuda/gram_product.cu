@@ -1,7 +1,7 @@
 // z = q W^T W, or q W W^T where W has more columns than rows, W = scale * (base + matrix), for many matrices at once
 //
 // The lines of W, which are its rows, or its columns where these are more, are cut into chunks, a block of threads for
-// each. A thread owns four places of every line. It reads its numbers of eight lines into registers, 16 bytes at a time,
+// each. A thread owns four places of every line. It reads its numbers of four lines into registers, 16 bytes at a time,
 // and multiplies them with eight vectors of q; the block adds what its threads have to y, a number per line and vector;
 // and the same registers times y are added to z, which stays in registers to the end of the chunk: W is read once for
 // every eight vectors, or four in double. Where lines are longer than a block can own, z takes up panels of 64 lines, and
@@ -13,10 +13,8 @@ namespace samerge::gpu {
 namespace {
 
 constexpr int kOwn = 4;   // places of a line that a thread owns
-constexpr int kQuad = 4;  // lines whose products are added up at once
+constexpr int kQuad = 4;  // lines that are read, and whose products are added up, at once
 constexpr int kMostThreads = 256;
-template <class Real>
-constexpr int kQuads = sizeof(Real) == 8 ? 1 : 2;  // read at once
 
 // The sums over all lanes of kCount values, lane l being told that of value l % kCount, always added in the same order.
 template <int kCount, int kAll = kCount, class Real>
@@ -177,8 +175,9 @@ __device__ __forceinline__ void add_lines(const Real (*w)[kOwn], const Real (*y)
 
 // Grid: chunks, matrices. kWhole: the block owns a line with all its places, and shared memory holds q.
 template <int kVectors, bool kWhole, class Real>
-__global__ void __launch_bounds__(kMostThreads, 1) multiply(const GramProduct a, const Addresses at) {
-  constexpr int kPanel = kWhole ? kQuads<Real> * kQuad : 64, kWarps = kMostThreads / kWarp, kSums = kQuad * kVectors;
+__global__ void __launch_bounds__(kMostThreads, kWhole && sizeof(Real) == 4 ? 2 : 1)
+    multiply(const GramProduct a, const Addresses at) {
+  constexpr int kPanel = kWhole ? kQuad : 64, kWarps = kMostThreads / kWarp, kSums = kQuad * kVectors;
   __shared__ Real of_warps[kPanel / kQuad][kWarps][kSums];
   __shared__ Real y[kPanel][kVectors];
   extern __shared__ uint4 shared[];
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) multiply(const GramProduct a,
     const Real* q = static_cast<const Real*>(a.q) + (i * a.width + vector) * side;
     Real* out = static_cast<Real*>(a.partials) + ((i * a.chunks + blockIdx.x) * a.width + vector) * side;
     Real z[kVectors][kOwn] = {};
-    Real w[kWhole ? kPanel : kQuad][kOwn];
+    Real w[kQuad][kOwn];
     if constexpr (kWhole) {  // a thread reads back only what it has brought itself
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
@@ -204,11 +203,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) multiply(const GramProduct a,
     }
     for (int first = begin; first < end; first += kPanel) {
       if constexpr (kWhole) lines.load(first, mine, w);
-#pragma unroll(kWhole ? kQuads<Real> : 1)
+#pragma unroll 1
       for (int quad = 0; quad < kPanel / kQuad; ++quad) {
         Real sums[kSums] = {};
         if constexpr (kWhole) {
-          add_dots<kVectors>(w + quad * kQuad, [&](int j, Real(&x)[kOwn]) {
+          add_dots<kVectors>(w, [&](int j, Real(&x)[kOwn]) {
             widen(load_pack<Real, kOwn>(shared, j * tile + mine), DType::f32, x);
           }, sums);
         } else {
@@ -229,8 +228,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) multiply(const GramProduct a,
       }
       __syncthreads();
       if constexpr (kWhole) {
-#pragma unroll
-        for (int quad = 0; quad < kQuads<Real>; ++quad) add_lines(w + quad * kQuad, y + quad * kQuad, z);
+        add_lines(w, y, z);
       } else {
 #pragma unroll 1
         for (int place = mine; place < side; place += tile) {
