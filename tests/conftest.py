@@ -3,7 +3,7 @@ import streaming
 import torch
 from helpers import CPU_LEVELS, INTERPRETED, need_backend, running_on
 
-from samerge_ext import backend
+from samerge_ext import backend, ops  # noqa: F401  (registers torch.ops.samerge)
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 from samerge_ext.checkpoints.alignment import Aligned, NamingNote, align
 from samerge_ext.checkpoints.companions import Companions, with_dtype, without_quantisation
 from samerge_ext.checkpoints.compatibility import check_models
-from samerge_ext.checkpoints.files import CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import open_checkpoint, read_json
 from samerge_ext.checkpoints.lora import model_and_adapter, model_of, open_expert
+from samerge_ext.checkpoints.places import CheckpointError, folder_of
 from samerge_ext.checkpoints.saving import (
     no_space,
     out_of_space,

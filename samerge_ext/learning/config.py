@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
+from samerge_ext.sizes import parse_bytes
 
-from samerge_ext.memory import parse_bytes
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # name -> the dtype of autocast
 CHOICES = {
     "granularity": ("layer", "task"),
     "sam": ("paper", "published", "off"),
     "optimizer": ("adam", "sgd"),
-    "precision": tuple(PRECISIONS),
+    "precision": ("fp32", "bf16"),
 }
 
 
@@ -112,13 +109,3 @@ class LearningConfig:
     def learning_rate_at(self, step: int, steps: int) -> float:
         """The learning rate of a step of a run of so many."""
         return self.learning_rate
-
-
-def check_device(device: str | None) -> None:
-    """Raises ValueError where torch knows no such device, or finds none here."""
-    try:
-        wanted = torch.device(device or "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: torch knows no such device; cpu and cuda are some") from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")

@@ -21,6 +21,16 @@ from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
+def check_device(device: str | None) -> None:
+    """Raises ValueError where torch knows no such device, or finds none here."""
+    try:
+        wanted = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: torch knows no such device; cpu and cuda are some") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")
+
+
 class FreeCoefficients(nn.Module):
     """Coefficients that are learned themselves: one per task and layer [T, L], or one per task [T, 1]."""
 
@@ -38,6 +48,7 @@ def calibration_set(
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
     calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed)
     config.weights(packed.tasks)
+    check_device(config.device)
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if config.cuda_graph:

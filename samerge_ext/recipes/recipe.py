@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.places import find_weights, is_adapter
 from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
 from samerge_ext.learning.config import LearningConfig
-from samerge_ext.merged.result import Result
-from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
-from samerge_ext.methods.samerging import SAMergingConfig, samerging
-from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
-from samerge_ext.recipes.data_free import METHODS, check_parameters
+from samerge_ext.methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
 from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, check_keys, parse_model
 from samerge_ext.recipes.mergekit_keys import as_recipe
+from samerge_ext.recipes.parameters import METHODS, check_parameters
 
-LEARNED: dict[str, tuple[Callable[..., Result], type[LearningConfig]]] = {
-    "samerging": (samerging, SAMergingConfig),
-    "adamerging": (adamerging, AdaMergingConfig),
-    "statsmerging": (statsmerging, StatsMergingConfig),
+LEARNED: dict[str, type[LearningConfig]] = {
+    "samerging": SAMergingConfig,
+    "adamerging": AdaMergingConfig,
+    "statsmerging": StatsMergingConfig,
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
-DTYPES = {
-    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
-}  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -154,7 +147,7 @@ class Recipe(Strict):
 
     def method_settings(self, **defaults: Any) -> Any:
         """A learned method's configuration: its parameters as the fields' types, before ``defaults``. Raises ValueError."""
-        config = LEARNED[self.merge_method][1]
+        config = LEARNED[self.merge_method]
         check_keys(self.parameters, [field.name for field in fields(config)])
         try:
             return TypeAdapter(config).validate_python({**defaults, **self.parameters})  # YAML reads 1e-3 as a text
@@ -165,7 +158,8 @@ class Recipe(Strict):
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     """Reads a YAML file; `overrides` replace its keys, those of `parameters` and `calibration` one by one.
 
-    Raises ValueError naming the file and every key that is wrong.
+    Raises ValueError naming the file and every key that is wrong, or a model that is not there; OSError for a missing calibration
+    file.
     """
     try:
         content = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), _Loader) or {}
@@ -180,12 +174,26 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     for key, value in overrides.items():
         content[key] = {**(content.get(key) or {}), **value} if isinstance(value, dict) else value
     try:
-        return Recipe.model_validate(as_recipe(content))
+        recipe = Recipe.model_validate(as_recipe(content))
     except ValidationError as error:
         faults = _faults(error, "file")
     except ValueError as error:
         faults = [f"file: {error}"]
+    else:
+        _require_files(recipe)
+        return recipe
     raise ValueError("\n  ".join([f"{path} is no recipe that can be merged:", *faults]))
+
+
+def _require_files(recipe: Recipe) -> None:
+    """Raises CheckpointError for a model that is not there, OSError for a calibration file."""
+    for entry in recipe.models:
+        if not is_adapter(entry.model):
+            find_weights(entry.model, beside_adapter=True)
+    if recipe.base_model:
+        find_weights(recipe.base_model)
+    for path in recipe.calibration.files.values() if recipe.calibration else ():
+        path.stat()
 
 
 def _faults(error: ValidationError, whole: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import yaml
 
-from samerge_ext.learning.config import check_device
+from samerge_ext.learning.loop import check_device
 from samerge_ext.models.texts import read_texts
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.run import run_recipe
