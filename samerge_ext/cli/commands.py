@@ -107,6 +107,7 @@ def merge(
     with _told():
         started = time.perf_counter()
         recipe = load_recipe(config, {key: value for key, value in given.items() if value})
+        recipe.require_files()
         from samerge_ext.recipes.run import run_recipe
 
         run_recipe(recipe, out, overwrite=overwrite)
@@ -124,6 +125,7 @@ def plan(
 
     with _told():
         recipe = load_recipe(config, {"parameters": {"memory_budget": memory_budget}} if memory_budget else {})
+        recipe.require_files()
         from samerge_ext.recipes.run import plan_recipe
 
         found, settings = plan_recipe(recipe), recipe.method_settings()

@@ -17,7 +17,7 @@ from samerge_ext.packing.factors import LORA, FactoredTaskVectors, require_adapt
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.packing.stores import Numbers
-from samerge_ext.packing.validation import check_sources, check_tasks, shared_names
+from samerge_ext.packing.validation import check_range, check_sources, check_tasks, shared_names
 
 
 def pack_into_memory(
@@ -121,8 +121,12 @@ def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts
     for name, view in layout.views(packed).items():
         pretrained = base.read(name).to(packed.device, wide)
         view.copy_(pretrained)
+        if view.dtype != wide:
+            check_range(f"{base.label}: '{name}'", view)
         for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
             torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
+            if row[name].dtype != wide:
+                check_range(f"{expert.label}: '{name}' minus the base's", row[name])
         if isinstance(stored, QuantisedTaskVectors):
             extent = layout.extent(layout.names.index(name))
             quantise(stored.narrow(*extent), name, pretrained, experts)

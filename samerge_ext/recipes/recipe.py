@@ -145,6 +145,16 @@ class Recipe(Strict):
             if self.base_model is not None and os.path.realpath(entry.model) == os.path.realpath(self.base_model):
                 entry.model, entry.adapter = entry.adapter, None
 
+    def require_files(self) -> None:
+        """Raises CheckpointError for a model that is not there, OSError for a calibration file."""
+        if self.base_model:
+            find_weights(self.base_model, beside_adapter=self.merge_method == "linear")
+        for entry in self.models:
+            if not is_adapter(entry.model):
+                find_weights(entry.model, beside_adapter=True)
+        for path in self.calibration.files.values() if self.calibration else ():
+            path.stat()
+
     def method_settings(self, **defaults: Any) -> Any:
         """A learned method's configuration: its parameters as the fields' types, before ``defaults``. Raises ValueError."""
         config = LEARNED[self.merge_method]
@@ -158,8 +168,7 @@ class Recipe(Strict):
 def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     """Reads a YAML file; `overrides` replace its keys, those of `parameters` and `calibration` one by one.
 
-    Raises ValueError naming the file and every key that is wrong, or a model that is not there; OSError for a missing calibration
-    file.
+    Raises ValueError naming the file and every key that is wrong.
     """
     try:
         content = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), _Loader) or {}
@@ -174,26 +183,12 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     for key, value in overrides.items():
         content[key] = {**(content.get(key) or {}), **value} if isinstance(value, dict) else value
     try:
-        recipe = Recipe.model_validate(as_recipe(content))
+        return Recipe.model_validate(as_recipe(content))
     except ValidationError as error:
         faults = _faults(error, "file")
     except ValueError as error:
         faults = [f"file: {error}"]
-    else:
-        _require_files(recipe)
-        return recipe
     raise ValueError("\n  ".join([f"{path} is no recipe that can be merged:", *faults]))
-
-
-def _require_files(recipe: Recipe) -> None:
-    """Raises CheckpointError for a model that is not there, OSError for a calibration file."""
-    for entry in recipe.models:
-        if not is_adapter(entry.model):
-            find_weights(entry.model, beside_adapter=True)
-    if recipe.base_model:
-        find_weights(recipe.base_model)
-    for path in recipe.calibration.files.values() if recipe.calibration else ():
-        path.stat()
 
 
 def _faults(error: ValidationError, whole: str = "") -> list[str]:
