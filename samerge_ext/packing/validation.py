@@ -82,8 +82,8 @@ def _check_kinds(base: Source, expert: Source, shared: list[str]) -> None:
         if name.endswith("weight") and (ours in CODES or theirs in CODES):
             continue  # `_check_dtypes` has more to say of a quantised model
         raise ValueError(
-            f"'{name}' is {ours} in {base.label} and {theirs} in {expert.label}: a weight in one model, and none in the other; save "
-            "both with one type"
+            f"'{name}' is {ours} in {base.label} and {theirs} in {expert.label}: a weight in one model, and none in the "
+            "other; save both with one type"
         )
 
 

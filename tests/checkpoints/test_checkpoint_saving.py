@@ -278,7 +278,8 @@ FILL = """
     import shutil, sys
     from collections import namedtuple
     import torch
-        from samerge_ext.checkpoints.saving import atomic_write, save_checkpoint
+    from samerge_ext.checkpoints.places import CheckpointError
+    from samerge_ext.checkpoints.saving import atomic_write, save_checkpoint
 
     shutil.disk_usage = lambda path: namedtuple("Usage", "free")(1 << 40)
     for tensors in ({"a": torch.ones(1 << 19)}, {"a": torch.ones(1 << 17), "b": torch.ones(1 << 18)}):
