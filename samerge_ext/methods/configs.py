@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from samerge_ext.learning.config import LearningConfig
+from samerge_ext.learning.config import LearningConfig, check_least
 
-CHOICES = {"loss": ("cross_entropy", "kl"), "of": ("experts", "task_vectors")}
 DECAYS = 5  # equal parts of a run; the learning rate falls between them
 
 
@@ -27,10 +27,7 @@ class SAMergingConfig(LearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("temperature", "teacher_temperature"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{key}={value!r}; expected a number > 0")
+        check_least(self, 0, "temperature", "teacher_temperature", above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +53,11 @@ class StatsMergingConfig(LearningConfig):
     sam: perturbs λ, and pulls the gradient found at λ + ε back through the network at λ.
     """
 
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **LearningConfig.CHOICES,
+        "loss": ("cross_entropy", "kl"),
+        "of": ("experts", "task_vectors"),
+    }
     # Steps and epochs may not: the learning rate depends on how long the run is.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *(key for key in LearningConfig.MAY_CHANGE if key not in ("steps", "epochs")), "features"
@@ -74,16 +76,11 @@ class StatsMergingConfig(LearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}={getattr(self, key)!r}; choose one of {', '.join(map(repr, choices))}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r}; expected a number > 0")
+        check_least(self, 0, "temperature", above=True)
+        check_least(self, 0, "singular_values")
         if not 0 < self.learning_rate_decay <= 1:
             raise ValueError(f"learning_rate_decay={self.learning_rate_decay!r}; expected a number in (0, 1]")
-        if int(self.singular_values) != self.singular_values or self.singular_values < 0:
-            raise ValueError(f"singular_values={self.singular_values!r}; expected a whole number ≥ 0")
-        if int(self.hidden) != self.hidden or self.hidden < 2 or self.hidden % 2:
+        if self.hidden < 2 or self.hidden % 2:
             raise ValueError(f"hidden={self.hidden!r}; expected an even number ≥ 2")
         if self.per_layer and self.granularity == "task":
             raise ValueError("per_layer=True needs granularity='layer': task-wise, there is one coefficient for all layers")

@@ -128,7 +128,7 @@ class Recipe(Strict):
         if any(entry.parameters for entry in self.models):
             raise ValueError(f"{self.merge_method} learns the weights; remove 'parameters' of the models")
         try:
-            self.method_settings()
+            self.method_settings().weights(tuple(self.tasks))
         except ValueError as error:
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
         return self
