@@ -36,7 +36,15 @@ from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Source
 from samerge_ext.elementwise.file_pieces import FilePieces
 from samerge_ext.elementwise.piecewise import Piece, Rule, WholeRule, merge_pieces
 from samerge_ext.elementwise.record import RECORD, Record, held_record
-from samerge_ext.packing.validation import check_finite, check_headers, check_heads, check_range, check_ties, shared_names
+from samerge_ext.packing.validation import (
+    check_finite,
+    check_headers,
+    check_heads,
+    check_range,
+    check_tasks,
+    check_ties,
+    shared_names,
+)
 
 
 @dataclass
@@ -84,6 +92,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     Raises ValueError (CheckpointError for files) for models that do not fit together, before anything is written, for NaN and
     Inf, and for a full disk or an input that vanished or changed.
     """
+    check_tasks([task for task, _ in merge.experts])
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
     paths = [merge.names_from, *(path for _, path in merge.experts)]

@@ -78,7 +78,7 @@ def aligned(
     base: Source, experts: Experts, heads: str | Sequence[str], keep: str | Sequence[str], folder: str | Path | None
 ) -> Aligned:
     """The models under one set of names; raises ValueError where they do not agree, and for kept tensors that the base lacks."""
-    check_tasks(experts)
+    check_tasks([task for task, _ in experts])
     heads, keep = ((patterns,) if isinstance(patterns, str) else patterns for patterns in (heads, keep))
     models = align(base, experts, heads, keep, folder)
     if models.host is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,9 +52,8 @@ def check_headers(
         _check_dtypes(base, source, shared)
 
 
-def check_tasks(experts: Experts) -> None:
+def check_tasks(tasks: Sequence[str]) -> None:
     """Raises ValueError unless every task has a name of its own."""
-    tasks = [task for task, _ in experts]
     if not tasks:
         raise ValueError("there are no experts to merge; pass {'task name': expert, …}")
     for task in tasks:

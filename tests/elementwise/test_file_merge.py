@@ -240,6 +240,16 @@ def test_a_taken_target_is_refused(models, tmp_path):
     assert not (tmp_path / "out.state").exists()
 
 
+@pytest.mark.parametrize("task", ["../../evil", "a/b", "a\0b", "x" * 300, "", "spam"])
+def test_a_task_that_cannot_name_a_file_of_its_own_is_refused(models, tmp_path, task):
+    merge = merge_of(models)
+    merge.experts[0] = (task, models / "news")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="is not a task name|two experts are named 'spam'"):
+        merge_files(merge, tmp_path / "deep/deeper/out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def assert_untouched(models, tmp_path, before):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.state").exists()
     for path, content in before.items():

@@ -211,6 +211,12 @@ def test_two_tasks_of_one_name_are_refused(base, experts):
         sm.PackedWeights.from_modules(base, [("red", experts["red"]), ("red", experts["blue"])])
 
 
+@pytest.mark.parametrize("task", ["../../evil", "a/b", "a\0b", "x" * 300, ""])
+def test_a_task_that_cannot_name_a_file_is_refused(base, experts, task):
+    with pytest.raises(ValueError, match="is not a task name"):
+        sm.PackedWeights.from_modules(base, {task: experts["red"]})
+
+
 def test_no_experts_are_refused(base):
     with pytest.raises(ValueError, match="no experts"):
         sm.PackedWeights.from_modules(base, {})
