@@ -184,6 +184,9 @@ def test_what_leaves_the_range_of_its_type_is_refused(form):
     huge = {"w": torch.tensor([7e4, 1.0])}
     with pytest.raises(ValueError, match="base: 'w' overflows torch.float16; .*float32 or bfloat16"):
         sm.PackedWeights.from_state_dicts(huge, {"a": {"w": torch.ones(2)}}, dtype=torch.float16, task_vector_dtype=form)
+    huge["v"] = torch.ones(3)  # and w is unchanged
+    with pytest.raises(ValueError, match="base: 'w' overflows torch.float16"):
+        sm.PackedWeights.from_state_dicts(huge, {"a": {**huge, "v": torch.zeros(3)}}, dtype=torch.float16, task_vector_dtype=form)
     if form == torch.float16:
         base = {"w": torch.tensor([-65504.0, 1.0], dtype=torch.float16)}
         with pytest.raises(ValueError, match="expert 'a': 'w' minus the base's overflows torch.float16; .*float32 or bfloat16"):
