@@ -19,12 +19,13 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes softmax_kl gram_product lanczos svd_topk layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py
 
-.PHONY: help setup data demo lint test soak mergekit-differential bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak mergekit-differential bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
+	@echo "make test-levels   run the tests of numbers as on other processors, at four levels"
 	@echo "make soak    two hundred random memory budgets and a hundred kills"
 	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
@@ -70,6 +71,18 @@ lint: $(VENV)/lint-ready
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Numbers of other processors, as far as this one has them: loops for fewer instructions, ours and torch's, on one to four threads.
+LEVELS := portable,default,1 portable,avx2,2 avx2,default,3 avx2,avx2,4
+LEVEL_TESTS := $(addprefix tests/,budget elementwise learning merged methods ops packing statistics)
+
+test-levels: $(VENV)/test-ready
+	@for level in $(LEVELS); do \
+	  set -- $$(echo $$level | tr , ' '); \
+	  echo "SAMERGE_CPU_LEVEL=$$1 ATEN_CPU_CAPABILITY=$$2, $$3 threads"; \
+	  SAMERGE_CPU_LEVEL=$$1 ATEN_CPU_CAPABILITY=$$2 OMP_NUM_THREADS=$$3 MKL_NUM_THREADS=$$3 OMP_WAIT_POLICY=passive \
+	    $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LEVEL_TESTS) || exit 1; \
+	done
 
 # Two hundred random plans and a hundred kills of learned merges.
 soak: $(VENV)/test-ready

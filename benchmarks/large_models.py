@@ -38,8 +38,9 @@ from turns import seconds_on
 import samerge_ext as sm
 from samerge_ext.budget.plan import PLAN_FILE, Way, plan
 from samerge_ext.learning import loop as learning
-from samerge_ext.memory import parse_bytes, peak_resident_bytes, show_bytes
+from samerge_ext.memory import peak_resident_bytes
 from samerge_ext.packing.stores import empty_like, parts
+from samerge_ext.sizes import parse_bytes, show_bytes
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 3

@@ -36,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import samerge_ext as sm
 from samerge_ext.demo.experts import load_folder
 from samerge_ext.memory import PeakMemory
+from samerge_ext.methods.statsmerging import learner_settings
 
 TASKS, TEXTS, TOKENS, CLASSES = 8, 2, 40, 20  # texts per task and step, as the demo's full variant has them
 PUBLISHED_STEPS = 500
@@ -83,7 +84,7 @@ def published(x: Problem) -> float:
         rows = [[_statistics(w) for w in expert.parameters()] for expert in experts.values()]
         statistics = torch.stack([torch.stack(row) for row in rows])  # [T, L, 6]
         if learner is None:
-            settings, start = x.config.learner_settings(tuple(base)), x.config.initial_coefficient
+            settings, start = learner_settings(x.config, tuple(base)), x.config.initial_coefficient
             learner = sm.StatsMergeLearner.made_for(statistics, settings, start=start, seed=x.config.seed)
             optimizer = torch.optim.Adam(learner.parameters(), lr=x.config.learning_rate)
         merged = dict(zip(base, merged_layers(list(base.values()), task_vectors, learner(statistics)), strict=True))

@@ -1,26 +1,11 @@
 """Learned model merging in PyTorch with C++ and CUDA operators.
 
-The operators are imported with the package; everything built on them is imported when it is first used, so that
-`import samerge_ext` costs little more than `import torch`.
+Everything is imported when it is first used, torch too, so that what needs no tensor (`samerge --help`, a recipe that is
+refused) does not wait for it. The operators are registered, as `torch.ops.samerge`, by `samerge_ext.ops`.
 """
 
 import importlib
 from typing import TYPE_CHECKING
-
-from . import ops
-from .backend import available, use_backend
-from .ops import (
-    argmax_cross_entropy,
-    argmax_cross_entropy_with_grad,
-    coefficient_grad,
-    entropy,
-    entropy_with_grad,
-    layer_stats,
-    softmax_kl,
-    softmax_kl_with_grad,
-    svd_topk,
-    weighted_sum,
-)
 
 __version__ = "0.1.0"
 
@@ -29,11 +14,11 @@ _LAZY = {  # public name -> module that defines it
     "PackedWeights": "packing.packed_weights",
     "MergedModel": "merged.model",
     "Result": "merged.result",
-    "SAMergingConfig": "methods.samerging",
-    "AdaMergingConfig": "methods.adamerging",
+    "SAMergingConfig": "methods.configs",
+    "AdaMergingConfig": "methods.configs",
     "samerging": "methods.samerging",
     "adamerging": "methods.adamerging",
-    "StatsMergingConfig": "methods.statsmerging",
+    "StatsMergingConfig": "methods.configs",
     "StatsMergeLearner": "statistics.learner",
     "statsmerging": "methods.statsmerging",
     "DistillationConfig": "methods.distillation",
@@ -46,8 +31,20 @@ _LAZY = {  # public name -> module that defines it
     "dare": "methods.dare",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
+    "available": "backend",
+    "use_backend": "backend",
+    "argmax_cross_entropy": "ops.softmax_kl",
+    "argmax_cross_entropy_with_grad": "ops.softmax_kl",
+    "coefficient_grad": "ops.coefficient_grad",
+    "entropy": "ops.softmax_kl",
+    "entropy_with_grad": "ops.softmax_kl",
+    "layer_stats": "ops.layer_stats",
+    "softmax_kl": "ops.softmax_kl",
+    "softmax_kl_with_grad": "ops.softmax_kl",
+    "svd_topk": "ops.svd_topk",
+    "weighted_sum": "ops.weighted_sum",
 }
-_LAZY_MODULES = ("models",)
+_LAZY_MODULES = ("backend", "models", "ops")
 
 __all__ = [
     "AdaMergingConfig",
@@ -88,18 +85,33 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers and editors
-    from . import models
+    from . import backend as backend
+    from . import models, ops
+    from .backend import available, use_backend
     from .checkpoints.compatibility import CompatibilityWarning
     from .merged.model import MergedModel
     from .merged.result import Result
-    from .methods.adamerging import AdaMergingConfig, adamerging
+    from .methods.adamerging import adamerging
     from .methods.arithmetic import average, task_arithmetic
+    from .methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
     from .methods.dare import dare
     from .methods.distac import align_norms
     from .methods.distillation import DistillationConfig, distill_expert
-    from .methods.samerging import SAMergingConfig, samerging
-    from .methods.statsmerging import StatsMergingConfig, apply_learner, statsmerging
+    from .methods.samerging import samerging
+    from .methods.statsmerging import apply_learner, statsmerging
     from .methods.ties import ties, trimmed
+    from .ops.coefficient_grad import coefficient_grad
+    from .ops.layer_stats import layer_stats
+    from .ops.softmax_kl import (
+        argmax_cross_entropy,
+        argmax_cross_entropy_with_grad,
+        entropy,
+        entropy_with_grad,
+        softmax_kl,
+        softmax_kl_with_grad,
+    )
+    from .ops.svd_topk import svd_topk
+    from .ops.weighted_sum import weighted_sum
     from .packing.layout import Layout
     from .packing.packed_weights import PackedWeights
     from .statistics.learner import StatsMergeLearner
@@ -117,4 +129,4 @@ else:  # a type checker that saw it would take any name for one of the package's
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ from pathlib import Path
 import torch
 
 from samerge_ext.backend import _C
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class PeakMemory:
@@ -95,22 +92,6 @@ def trim_heap() -> None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
-    """A number of bytes from one, or a text such as "16GB" (powers of 1000) or "512MiB" (of 1024)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"{name}={size!r}; give a number of bytes, or a text such as '16GB' or '512MiB'")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def show_bytes(num_bytes: int) -> str:
-    """A number of bytes as people read it: "1.81 GB"."""
-    for unit in ("GB", "MB", "KB"):
-        if num_bytes >= UNITS[unit]:
-            return f"{num_bytes / UNITS[unit]:.3g} {unit}"
-    return f"{num_bytes} B"
 
 
 def _status(key: str) -> int:

@@ -3,7 +3,7 @@ import streaming
 import torch
 from helpers import CPU_LEVELS, INTERPRETED, need_backend, running_on
 
-from samerge_ext import backend
+from samerge_ext import backend, ops  # noqa: F401  (registers torch.ops.samerge)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,7 @@ def each_level(request):
             yield request.param
         return
     need_backend("cpu")
+    before = backend.cpu_level()  # which SAMERGE_CPU_LEVEL may have forced
     try:
         backend._C.set_cpu_level(request.param)
     except ValueError as error:
@@ -66,7 +67,7 @@ def each_level(request):
         with backend.use_backend("cpu"):
             yield request.param
     finally:
-        backend._C.set_cpu_level("auto")
+        backend._C.set_cpu_level(before)
 
 
 @pytest.fixture

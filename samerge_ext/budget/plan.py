@@ -17,12 +17,13 @@ from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits
-from samerge_ext.memory import machine_bytes, parse_bytes, resident_bytes, show_bytes
+from samerge_ext.memory import machine_bytes, resident_bytes
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import on_host
+from samerge_ext.sizes import parse_bytes, show_bytes
 
 PLAN_FILE = "plan.json"  # in a run's checkpoint_dir
 SMALLEST_PIECE = 1 << 18  # numbers; below, reading a piece costs more than its bytes

@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import read_json
+from samerge_ext.checkpoints.places import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

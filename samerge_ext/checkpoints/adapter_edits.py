@@ -10,9 +10,10 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.adapter_config import MERGE_IT, AdapterConfig
 from samerge_ext.checkpoints.architecture import Architecture
-from samerge_ext.checkpoints.files import CheckpointError, SafetensorsFile
+from samerge_ext.checkpoints.files import SafetensorsFile
 from samerge_ext.checkpoints.folder import read_json
 from samerge_ext.checkpoints.naming import correspondence
+from samerge_ext.checkpoints.places import CheckpointError
 from samerge_ext.checkpoints.sources import Source
 
 PREFIX = "base_model.model."  # PEFT wraps the model that it adapts twice

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from samerge_ext.checkpoints.files import folder_of
 from samerge_ext.checkpoints.folder import read_config
 from samerge_ext.checkpoints.naming import is_derived_buffer
+from samerge_ext.checkpoints.places import folder_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from samerge_ext.checkpoints.files import CheckpointError, folder_of
+from samerge_ext.checkpoints.places import CheckpointError, folder_of
 
 # Everything goes along but the following; names are compared without case.
 WEIGHTS = (

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.files import WEIGHTS, CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import read_json
-from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.places import WEIGHTS, CheckpointError, folder_of, is_adapter
 from samerge_ext.checkpoints.settings import (
     Settings,
     align,
@@ -52,6 +51,8 @@ EMBEDDINGS = (
 
 class CompatibilityWarning(UserWarning):
     """Merged models differ in what their tensors are computed with, or in what a number that goes in or comes out means."""
+
+    shown_as = "warning"  # by the command line, to which what else the package says is a note
 
 
 def check_models(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from samerge_ext.checkpoints.places import CheckpointError
+
 # The types of the safetensors format that torch has; the two newest are missing from older versions of torch.
 SAFETENSORS_DTYPES = {
     code: getattr(torch, name)
@@ -42,18 +44,11 @@ SAFETENSORS_DTYPES = {
 }
 SAFETENSORS_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
-# What a folder's weights are called; where it holds several, the first counts, as in transformers.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
 # The bound of the safetensors library.
 MAX_HEADER_BYTES = 100_000_000
 
 # Pages of a mapped file that were read count as this process's memory until the file is mapped again.
 MAX_MAPPED_BYTES = 64 << 20
-
-
-class CheckpointError(ValueError):
-    """A model folder or a file of it cannot be read or written. The message names it, the tensor and the fix."""
 
 
 class Entry(NamedTuple):
@@ -273,12 +268,6 @@ class TorchFile:
                 )
             if tensor.layout != torch.strided or tensor.is_quantized:
                 raise CheckpointError(f"{self.path}: '{name}' is sparse or quantised; save it as a dense tensor")
-
-
-def folder_of(path: str | Path) -> Path:
-    """The model folder that a path, a folder or a file in one, stands for."""
-    path = Path(path)
-    return path.parent if path.is_file() else path
 
 
 def check_relative(name: str, what: str) -> None:

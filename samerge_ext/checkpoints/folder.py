@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.files import (
-    WEIGHTS,
-    CheckpointError,
-    SafetensorsFile,
-    TorchFile,
-    check_relative,
-    folder_of,
-)
+from samerge_ext.checkpoints.files import SafetensorsFile, TorchFile, check_relative
 from samerge_ext.checkpoints.naming import unwrapped
-
-READERS: dict[str, type[SafetensorsFile | TorchFile]] = {
-    ".safetensors": SafetensorsFile,
-    ".bin": TorchFile,
-    ".pt": TorchFile,
-    ".pth": TorchFile,
-    ".ckpt": TorchFile,
-}
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")
-OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".index")
-
-
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+from samerge_ext.checkpoints.places import SUFFIXES, CheckpointError, find_weights, folder_of
 
 
 class Checkpoint:
@@ -115,7 +95,7 @@ def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkp
     a pickle with code in it (which is never run).
     """
     path = Path(path)
-    weights = _find_weights(path, beside_adapter)
+    weights = find_weights(path, beside_adapter=beside_adapter)
     indexed: dict[str, str] = {}
     paths = [weights]
     if weights.name.endswith(".index.json"):
@@ -143,68 +123,10 @@ def read_config(path: str | Path) -> dict:
     return read_json(config)
 
 
-def holds_model(folder: Path) -> bool:
-    """Whether a folder holds the weights of a full model, whatever else."""
-    return any((folder / name).is_file() for name in WEIGHTS)
-
-
-def _find_weights(path: Path, beside_adapter: bool) -> Path:
-    """The weight file or index that a path stands for."""
-    if path.is_file():
-        if path.name.startswith("adapter_model."):
-            raise _adapter(path)
-        if (shard := SHARD.search(path.name)) and int(shard[1]) > 1:
-            raise CheckpointError(f"{path} is one of {int(shard[1])} shards; pass its folder, or the index beside it")
-        return path
-    if not path.is_dir():
-        where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise CheckpointError(f"{path} is neither a folder nor a file{where}; download the model first and pass its folder")
-    if (path / "adapter_config.json").exists():
-        if not holds_model(path):
-            raise _adapter(path)
-        if any((path / name).is_file() for name in ADAPTER_WEIGHTS) and not beside_adapter:
-            raise CheckpointError(
-                f"{path} holds a model and a PEFT adapter, which transformers puts on top of it: merge the two, or move the "
-                "files of one to a folder of its own"
-            )
-    for name in WEIGHTS:
-        if (path / name).is_file():
-            return path / name
-    if adapters := sorted(file.parent.name for file in path.glob("*/adapter_config.json")):  # where PEFT saves those with a name
-        raise CheckpointError(f"{path} holds PEFT adapters in folders of their own; pass one of them: {', '.join(adapters)}")
-    raise CheckpointError(f"{path} holds none of {', '.join(WEIGHTS)}; {_instead(path)}")
-
-
-def _instead(folder: Path) -> str:
-    """What to do about a folder that does not hold a model's weights: by what it holds."""
-    names = sorted(file.name for file in folder.iterdir() if file.suffix in READERS)
-    if shards := [name for name in names if SHARD.search(name)]:
-        index = SHARD.sub(r".\2.index.json", shards[0])
-        return f"it has shards ({shards[0]} …) without their index: download {index}"
-    if names:
-        return f"pass one of its files by name: {', '.join(names)}"
-    if models := sorted(place.name for place in folder.iterdir() if place.is_dir() and holds_model(place)):
-        return f"pass one of the models in it: {', '.join(models)}"
-    if list(folder.glob("global_step*")):
-        return "it is a checkpoint of DeepSpeed: make a model of it with its zero_to_fp32.py"
-    if list(folder.glob("**/*.distcp")):
-        return "it is a sharded checkpoint of FSDP: make a model of it with `accelerate merge-weights`"
-    if others := sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS):
-        return f"{others[0]} is of another format: download the model's weights as safetensors, or save them so with transformers"
-    return "download the model's weights"
-
-
-def _adapter(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a PEFT adapter (adapter_config.json), not a model: pass its folder as an expert of its base, or load it "
-        "with peft, call merge_and_unload() and save the model that it returns"
-    )
-
-
 def _reader(path: Path) -> type[SafetensorsFile | TorchFile]:
-    if path.suffix not in READERS:
-        raise CheckpointError(f"{path}: a weight file ends in one of {', '.join(READERS)}; convert to safetensors")
-    return READERS[path.suffix]
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path}: a weight file ends in one of {', '.join(SUFFIXES)}; convert to safetensors")
+    return SafetensorsFile if path.suffix == ".safetensors" else TorchFile
 
 
 def _read_index(path: Path) -> dict[str, str]:

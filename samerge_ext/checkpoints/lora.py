@@ -11,17 +11,13 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.adapter_config import CONFIG, WEIGHTS, AdapterConfig
 from samerge_ext.checkpoints.adapter_edits import Edit, Pair, edits_of, product_numbers
-from samerge_ext.checkpoints.files import CheckpointError, SafetensorsFile
-from samerge_ext.checkpoints.folder import holds_model, open_checkpoint
+from samerge_ext.checkpoints.files import SafetensorsFile
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.places import CheckpointError, is_adapter
 from samerge_ext.checkpoints.sources import CheckpointSource, Source
 
 # What an expert adds to a layer of m rows: left [m, r] @ right [r, n]; a difference of the layer's shape; or nothing.
 Change = tuple[Tensor, Tensor] | Tensor | None
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter of a base that lies elsewhere."""
-    return (Path(path) / CONFIG).is_file() and not holds_model(Path(path))
 
 
 def model_and_adapter(path: str | Path) -> tuple[Path | None, Path | None]:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samerge_ext.checkpoints.companions import Companions
-from samerge_ext.checkpoints.files import SAFETENSORS_DTYPES, WEIGHTS, CheckpointError, check_relative, folder_of
+from samerge_ext.checkpoints.files import SAFETENSORS_DTYPES, check_relative
+from samerge_ext.checkpoints.places import WEIGHTS, CheckpointError, folder_of
 
 
 def save_checkpoint(

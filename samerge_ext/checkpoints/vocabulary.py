@@ -9,8 +9,8 @@ from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import read_json
+from samerge_ext.checkpoints.places import CheckpointError
 
 FAST, WORDS, MAP = "tokenizer.json", "vocab.txt", "vocab.json"
 PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")  # of sentencepiece

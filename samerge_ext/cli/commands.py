@@ -1,4 +1,4 @@
-"""The subcommands of `samerge`: merge, plan, demo, stats, info."""
+"""The subcommands of `samerge`: merge, plan, demo, stats, info. What needs torch is imported once the arguments are checked."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 import yaml
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import samerge_ext as sm
-from samerge_ext.backend import cpu_level
 from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.cli.messages import warnings_as_lines
-from samerge_ext.memory import show_bytes
+from samerge_ext.sizes import show_bytes
 
-app = typer.Typer(help="Merge fine-tuned models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+app = typer.Typer(
+    help="Merge fine-tuned models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than all that a refused recipe needs
+)
 
 # Errors that the user can mend: shown as one message, without a traceback.
 MISTAKES = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
@@ -84,7 +84,6 @@ def merge(
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
     from samerge_ext.recipes.recipe import load_recipe
-    from samerge_ext.recipes.run import run_recipe
 
     calibration_keys = {
         "files": _pairs("--calibration", calibration),
@@ -108,6 +107,9 @@ def merge(
     with _told():
         started = time.perf_counter()
         recipe = load_recipe(config, {key: value for key, value in given.items() if value})
+        recipe.require_files()
+        from samerge_ext.recipes.run import run_recipe
+
         run_recipe(recipe, out, overwrite=overwrite)
     seconds = time.perf_counter() - started
     typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
@@ -118,12 +120,14 @@ def plan(
     config: Annotated[Path, typer.Argument(help="YAML file of a learned merge", exists=True, dir_okay=False)],
     memory_budget: Annotated[str | None, typer.Option(help="the most memory to take, such as 16GB")] = None,
 ) -> None:
-    """What a learned merge would take, by each way to hold the merged model, from the headers of its folders alone."""
+    """The memory that a learned merge would take. By each way to hold the merged model, from the headers of its folders alone."""
     from samerge_ext.recipes.recipe import load_recipe
-    from samerge_ext.recipes.run import plan_recipe
 
     with _told():
         recipe = load_recipe(config, {"parameters": {"memory_budget": memory_budget}} if memory_budget else {})
+        recipe.require_files()
+        from samerge_ext.recipes.run import plan_recipe
+
         found, settings = plan_recipe(recipe), recipe.method_settings()
         budget = settings.memory_budget
         chosen = found.choose(budget, settings.host_memory_budget) if budget else None
@@ -146,10 +150,13 @@ def demo(
     cache: Annotated[Path, typer.Option(help="folder for experts and finished cells")] = Path(".cache-demo"),
     progress: Annotated[bool, typer.Option(help="show progress bars")] = True,
 ) -> None:
-    """Fine-tune experts, merge them with every method, and show what came out."""
-    from samerge_ext.demo.studies import run_study
-
+    """Fine-tune experts, merge them and show what came out. With every method."""
     with _told():
+        from rich.console import Console
+
+        from samerge_ext.demo.studies import run_study
+
+        console = Console()
         run_study(study, full=full, seeds=seeds or (3 if full else 1), out=out, cache=cache, progress=progress, console=console)
 
 
@@ -166,14 +173,14 @@ def stats(
     out: Annotated[Path | None, typer.Option(help="write .csv or .json in place of printing")] = None,
     plot: Annotated[Path | None, typer.Option(help="write a PNG of the singular values of every layer")] = None,
 ) -> None:
-    """Statistics of every layer of experts: mean, variance, norm and largest singular values."""
-    from samerge_ext.reports.plots import plot_singular_values
-    from samerge_ext.statistics.features import Features, statistics_rows, write_statistics
-
+    """Statistics of every layer of experts. Mean, variance, norm and largest singular values."""
     with _told():
         folders = _tasks_and_folders(experts)
         if out is not None and out.suffix not in (".csv", ".json"):
             raise ValueError(f"{out}: statistics are written as .csv or .json")
+        from samerge_ext.reports.plots import plot_singular_values
+        from samerge_ext.statistics.features import Features, statistics_rows, write_statistics
+
         packed = sm.PackedWeights.from_folders(base, folders, heads=heads or (), keep=keep or ())
         features = Features.of_packed(packed, of=of, singular_values=singular_values)
         if plot is not None:
@@ -192,7 +199,14 @@ def stats(
 
 @app.command()
 def info() -> None:
-    """Versions, backends and why those that are missing are, threads and devices."""
+    """Versions, backends, threads and devices. Of a backend that is missing, why it is."""
+    with _told():
+        import torch
+        from rich.console import Console
+        from rich.table import Table
+
+        from samerge_ext.backend import cpu_level
+
     table = Table("", "", box=None, show_header=False)
     table.add_row("samerge_ext", sm.__version__)
     table.add_row("torch", torch.__version__)
@@ -202,7 +216,7 @@ def info() -> None:
     table.add_row("threads", str(torch.get_num_threads()))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("CUDA devices", ", ".join(devices) or "none")
-    console.print(table)
+    Console().print(table)
 
 
 def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
@@ -221,5 +235,5 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     lines = "\n".join([message, *getattr(error, "__notes__", ())])
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), lines), soft_wrap=True)
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {lines}", err=True)
     raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -10,6 +11,8 @@ def main() -> None:
     """Runs the command line; without its libraries, says how to install them."""
     if find_spec("typer") is None:
         sys.exit('the command line needs more packages: pip install "samerge_ext[cli]"')
+    # Or pydantic searches the metadata of every installed package for plugins: a third of the time to refuse a recipe.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from samerge_ext.cli.commands import app
 
     app()

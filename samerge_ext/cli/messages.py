@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 import samerge_ext
-from samerge_ext.checkpoints.compatibility import CompatibilityWarning
 
 PACKAGE = Path(samerge_ext.__file__).parent
 
@@ -24,13 +23,12 @@ def warnings_as_lines() -> Iterator[None]:
         show_others, shown = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **options: Any) -> None:
-            ours = issubclass(category, CompatibilityWarning) or PACKAGE in Path(filename).parents
+            ours = hasattr(category, "shown_as") or PACKAGE in Path(filename).parents
             if not ours:
                 show_others(message, category, filename, *where, **options)
             elif str(message) not in shown:  # a plan and the merge after it compare the same folders
                 shown.add(str(message))
-                kind = "warning" if issubclass(category, CompatibilityWarning) else "note"
-                typer.echo(f"{kind}: {message}", err=True)
+                typer.echo(f"{getattr(category, 'shown_as', 'note')}: {message}", err=True)
 
         warnings.showwarning = show
         yield

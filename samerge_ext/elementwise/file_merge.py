@@ -19,9 +19,9 @@ from torch import Tensor
 from samerge_ext.checkpoints.alignment import Aligned, NamingNote, align
 from samerge_ext.checkpoints.companions import Companions, with_dtype, without_quantisation
 from samerge_ext.checkpoints.compatibility import check_models
-from samerge_ext.checkpoints.files import CheckpointError, folder_of
 from samerge_ext.checkpoints.folder import open_checkpoint, read_json
 from samerge_ext.checkpoints.lora import model_and_adapter, model_of, open_expert
+from samerge_ext.checkpoints.places import CheckpointError, folder_of
 from samerge_ext.checkpoints.saving import (
     no_space,
     out_of_space,
@@ -36,7 +36,15 @@ from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Source
 from samerge_ext.elementwise.file_pieces import FilePieces
 from samerge_ext.elementwise.piecewise import Piece, Rule, WholeRule, merge_pieces
 from samerge_ext.elementwise.record import RECORD, Record, held_record
-from samerge_ext.packing.validation import check_finite, check_headers, check_ties, shared_names
+from samerge_ext.packing.validation import (
+    check_finite,
+    check_headers,
+    check_heads,
+    check_range,
+    check_tasks,
+    check_ties,
+    shared_names,
+)
 
 
 @dataclass
@@ -84,6 +92,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     Raises ValueError (CheckpointError for files) for models that do not fit together, before anything is written, for NaN and
     Inf, and for a full disk or an input that vanished or changed.
     """
+    check_tasks([task for task, _ in merge.experts])
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
     paths = [merge.names_from, *(path for _, path in merge.experts)]
@@ -127,6 +136,7 @@ class _Run:
         check_headers(names, experts, models.heads, torch.float32, torch.float32)
         for _, expert in experts:
             check_ties(names, expert)
+        check_heads(experts, models.heads)
         self._merge, self._names, self._experts, self._heads, self._kept = merge, names, experts, models.heads, models.kept
         self._host = None
         if models.host is not None:
@@ -222,7 +232,8 @@ class _Run:
         return [name for name in dict.fromkeys((*self._names.names, *self._kept)) if self._called.get(name) in shard.begins]
 
     def _new_pieces(self, name: str) -> Callable[[], Iterator[Piece]]:
-        return self._pieces.of(name, self._dtypes[name], self._names.shape(name).numel())
+        rule = self._rules["" if self._merge.whole else name]
+        return self._pieces.of(name, self._dtypes[name], self._names.shape(name).numel(), rule.unseen)
 
     def _all_pieces(self) -> Iterator[Piece]:
         return (piece for name in self._dtypes for piece in self._new_pieces(name)())
@@ -269,6 +280,7 @@ class _Run:
         """Running statistics move towards the experts' as the weights do, and stay within the range of all models'; what is
         kept, and other buffers, are as they are."""
         buffer = self._whose(name).read(name)
+        check_finite(self._whose(name), name, buffer)
         if name in self._kept:
             return buffer if self._is_kept_buffer(name) else _narrowed(name, buffer, self._written_dtype(name))
         if not matches(name, STATISTICS):
@@ -282,7 +294,6 @@ class _Run:
             finetuned = expert.read(name)
             check_finite(expert, name, finetuned)
             merged += share * finetuned.double()
-        check_finite(self._names, name, merged)
         return merged.to(buffer.dtype)
 
     def _whose(self, name: str) -> Source:
@@ -341,8 +352,7 @@ def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, list[tuple[str,
 def _narrowed(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """In the type that is written; raises ValueError where numbers leave its range."""
     numbers = numbers.to(dtype)
-    if numbers.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(numbers)):
-        raise ValueError(f"the merged '{name}' overflows {dtype}; set dtype to float32 or bfloat16")
+    check_range(f"the merged '{name}'", numbers)
     return numbers
 
 

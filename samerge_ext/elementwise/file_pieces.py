@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.elementwise.piecewise import ALIGNMENT, Piece
 from samerge_ext.packing.layout import BLOCK
+from samerge_ext.packing.validation import check_finite
 
 BUFFER_BYTES = 32 << 20  # of one piece of all models as they are stored
 
@@ -40,24 +41,27 @@ class FilePieces:
         self.factors = [1.0] * len(experts)
         self._buffers = threading.local()
 
-    def of(self, name: str, dtype: torch.dtype, numel: int) -> Callable[[], Iterator[Piece]]:
+    def of(
+        self, name: str, dtype: torch.dtype, numel: int, unseen: Collection[int] = ()
+    ) -> Callable[[], Iterator[Piece]]:
         """A function that goes through a tensor's pieces; a piece counts until the next one is taken.
 
+        unseen: the experts whose numbers are searched for NaN and Inf, which ValueError is raised for, since a rule drops some.
         A tensor of one piece is read only once, by the first call.
         """
         starts = range(0, numel, self.capacity)
         if len(starts) != 1:
-            return lambda: (self._read(name, dtype, start, min(self.capacity, numel - start)) for start in starts)
+            return lambda: (self._read(name, dtype, start, min(self.capacity, numel - start), unseen) for start in starts)
         held: list[Piece] = []
 
         def only() -> Iterator[Piece]:
             if not held:
-                held.append(self._read(name, dtype, 0, numel))
+                held.append(self._read(name, dtype, 0, numel, unseen))
             return iter(held)
 
         return only
 
-    def _read(self, name: str, dtype: torch.dtype, start: int, size: int) -> Piece:
+    def _read(self, name: str, dtype: torch.dtype, start: int, size: int, unseen: Collection[int]) -> Piece:
         buffer, rows, base = self._own_buffers()
         padded = -(-size // BLOCK) * BLOCK
         stored = []
@@ -65,6 +69,8 @@ class FilePieces:
             stored.append(_numbers(numbers, source.dtype(name), size))
             source.read_into(name, start, stored[-1])
         experts = stored[-self._num_experts :]
+        for place in unseen:
+            check_finite(self._sources[place - self._num_experts], name, experts[place])
         if self._has_base and stored[0].dtype == dtype:
             base = _numbers(buffer[0], dtype, padded)
         else:

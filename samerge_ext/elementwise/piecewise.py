@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class Rule:
     """How one tensor, or the whole vector, is merged. It sees all pieces `rounds` times in order, then merges them in order."""
 
     rounds = 0
+    unseen: Collection[int] = ()  # rows of a piece of which the rule drops numbers, whatever they are
 
     def look(self, piece: Piece) -> None:
         """Sees one piece of a round."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.files import CheckpointError
+from samerge_ext.checkpoints.places import CheckpointError
 from samerge_ext.checkpoints.saving import atomic_write
 
 RECORD = "merge.json"  # in OUT.state: what is merged, and how far it is

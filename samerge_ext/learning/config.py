@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-import torch
+from samerge_ext.sizes import parse_bytes
 
-from samerge_ext.memory import parse_bytes
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # name -> the dtype of autocast
-CHOICES = {
-    "granularity": ("layer", "task"),
-    "sam": ("paper", "published", "off"),
-    "optimizer": ("adam", "sgd"),
-    "precision": tuple(PRECISIONS),
+# What a setting may be, by the type of its field.
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    Path: "a path",
+    Mapping: "a finite number for every name",
+    NoneType: "none",
 }
+ABSTRACT: dict[Any, Any] = {int: Integral, float: Real, Path: os.PathLike}
+SEEDS = range(-(2**63), 2**63)  # that torch's generators take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +82,21 @@ class LearningConfig:
     device: str | None = None
     cuda_graph: bool = False
 
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "granularity": ("layer", "task"),
+        "sam": ("paper", "published", "off"),
+        "optimizer": ("adam", "sgd"),
+        "precision": ("fp32", "bf16"),
+    }
     # What may differ between a run and its continuation from a checkpoint.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         "steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress", "log_every", "cuda_graph"
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}={getattr(self, key)!r}; choose one of {', '.join(map(repr, choices))}")
-        for key in ("rho", "learning_rate", "momentum", "weight_decay"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{key}={value!r}; expected a finite number ≥ 0")
-        for key in ("steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every"):
-            value = getattr(self, key)
-            if value is not None and (int(value) != value or value < 1):
-                raise ValueError(f"{key}={value!r}; expected a whole number ≥ 1")
-
+        check_settings(self)
+        check_least(self, 0, "rho", "learning_rate", "momentum", "weight_decay")
+        check_least(self, 1, "steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
         if self.host_memory_budget is not None:
@@ -114,11 +117,37 @@ class LearningConfig:
         return self.learning_rate
 
 
-def check_device(device: str | None) -> None:
-    """Raises ValueError where torch knows no such device, or finds none here."""
+def check_settings(config: Any) -> None:
+    """Raises ValueError, naming the setting, where one of a dataclass is not of its field's type, not finite, or none of its
+    CHOICES."""
+    hints, choices = get_type_hints(type(config)), getattr(config, "CHOICES", {})
+    for key in (field.name for field in fields(config)):
+        value, kinds = getattr(config, key), get_args(hints[key]) or (hints[key],)
+        if get_origin(hints[key]) is Mapping:
+            kinds = (hints[key],)
+        if not any(_fits(value, get_origin(kind) or kind) for kind in kinds):
+            wanted = " or ".join(KINDS[get_origin(kind) or kind] for kind in kinds)
+            raise ValueError(f"{key}={value!r:.200}; expected {wanted}")
+        if key in choices and value not in choices[key]:
+            raise ValueError(f"{key}={value!r:.200}; choose one of {', '.join(map(repr, choices[key]))}")
+        if key == "seed" and value not in SEEDS:
+            raise ValueError(f"{key}={value!r:.200}; expected a whole number of 64 bits")
+
+
+def check_least(config: Any, least: int, *keys: str, above: bool = False) -> None:
+    """Raises ValueError where a setting that is not None is less than it may be; above: it may not be that number either."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and (value < least or (above and value == least)):
+            raise ValueError(f"{key}={value!r:.200}; expected a number {'>' if above else '≥'} {least}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(_fits(k, str) and _fits(v, float) for k, v in value.items())
+    if kind in (int, float) and isinstance(value, bool):
+        return False
     try:
-        wanted = torch.device(device or "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: torch knows no such device; cpu and cuda are some") from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")
+        return isinstance(value, ABSTRACT.get(kind, kind)) and (kind is not float or math.isfinite(value))
+    except OverflowError:  # a whole number larger than any float
+        return False

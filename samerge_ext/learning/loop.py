@@ -19,6 +19,19 @@ from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.learning.step_log import StepLog
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import known_device
+
+
+def check_device(device: str | None) -> None:
+    """Raises ValueError where torch knows no such device, or finds none here."""
+    wanted = known_device(device or "cpu")
+    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")
+    if wanted.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=wanted).item()
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device={device!r}: torch cannot compute on it here; leave device out to run on the CPU") from error
 
 
 class FreeCoefficients(nn.Module):
@@ -38,6 +51,7 @@ def calibration_set(
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
     calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed)
     config.weights(packed.tasks)
+    check_device(config.device)
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if config.cuda_graph:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.learning.config import PRECISIONS
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.merged.model import MergedModel
 
@@ -81,7 +80,7 @@ def _running(module: nn.Module, precision: str, what: str) -> Iterator[None]:
     """Autocast as asked; an error of the user's code leaves with a note that says what ran."""
     device = next(module.parameters()).device.type
     try:
-        with torch.autocast(device, dtype=PRECISIONS[precision], enabled=PRECISIONS[precision] is not None):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
             yield
     except Exception as error:
         error.add_note(f"raised while the model ran {what}; logits(module, batch, task) must take the calibration batches")

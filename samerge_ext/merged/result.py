@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.companions import Companions, with_dtype, without_quantisation
-from samerge_ext.checkpoints.files import folder_of
 from samerge_ext.checkpoints.folder import read_config
+from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.saving import require_apart, save_checkpoint
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights

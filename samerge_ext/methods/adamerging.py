@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
-from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.loop import calibration_set, learn
 from samerge_ext.learning.passes import Logits
 from samerge_ext.merged.result import Result
+from samerge_ext.methods.configs import AdaMergingConfig
 from samerge_ext.ops.softmax_kl import entropy_with_grad
 from samerge_ext.packing.packed_weights import PackedWeights
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaMergingConfig(LearningConfig):
-    """LearningConfig with the published defaults: no SAM, no weight decay."""
-
-    weight_decay: float = 0.0
 
 
 @within_budget

@@ -28,6 +28,7 @@ class Dare(Rule):
     def __init__(self, name: str, densities: Sequence[float], seed: int, combination: Combination, rescale: bool = True):
         self.name, self.densities, self.seed = name, densities, seed
         self.combination, self.rescale = combination, rescale
+        self.unseen = [task for task, density in enumerate(densities) if density < 1]
 
     def drop_(self, piece: Piece) -> None:
         for task, (density, row) in enumerate(zip(self.densities, piece.rows(), strict=True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.config import check_least, check_settings
 from samerge_ext.learning.nested import to_device
 from samerge_ext.ops.softmax_kl import softmax_kl
 
@@ -45,18 +45,12 @@ class DistillationConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("temperature", "gradient_norm"):
-            if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
-                raise ValueError(f"{key}={getattr(self, key)!r}; expected a finite number > 0")
-        for key in ("learning_rate", "weight_decay"):
-            if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
-                raise ValueError(f"{key}={getattr(self, key)!r}; expected a finite number ≥ 0")
+        check_settings(self)
+        check_least(self, 0, "temperature", "gradient_norm", above=True)
+        check_least(self, 0, "learning_rate", "weight_decay")
+        check_least(self, 1, "steps", "epochs")
         if not 0 <= self.label_share <= 1:
             raise ValueError(f"label_share={self.label_share!r}; expected a number in [0, 1]")
-        for key in ("steps", "epochs"):
-            value = getattr(self, key)
-            if value is not None and (int(value) != value or value < 1):
-                raise ValueError(f"{key}={value!r}; expected a whole number ≥ 1")
 
 
 def distill_expert(

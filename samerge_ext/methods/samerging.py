@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.calibration import teacher_logits
-from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.loop import calibration_set, learn
 from samerge_ext.learning.passes import Logits
 from samerge_ext.merged.result import Result
+from samerge_ext.methods.configs import SAMergingConfig
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
 from samerge_ext.packing.packed_weights import PackedWeights
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAMergingConfig(LearningConfig):
-    """LearningConfig, and:
-
-    temperature: τ of the student's soft-max, and of the teachers' unless ``teacher_temperature`` is given.
-    scale_by_temperature: multiply the loss by the two temperatures' product (τ², as in Hinton's distillation).
-    """
-
-    sam: str = "paper"
-    temperature: float = 2.0
-    teacher_temperature: float | None = None
-    scale_by_temperature: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("temperature", "teacher_temperature"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{key}={value!r}; expected a number > 0")
 
 
 @within_budget

@@ -4,87 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.calibration import teacher_logits
-from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.loop import calibration_set, learn
 from samerge_ext.learning.passes import Logits
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.arithmetic import task_arithmetic
+from samerge_ext.methods.configs import StatsMergingConfig
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, softmax_kl_with_grad
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.statistics.features import FEATURES_FILE, Features
 from samerge_ext.statistics.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
-
-CHOICES = {"loss": ("cross_entropy", "kl"), "of": ("experts", "task_vectors")}
-DECAYS = 5  # equal parts of a run; the learning rate falls between them
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatsMergingConfig(LearningConfig):
-    """LearningConfig with the published epochs and no weight decay, and:
-
-    loss: "cross_entropy" against the experts' most likely classes, or the "kl" divergence from their predictions.
-    temperature: τ of both soft-maxes of "kl".
-    of: the statistics are those of the "experts"' weights, or of the "task_vectors".
-    singular_values: how many of the largest ones are features beside mean, variance and norm.
-    per_layer: a network for every layer, as the published code has it, in place of one for all.
-    hidden: units of the network's hidden layer.
-    learning_rate_decay: factor on the learning rate after every fifth of the run (published: ×0.1 every 100 of 500 epochs).
-    features: file that keeps the statistics; by default in checkpoint_dir, where one is given.
-
-    sam: perturbs λ, and pulls the gradient found at λ + ε back through the network at λ.
-    """
-
-    # Steps and epochs may not: the learning rate depends on how long the run is.
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *(key for key in LearningConfig.MAY_CHANGE if key not in ("steps", "epochs")), "features"
-    )  # fmt: skip
-
-    weight_decay: float = 0.0
-    epochs: int = 500
-    loss: str = "cross_entropy"
-    temperature: float = 2.0
-    of: str = "experts"
-    singular_values: int = 3
-    per_layer: bool = False
-    hidden: int = 64
-    learning_rate_decay: float = 0.1
-    features: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}={getattr(self, key)!r}; choose one of {', '.join(map(repr, choices))}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r}; expected a number > 0")
-        if not 0 < self.learning_rate_decay <= 1:
-            raise ValueError(f"learning_rate_decay={self.learning_rate_decay!r}; expected a number in (0, 1]")
-        if int(self.singular_values) != self.singular_values or self.singular_values < 0:
-            raise ValueError(f"singular_values={self.singular_values!r}; expected a whole number ≥ 0")
-        if int(self.hidden) != self.hidden or self.hidden < 2 or self.hidden % 2:
-            raise ValueError(f"hidden={self.hidden!r}; expected an even number ≥ 2")
-        if self.per_layer and self.granularity == "task":
-            raise ValueError("per_layer=True needs granularity='layer': task-wise, there is one coefficient for all layers")
-
-    def learning_rate_at(self, step: int, steps: int) -> float:
-        return self.learning_rate * self.learning_rate_decay ** (DECAYS * step // steps)
-
-    def learner_settings(self, layers: tuple[str, ...]) -> LearnerSettings:
-        return LearnerSettings(
-            of=self.of,
-            singular_values=self.singular_values,
-            granularity=self.granularity,
-            hidden=self.hidden,
-            layers=layers if self.per_layer else None,
-        )
 
 
 @within_budget
@@ -125,7 +60,7 @@ def statsmerging(
     statistics = features.of_granularity(config.granularity)
     learner = StatsMergeLearner.made_for(
         statistics,
-        config.learner_settings(packed.layout.names),
+        learner_settings(config, packed.layout.names),
         start=config.initial_coefficient,
         seed=config.seed,
         dtype=packed.coefficient_dtype,
@@ -154,6 +89,17 @@ def apply_learner(
     result = task_arithmetic(packed, learner.coefficients(packed, features=features), module=module)
     result.method, result.learner, result.seconds = "statsmerging", learner, time.perf_counter() - started
     return result
+
+
+def learner_settings(config: StatsMergingConfig, layers: tuple[str, ...]) -> LearnerSettings:
+    """What the learner of a run on these layers reads, and how large it is."""
+    return LearnerSettings(
+        of=config.of,
+        singular_values=config.singular_values,
+        granularity=config.granularity,
+        hidden=config.hidden,
+        layers=layers if config.per_layer else None,
+    )
 
 
 def _features_path(config: StatsMergingConfig) -> Path | None:

@@ -27,7 +27,7 @@ class Ties(WholeRule):
     def __init__(self, numel: int, dtype: torch.dtype, densities: Sequence[float], combination: Combination):
         kept = [kept_count(density, numel) for density in densities]
         self.largest = [LargestMagnitudes(count, dtype) if 0 < count < numel else None for count in kept]
-        self.dropped = [count == 0 for count in kept]
+        self.unseen = [task for task, count in enumerate(kept) if count == 0]
         self.combination = combination
         self.rounds = max((largest.rounds for largest in self.largest if largest), default=0)
 
@@ -51,10 +51,10 @@ class Ties(WholeRule):
                 largest.key, largest.ties = found
 
     def trim_(self, piece: Piece) -> None:
-        for largest, dropped, row in zip(self.largest, self.dropped, piece.rows(), strict=True):
+        for task, (largest, row) in enumerate(zip(self.largest, piece.rows(), strict=True)):
             if largest:
                 largest.trim_(row)
-            elif dropped:
+            elif task in self.unseen:
                 row.zero_()
 
     def merge(self, piece: Piece) -> Tensor:  # [n]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.folder import read_config, read_json
 from samerge_ext.checkpoints.lora import CONFIG as ADAPTER_CONFIG
-from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.places import is_adapter
 from samerge_ext.models import logits
 from samerge_ext.models.on_meta import parameters_on_meta
 

@@ -16,7 +16,7 @@ from samerge_ext.checkpoints.adapter_edits import PREFIX
 from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.files import SafetensorsFile
 from samerge_ext.checkpoints.folder import open_checkpoint
-from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.places import is_adapter
 from samerge_ext.checkpoints.sources import CheckpointSource, matches
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.models.architecture import Kind, empty_model, find_architecture

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from samerge_ext.checkpoints.files import folder_of
+from samerge_ext.checkpoints.places import folder_of
 
 Batch = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from samerge_ext.checkpoints.files import folder_of
+from samerge_ext.checkpoints.places import folder_of
 
 Batch = dict[str, Tensor]
 
@@ -30,7 +30,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
         raise ValueError(f'{path} is no file with one text a line; write its texts as such, or as .jsonl with the field "text"')
     texts = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # what else splitlines() splits at may be inside of a text
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # what else splitlines() splits at may be inside of a text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); convert it") from error
     for number, line in enumerate(lines, 1):
@@ -39,9 +39,12 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
         if path.suffix == ".jsonl":
             try:
                 line = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected a JSON object with the field "text" ({error!r})') from error
-        texts.append(line)
+                line.encode()  # half of a surrogate pair is no text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: expected a JSON object with a text as its field "text" ({error!r:.200})'
+                ) from error
+        texts.append(line.removesuffix("\r"))
     if not texts:
         raise ValueError(f"{path} holds no texts; a calibration file has one unlabelled text a line")
     return texts[:limit]

@@ -17,7 +17,7 @@ from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vect
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
 from samerge_ext.packing.quantised import QuantisedTaskVectors
-from samerge_ext.packing.validation import check_sources
+from samerge_ext.packing.validation import check_range, check_sources
 
 SUFFIXES = (".safetensors", ".bin", ".json")  # of the files that a model folder's weights may be in
 
@@ -106,18 +106,29 @@ def pack_into_file(
         for layer, name in enumerate(layout.names):
             if name in changed:
                 pretrained = base.read(name).to(wide)
+                narrow = _narrowed(f"{base.label}: '{name}'", pretrained, dtype)
                 task_vectors: Iterable[Tensor]
                 if isinstance(form, torch.dtype):
-                    task_vectors = (expert.read(name).to(wide) - pretrained for _, expert in experts)
+                    task_vectors = (
+                        _narrowed(f"{expert.label}: '{name}' minus the base's", expert.read(name).to(wide) - pretrained, form)
+                        for _, expert in experts
+                    )
                 else:
                     codes = QuantisedTaskVectors.zeros(len(experts), layout.extent(layer)[1], form)
                     quantise(codes, name, pretrained, experts)
                     task_vectors = itertools.chain(codes.codes, codes.scales)
-                writer.write(layer, itertools.chain([pretrained], task_vectors))
+                writer.write(layer, itertools.chain([narrow], task_vectors))
         writer.finish()
     except BaseException:
         writer.abandon()
         raise
+
+
+def _narrowed(what: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    numbers = numbers.to(dtype)
+    if dtype == torch.float16:  # the other types have the range of fp32
+        check_range(what, numbers)
+    return numbers
 
 
 def described(

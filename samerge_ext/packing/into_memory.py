@@ -17,7 +17,7 @@ from samerge_ext.packing.factors import LORA, FactoredTaskVectors, require_adapt
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.packing.stores import Numbers
-from samerge_ext.packing.validation import check_sources, check_tasks, shared_names
+from samerge_ext.packing.validation import check_range, check_sources, check_tasks, is_finite, shared_names
 
 
 def pack_into_memory(
@@ -78,7 +78,7 @@ def aligned(
     base: Source, experts: Experts, heads: str | Sequence[str], keep: str | Sequence[str], folder: str | Path | None
 ) -> Aligned:
     """The models under one set of names; raises ValueError where they do not agree, and for kept tensors that the base lacks."""
-    check_tasks(experts)
+    check_tasks([task for task, _ in experts])
     heads, keep = ((patterns,) if isinstance(patterns, str) else patterns for patterns in (heads, keep))
     models = align(base, experts, heads, keep, folder)
     if models.host is not None:
@@ -104,7 +104,7 @@ def outline(models: Aligned, changed: Collection[str], dtype: torch.dtype, devic
     return {
         "layout": Layout.build(layers, shapes, dtypes, [name in changed for name in layers], device),
         "tasks": tuple(task for task, _ in experts),
-        "unchanged": {name: base.read(name).to(device, dtype, copy=True) for name in layers if name not in changed},
+        "unchanged": {name: _unchanged(base, name, dtype).to(device) for name in layers if name not in changed},
         "aliases": {alias: name for alias, name in base.aliases.items() if name in layers},
         "buffers": buffers,
         "expert_buffers": {task: {name: expert.read(name).clone() for name in own} for task, expert in experts},
@@ -114,6 +114,14 @@ def outline(models: Aligned, changed: Collection[str], dtype: torch.dtype, devic
     }
 
 
+def _unchanged(base: Source, name: str, dtype: torch.dtype) -> Tensor:
+    tensor = base.read(name)
+    kept = tensor.to(dtype, copy=True)
+    if dtype == torch.float16 and is_finite(tensor):
+        check_range(f"{base.label}: '{name}'", kept)
+    return kept
+
+
 def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts: Experts) -> None:
     """Writes base [N] and task vectors [T, N], one tensor at a time."""
     rows = [layout.views(row) for row in stored] if isinstance(stored, Tensor) else []
@@ -121,8 +129,12 @@ def _fill(layout: Layout, packed: Tensor, stored: Numbers, base: Source, experts
     for name, view in layout.views(packed).items():
         pretrained = base.read(name).to(packed.device, wide)
         view.copy_(pretrained)
+        if view.dtype == torch.float16:  # the other types have the range of fp32
+            check_range(f"{base.label}: '{name}'", view)
         for row, (_, expert) in zip(rows, experts, strict=bool(rows)):
             torch.sub(expert.read(name).to(pretrained), pretrained, out=row[name])
+            if row[name].dtype == torch.float16:
+                check_range(f"{expert.label}: '{name}' minus the base's", row[name])
         if isinstance(stored, QuantisedTaskVectors):
             extent = layout.extent(layout.names.index(name))
             quantise(stored.narrow(*extent), name, pretrained, experts)

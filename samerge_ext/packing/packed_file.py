@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.files import SAFETENSORS_CODES, CheckpointError, SafetensorsFile
+from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SafetensorsFile
+from samerge_ext.checkpoints.places import CheckpointError
 from samerge_ext.checkpoints.saving import require_space
 from samerge_ext.packing.in_pieces import InPieces, Room
 from samerge_ext.packing.layout import Layout

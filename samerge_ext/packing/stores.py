@@ -143,9 +143,17 @@ class _Slot:
         ]
 
 
+def known_device(device: torch.device | str) -> torch.device:
+    """Raises ValueError where torch knows no such device."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: torch knows no such device; cpu and cuda are some") from error
+
+
 def indexed(device: torch.device | str) -> torch.device:
     """A device as its tensors name it: "cuda" is the current one, "cuda:0" say."""
-    device = torch.device(device)
+    device = known_device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from samerge_ext.checkpoints.task_names import check_task_name
 from samerge_ext.checkpoints.vocabulary import vocabulary_advice
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)  # what quantised weights are stored in
 
 
 def check_sources(
@@ -22,7 +25,9 @@ def check_sources(
     Names, shapes and dtypes are compared first; values are read only when all of them agree.
     """
     check_headers(base, experts, heads, dtype, task_vector_dtype)
-    return _check_values(base, experts, shared_names(base, heads))
+    changed = _check_values(base, experts, shared_names(base, heads))
+    check_heads(experts, heads)
+    return changed
 
 
 def shared_names(base: Source, heads: tuple[str, ...]) -> list[str]:
@@ -42,13 +47,13 @@ def check_headers(
     shared = shared_names(base, heads)
     for _, expert in experts:
         _check_shapes(base, expert, shared)
+        _check_kinds(base, expert, shared)
     for source in (base, *(expert for _, expert in experts)):
         _check_dtypes(base, source, shared)
 
 
-def check_tasks(experts: Experts) -> None:
+def check_tasks(tasks: Sequence[str]) -> None:
     """Raises ValueError unless every task has a name of its own."""
-    tasks = [task for task, _ in experts]
     if not tasks:
         raise ValueError("there are no experts to merge; pass {'task name': expert, …}")
     for task in tasks:
@@ -68,6 +73,19 @@ def _check_shapes(base: Source, expert: Source, shared: list[str]) -> None:
         )
         advice = vocabulary_advice(name, base.shape(name), expert.shape(name)) or heads_advice(differ, shared)
         raise ValueError(f"{text}. {advice}".rstrip())
+
+
+def _check_kinds(base: Source, expert: Source, shared: list[str]) -> None:
+    for name in shared:
+        ours, theirs = base.dtype(name), expert.dtype(name)
+        if ours.is_floating_point == theirs.is_floating_point or is_derived_buffer(name, base.shape(name)):
+            continue
+        if name.endswith("weight") and (ours in CODES or theirs in CODES):
+            continue  # `_check_dtypes` has more to say of a quantised model
+        raise ValueError(
+            f"'{name}' is {ours} in {base.label} and {theirs} in {expert.label}: a weight in one model, and none in the "
+            "other; save both with one type"
+        )
 
 
 def _check_dtypes(base: Source, source: Source, shared: list[str]) -> None:
@@ -119,9 +137,23 @@ def check_ties(base: Source, expert: Source) -> None:
             )
 
 
+def check_heads(experts: Experts, heads: tuple[str, ...]) -> None:
+    """Raises ValueError where a tensor of a task holds NaN or Inf."""
+    for _, expert in experts:
+        for name in expert.names:
+            if matches(name, heads):
+                check_finite(expert, name, expert.read(name))
+
+
+def check_range(what: str, numbers: Tensor) -> None:
+    """Raises ValueError where numbers that were finite left the range of the type that they have now."""
+    if not is_finite(numbers):
+        raise ValueError(f"{what} overflows {numbers.dtype}; set dtype to float32 or bfloat16")
+
+
 def check_finite(source: Source, name: str, tensor: Tensor) -> None:
-    """Raises ValueError naming the model and the tensor where it holds NaN or Inf."""
-    if not is_finite(tensor):
+    """Raises ValueError naming the model and the tensor where it holds NaN or Inf; a mask that models make may hold Inf."""
+    if not is_finite(tensor) and (tensor.isnan().any() or not is_derived_buffer(name, tensor.shape)):
         what = "NaN" if tensor.isnan().any() else "Inf"
         raise ValueError(f"{source.label}: '{name}' holds {what}; repair or leave out this model")
 

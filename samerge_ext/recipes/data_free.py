@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from pydantic import TypeAdapter
 
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.folder import open_checkpoint
@@ -25,64 +21,8 @@ from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods.dare import Dare
 from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
+from samerge_ext.recipes.parameters import METHODS, boolean, density, number, read_by
 from samerge_ext.recipes.tensor_settings import depths, resolve
-
-
-@dataclass(frozen=True)
-class Method:
-    """Which parameters a method reads, beside weight and normalize, and their defaults. A weight of None must be given."""
-
-    weight: float | None
-    normalize: bool
-    sparsify: str | None = None  # "ties" or "dare"
-    elect: bool = False
-    parameters: tuple[str, ...] = ()
-
-
-# int8_mask is how mergekit saves memory of its own: files that have it are taken, and it changes no number here or there.
-_SHARED = ("lambda", "int8_mask", "align_norms")
-# What some method of mergekit reads, which ignores it in others.
-OF_MERGEKIT = (
-    "weight",
-    "density",
-    "normalize",
-    "rescale",
-    "lambda",
-    "int8_mask",
-    "gamma",
-    "epsilon",
-    "t",
-    "select_topk",
-    "filter_wise",
-)
-METHODS = {
-    "linear": Method(1.0, normalize=True),
-    "task_arithmetic": Method(0.3, normalize=False, parameters=_SHARED),
-    "ties": Method(None, True, "ties", elect=True, parameters=(*_SHARED, "density", "rescale", "trim")),
-    "dare_linear": Method(None, False, "dare", parameters=(*_SHARED, "density", "rescale", "seed")),
-    "dare_ties": Method(None, False, "dare", elect=True, parameters=(*_SHARED, "density", "rescale", "seed")),
-}
-
-
-def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list[Mapping[str, Any]]) -> None:
-    """Raises ValueError for a parameter that nobody reads; names those that only other methods do, which change nothing."""
-    known = _read_by(method)
-    for where, given, allowed in [
-        ("parameters", parameters, known),
-        *(("a model's parameters", given, known & {"weight", "density"}) for given in of_models),
-    ]:
-        unknown = set(given) - allowed - set(OF_MERGEKIT)
-        if unknown:
-            raise ValueError(f"{where} of {method}: unknown {sorted(unknown)}; known are {sorted(allowed)}")
-        ignored = sorted(set(given) - allowed - {"int8_mask"})
-        if ignored:
-            warnings.warn(
-                f"{where}: {method} does not read {', '.join(ignored)} there; as in mergekit, it changes nothing", stacklevel=2
-            )
-    if parameters.get("trim", "tensor") not in ("tensor", "vector"):
-        raise ValueError(f"trim: {parameters['trim']!r}; choose tensor or vector")
-    if METHODS[method].sparsify == "ties" and _boolean(parameters.get("rescale", False)):
-        raise ValueError("ties does not rescale here; leave 'rescale' out, or merge by dare_ties")
 
 
 def file_merge(
@@ -103,7 +43,7 @@ def file_merge(
     experts: task, folder and parameters of each. parameters: of the method, for all. identity: the recipe as JSON, for the
         model card and for telling whether an interrupted merge was of the same.
     """
-    settings, shared = METHODS[method], {key: value for key, value in parameters.items() if key in _read_by(method)}
+    settings, shared = METHODS[method], {key: value for key, value in parameters.items() if key in read_by(method)}
     of_models = [own for _, _, own in experts]
     folders = [(task, folder) for task, folder, _ in experts]
     defaults = [settings.weight] * len(folders)
@@ -126,7 +66,7 @@ def file_merge(
     def rule_of(name: str, numel: int, merged: torch.dtype) -> Rule:
         names = list(depth_of()) if whole else [name]
 
-        def value(key: str, default: Any, of_model: Mapping[str, Any] | None = None, convert: Callable = _number) -> Any:
+        def value(key: str, default: Any, of_model: Mapping[str, Any] | None = None, convert: Callable = number) -> Any:
             sources = [shared] if of_model is None else [of_model, shared]
             found = {resolve(key, sources, n, depth_of()[n], convert) for n in names}
             if len(found) > 1:
@@ -137,17 +77,17 @@ def file_merge(
             return default if one is None else one
 
         weights = [value("weight", default, of_model) for of_model, default in zip(of_models, defaults, strict=True)]
-        normalize = value("normalize", settings.normalize, convert=_boolean)
+        normalize = value("normalize", settings.normalize, convert=boolean)
         total = sum(weights)
         if is_linear and normalize and total == 0:
             raise ValueError("linear divides by the sum of the weights, which is 0; set normalize to false")
         combination = Combination(weights, value("lambda", 1.0), normalize=normalize, elect=settings.elect)
         if settings.sparsify is None:
             return combination
-        densities = [value("density", 1.0, of_model, _density) for of_model in of_models]
+        densities = [value("density", 1.0, of_model, density) for of_model in of_models]
         if settings.sparsify == "ties":
             return Ties(numel, merged, densities, combination)
-        return Dare(name, densities, int(shared.get("seed", 0)), combination, value("rescale", True, convert=_boolean))
+        return Dare(name, densities, int(shared.get("seed", 0)), combination, value("rescale", True, convert=boolean))
 
     return FileMerge(
         experts=folders,
@@ -157,17 +97,13 @@ def file_merge(
         heads=tuple(heads),
         keep=tuple(keep),
         whole=whole,
-        factors_of=shortening if _boolean(shared.get("align_norms", False)) else None,
+        factors_of=shortening if boolean(shared.get("align_norms", False)) else None,
         dtype=dtype,
         out_dtype=out_dtype,
         companions=companions,
         identity=identity,
         card=_card(method, len(folders), identity),
     )
-
-
-def _read_by(method: str) -> set[str]:
-    return {"weight", "normalize", *METHODS[method].parameters}
 
 
 def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:
@@ -191,29 +127,3 @@ def _card(method: str, count: int, identity: dict) -> str:
             "",
         ]
     )
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is not a number")
-    try:
-        number = float(value)  # YAML reads 1e-1 as a text
-    except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is not a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
-    return number
-
-
-def _density(value: Any) -> float:
-    if not 0 <= _number(value) <= 1:
-        raise ValueError(f"density {value} lies outside of 0 … 1")
-    return _number(value)
-
-
-def _boolean(value: Any) -> bool:
-    """As mergekit: also 1, 0 and yes, no."""
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValueError:
-        raise ValueError(f"{value!r} is neither true nor false") from None

@@ -67,7 +67,7 @@ class CalibrationEntry(Strict):
     files: dict[str, Path]
     texts: int | None = Field(default=None, ge=1, description="use the first so many texts of each file")
     batch_size: int = Field(default=16, ge=1)
-    max_length: int = Field(default=128, ge=1, description="tokens; longer texts are cut")
+    max_length: int = Field(default=128, ge=1, lt=2**31, description="tokens; longer texts are cut")
 
 
 class TokenizerEntry(Strict):

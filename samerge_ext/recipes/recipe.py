@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.places import find_weights, is_adapter
 from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
 from samerge_ext.learning.config import LearningConfig
-from samerge_ext.merged.result import Result
-from samerge_ext.methods.adamerging import AdaMergingConfig, adamerging
-from samerge_ext.methods.samerging import SAMergingConfig, samerging
-from samerge_ext.methods.statsmerging import StatsMergingConfig, statsmerging
-from samerge_ext.recipes.data_free import METHODS, check_parameters
+from samerge_ext.methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
 from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, check_keys, parse_model
 from samerge_ext.recipes.mergekit_keys import as_recipe
+from samerge_ext.recipes.parameters import METHODS, check_parameters
 
-LEARNED: dict[str, tuple[Callable[..., Result], type[LearningConfig]]] = {
-    "samerging": (samerging, SAMergingConfig),
-    "adamerging": (adamerging, AdaMergingConfig),
-    "statsmerging": (statsmerging, StatsMergingConfig),
+LEARNED: dict[str, type[LearningConfig]] = {
+    "samerging": SAMergingConfig,
+    "adamerging": AdaMergingConfig,
+    "statsmerging": StatsMergingConfig,
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
-DTYPES = {
-    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
-}  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -135,7 +128,7 @@ class Recipe(Strict):
         if any(entry.parameters for entry in self.models):
             raise ValueError(f"{self.merge_method} learns the weights; remove 'parameters' of the models")
         try:
-            self.method_settings()
+            self.method_settings().weights(tuple(self.tasks))
         except ValueError as error:
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
         return self
@@ -152,9 +145,19 @@ class Recipe(Strict):
             if self.base_model is not None and os.path.realpath(entry.model) == os.path.realpath(self.base_model):
                 entry.model, entry.adapter = entry.adapter, None
 
+    def require_files(self) -> None:
+        """Raises CheckpointError for a model that is not there, OSError for a calibration file."""
+        if self.base_model:
+            find_weights(self.base_model, beside_adapter=self.merge_method == "linear")
+        for entry in self.models:
+            if not is_adapter(entry.model):
+                find_weights(entry.model, beside_adapter=True)
+        for path in self.calibration.files.values() if self.calibration else ():
+            path.stat()
+
     def method_settings(self, **defaults: Any) -> Any:
         """A learned method's configuration: its parameters as the fields' types, before ``defaults``. Raises ValueError."""
-        config = LEARNED[self.merge_method][1]
+        config = LEARNED[self.merge_method]
         check_keys(self.parameters, [field.name for field in fields(config)])
         try:
             return TypeAdapter(config).validate_python({**defaults, **self.parameters})  # YAML reads 1e-3 as a text

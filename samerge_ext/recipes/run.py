@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,25 @@ from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
-from samerge_ext.learning.config import check_device
+from samerge_ext.learning.loop import check_device
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
+from samerge_ext.methods.adamerging import adamerging
+from samerge_ext.methods.samerging import samerging
+from samerge_ext.methods.statsmerging import statsmerging
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.recipes.data_free import METHODS, file_merge
-from samerge_ext.recipes.recipe import DTYPES, LEARNED, Recipe
+from samerge_ext.recipes.data_free import file_merge
+from samerge_ext.recipes.parameters import METHODS
+from samerge_ext.recipes.recipe import Recipe
 from samerge_ext.recipes.tensor_settings import number_of_layers
 from samerge_ext.recipes.tokenizers import companions_of
 from samerge_ext.statistics.features import FEATURES_FILE
 
+LEARNED: dict[str, Callable[..., Result]] = {"samerging": samerging, "adamerging": adamerging, "statsmerging": statsmerging}
+DTYPES = {
+    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
+}  # fmt: skip
 PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks for it
 
 
@@ -60,9 +69,8 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    method, _ = LEARNED[recipe.merge_method]
     settings = recipe.method_settings(checkpoint_dir=state)
-    result = method(model.module, packed, calibration, model.kind.logits, config=settings)
+    result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.kind.logits, config=settings)
     result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite)
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         (state / name).unlink(missing_ok=True)

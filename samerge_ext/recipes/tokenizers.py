@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samerge_ext.checkpoints.companions import Companions, chat_template
-from samerge_ext.checkpoints.files import folder_of
+from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.vocabulary import Vocabulary, difference
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import Recipe

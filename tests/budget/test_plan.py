@@ -14,9 +14,9 @@ import samerge_ext as sm
 from samerge_ext.budget.dry_run import dry_run
 from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, plan
 from samerge_ext.cli.commands import app
-from samerge_ext.memory import parse_bytes
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.run import run_recipe
+from samerge_ext.sizes import parse_bytes
 
 CONFIG = sm.SAMergingConfig(progress=False, steps=3)
 CPU = torch.device("cpu")

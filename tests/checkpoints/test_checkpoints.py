@@ -12,8 +12,8 @@ from processes import give_freed_tensors_back, in_a_process
 from safetensors.torch import load_file, save_file
 
 from samerge_ext.checkpoints import files as checkpoint_files
-from samerge_ext.checkpoints.files import CheckpointError
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
+from samerge_ext.checkpoints.places import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.memory import PeakMemory
 

@@ -12,13 +12,13 @@ from folders import assert_same, read_all
 from helpers import assert_close
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.files import CheckpointError
+from samerge_ext.checkpoints.places import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.elementwise import file_merge, file_pieces, piecewise
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 from samerge_ext.memory import PeakMemory
-from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.dare import Dare, random_mask
 from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
 
@@ -240,6 +240,16 @@ def test_a_taken_target_is_refused(models, tmp_path):
     assert not (tmp_path / "out.state").exists()
 
 
+@pytest.mark.parametrize("task", ["../../evil", "a/b", "a\0b", "x" * 300, "", "spam"])
+def test_a_task_that_cannot_name_a_file_of_its_own_is_refused(models, tmp_path, task):
+    merge = merge_of(models)
+    merge.experts[0] = (task, models / "news")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="is not a task name|two experts are named 'spam'"):
+        merge_files(merge, tmp_path / "deep/deeper/out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def assert_untouched(models, tmp_path, before):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.state").exists()
     for path, content in before.items():
@@ -255,6 +265,77 @@ def test_numbers_that_are_none_name_their_file(models, tmp_path, method, where, 
     save_checkpoint(models / where, tensors, overwrite=True, companions_from=models / where)
     with pytest.raises(ValueError, match=rf"{where}\): 'layers.1.w' holds (NaN|Inf)"):
         merge_files(merge_of(models, method), tmp_path / "out")
+    assert_untouched(models, tmp_path, {})
+
+
+def spoil(folder, name, value, place=0):
+    tensors = read_all(folder)
+    tensors[name].view(-1)[place] = value
+    save_checkpoint(folder, tensors, overwrite=True, companions_from=folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("method", "density"), [("ties", 0.0), ("dare", 0.0), ("dare", 0.3), ("dare_ties", 0.3)])
+def test_a_dropped_number_that_is_none_names_its_file(models, tmp_path, method, density, value):
+    """Of tensors of one piece and of several, of which the last is not full."""
+    for name, place in (("layers.1.w", 7), ("embed", 131000)):
+        start, within = divmod(place, piecewise.ALIGNMENT)
+        if density:  # the first number of its piece, from there on, that is dropped
+            kept = random_mask(f"3 0 {start} {name}", density, torch.device("cpu"))
+            within += int((kept[within:] == 0).nonzero()[0])
+        before = (models / "news/model.safetensors").read_bytes()
+        spoil(models / "news", name, value, start * piecewise.ALIGNMENT + within)
+        merge = merge_of(models)
+        merge.rule_of = rules(method, density)
+        with pytest.raises(ValueError, match=rf"expert 'news' \(.*news\): '{name}' holds (NaN|Inf)"):
+            merge_files(merge, tmp_path / "out")
+        assert_untouched(models, tmp_path, {})
+        (models / "news/model.safetensors").write_bytes(before)
+
+
+STATISTICS = {"norm.running_mean": (50,), "norm.running_var": (50,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "keys"),
+    [
+        ("head.w", "spam", {"heads": ("head.*",)}),
+        ("norm.running_var", "base", {}),
+        ("norm.running_mean", "news", {}),
+        ("visual.w", "base", {"keep": ("visual.*",)}),
+        ("visual.running_var", "base", {"keep": ("visual.*",)}),
+    ],
+)
+def test_nothing_is_copied_that_is_no_number(tmp_path, name, where, keys):
+    """Heads, running statistics, and what is kept."""
+    extra = {"head.w": (3, 50), "visual.w": (8, 8), "visual.running_var": (8,)}
+    models = write(tmp_path, SHAPES | STATISTICS | extra)
+    if "keep" in keys:
+        for task in TASKS:
+            tensors = read_all(models / task)
+            tensors = {each: tensor for each, tensor in tensors.items() if not each.startswith("visual")}
+            save_checkpoint(models / task, tensors, overwrite=True, companions_from=models / task)
+    spoil(models / where, name, torch.nan)
+    with pytest.raises(ValueError, match=rf"{where}\): '{name}' holds NaN"):
+        merge_files(merge_of(models, **keys), tmp_path / "out")
+    assert_untouched(models, tmp_path, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("where", ["base", "spam"])
+@pytest.mark.parametrize("base", [True, False])
+def test_a_weight_in_one_model_that_is_none_in_another_is_refused(models, tmp_path, where, dtype, base):
+    tensors = read_all(models / where)
+    tensors["layers.1.w"] = tensors["layers.1.w"].to(dtype)
+    save_checkpoint(models / where, tensors, overwrite=True, companions_from=models / where)
+    merge = merge_of(models, "arithmetic")
+    if not base:  # linear: all models are experts
+        merge.base, merge.experts = None, [("base", models / "base"), *merge.experts]
+        merge.rule_of = lambda *_: Combination([1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="'layers.1.w' is torch") as error:
+        merge_files(merge, tmp_path / "out")
+    assert all(str(each) in str(error.value) for each in (torch.bfloat16, dtype, models / where))
+    assert len([place for place in ("base", *TASKS) if str(models / place) in str(error.value)]) == 2
     assert_untouched(models, tmp_path, {})
 
 

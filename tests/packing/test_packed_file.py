@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.files import CheckpointError
+from samerge_ext.checkpoints.places import CheckpointError
 from samerge_ext.memory import PeakMemory
 from samerge_ext.packing import stores
 from samerge_ext.packing.quantised import FORMATS
@@ -35,6 +35,15 @@ def save(folder, tensors):
 
 def pack(folders, **settings):
     return sm.PackedWeights.from_folders(*folders, heads="head.*", **settings)
+
+
+def test_what_leaves_the_range_of_its_type_is_refused(tmp_path):
+    for name, value in (("base", 6e4), ("a", -6e4), ("b", 7e4)):
+        save(tmp_path / name, {"w": torch.tensor([value, 1.0])})
+    for base, expert, message in (("base", "a", "expert 'a' .*: 'w' minus the base's"), ("b", "a", "base .*: 'w'")):
+        with pytest.raises(ValueError, match=f"{message} overflows torch.float16; set dtype to float32 or bfloat16"):
+            pack((tmp_path / base, {"a": tmp_path / expert}), dtype=torch.float16, file=tmp_path / "packed")
+        assert not list(tmp_path.glob("packed*"))
 
 
 @pytest.mark.parametrize("dtypes", [{}, {"task_vector_dtype": torch.bfloat16}, {"dtype": torch.float64}, *QUANTISED])

@@ -167,6 +167,41 @@ def test_nan_and_inf_are_refused(base, experts, value, word):
         sm.PackedWeights.from_modules(base, experts)
 
 
+@pytest.mark.parametrize("word", ["NaN", "Inf"])
+def test_nan_and_inf_in_heads_and_buffers_are_refused(base, experts, word):
+    value = float(word)
+    for kind, name in (("weight", "second.weight"), ("buffer", "running_mean")):
+        states = {task: {**state(expert), "running_mean": torch.ones(3)} for task, expert in experts.items()}
+        states["blue"][name] = torch.full_like(states["blue"][name], value)
+        heads = ["second.*"] if kind == "weight" else []
+        with pytest.raises(ValueError, match=f"expert 'blue': '{name}' holds {word}"):
+            sm.PackedWeights.from_state_dicts({**state(base), "running_mean": torch.zeros(3)}, states, heads=heads)
+
+
+@pytest.mark.parametrize("form", [torch.float16, "int8"], ids=str)
+def test_what_leaves_the_range_of_its_type_is_refused(form):
+    """A base of fp32 in fp16, and a difference that only fp32 holds."""
+    huge = {"w": torch.tensor([7e4, 1.0])}
+    with pytest.raises(ValueError, match="base: 'w' overflows torch.float16; .*float32 or bfloat16"):
+        sm.PackedWeights.from_state_dicts(huge, {"a": {"w": torch.ones(2)}}, dtype=torch.float16, task_vector_dtype=form)
+    huge["v"] = torch.ones(3)  # and w is unchanged
+    with pytest.raises(ValueError, match="base: 'w' overflows torch.float16"):
+        sm.PackedWeights.from_state_dicts(huge, {"a": {**huge, "v": torch.zeros(3)}}, dtype=torch.float16, task_vector_dtype=form)
+    if form == torch.float16:
+        base = {"w": torch.tensor([-65504.0, 1.0], dtype=torch.float16)}
+        with pytest.raises(ValueError, match="expert 'a': 'w' minus the base's overflows torch.float16; .*float32 or bfloat16"):
+            sm.PackedWeights.from_state_dicts(base, {"a": {"w": -base["w"]}}, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_a_weight_in_one_model_that_is_none_in_another_is_refused(base, experts, dtype):
+    states = {"base": state(base), **{t: state(e) for t, e in experts.items()}}
+    for where in ("base", "red"):
+        changed = {**states, where: {**states[where], "second.bias": states[where]["second.bias"].to(dtype)}}
+        with pytest.raises(ValueError, match=f"'second.bias' is (torch.float32|{dtype}) in base and .* in expert"):
+            sm.PackedWeights.from_state_dicts(changed.pop("base"), changed)
+
+
 def test_an_integer_checkpoint_is_refused(base, experts):
     states = {t: state(e) for t, e in experts.items()}
     states["red"]["second.weight"] = states["red"]["second.weight"].to(torch.int8)
@@ -177,6 +212,12 @@ def test_an_integer_checkpoint_is_refused(base, experts):
 def test_two_tasks_of_one_name_are_refused(base, experts):
     with pytest.raises(ValueError, match="two experts are named 'red'"):
         sm.PackedWeights.from_modules(base, [("red", experts["red"]), ("red", experts["blue"])])
+
+
+@pytest.mark.parametrize("task", ["../../evil", "a/b", "a\0b", "x" * 300, ""])
+def test_a_task_that_cannot_name_a_file_is_refused(base, experts, task):
+    with pytest.raises(ValueError, match="is not a task name"):
+        sm.PackedWeights.from_modules(base, {task: experts["red"]})
 
 
 def test_no_experts_are_refused(base):

@@ -219,7 +219,8 @@ def test_every_key_is_an_option_too(models, write, tmp_path):
 def test_a_taken_target_is_refused_before_any_work(models, write, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("mine")
-    run = CliRunner().invoke(app, ["merge", str(write(base_model="/nowhere")), str(tmp_path / "out")])
+    (tmp_path / "base.safetensors").touch()  # of which nothing can be read
+    run = CliRunner().invoke(app, ["merge", str(write(base_model=str(tmp_path / "base.safetensors"))), str(tmp_path / "out")])
     assert run.exit_code == 1 and "overwrite" in run.output
     assert (tmp_path / "out/precious").read_text() == "mine"
 

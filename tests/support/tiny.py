@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from samerge_ext import PackedWeights, StatsMergeLearner, StatsMergingConfig
+from samerge_ext.methods.statsmerging import learner_settings
 from samerge_ext.models import SharedEncoder
 from samerge_ext.statistics.features import Features
 
@@ -80,7 +81,7 @@ def make_learner(packed, granularity="layer", per_layer=False, of="experts", sin
         granularity=granularity, per_layer=per_layer, of=of, singular_values=singular_values, hidden=hidden
     )
     statistics = Features.of_packed(packed, of=of, singular_values=singular_values).of_granularity(granularity)
-    settings = config.learner_settings(packed.layout.names)
+    settings = learner_settings(config, packed.layout.names)
     return StatsMergeLearner.made_for(statistics, settings, start=0.3, seed=seed, dtype=packed.coefficient_dtype), statistics
 
 

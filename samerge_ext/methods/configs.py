@@ -1,0 +1,89 @@
+"""The settings of the learned methods. Without torch, so that a recipe is checked before it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from samerge_ext.learning.config import LearningConfig, check_least
+
+DECAYS = 5  # equal parts of a run; the learning rate falls between them
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAMergingConfig(LearningConfig):
+    """LearningConfig, and:
+
+    temperature: τ of the student's soft-max, and of the teachers' unless ``teacher_temperature`` is given.
+    scale_by_temperature: multiply the loss by the two temperatures' product (τ², as in Hinton's distillation).
+    """
+
+    sam: str = "paper"
+    temperature: float = 2.0
+    teacher_temperature: float | None = None
+    scale_by_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "temperature", "teacher_temperature", above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMergingConfig(LearningConfig):
+    """LearningConfig with the published defaults: no SAM, no weight decay."""
+
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsMergingConfig(LearningConfig):
+    """LearningConfig with the published epochs and no weight decay, and:
+
+    loss: "cross_entropy" against the experts' most likely classes, or the "kl" divergence from their predictions.
+    temperature: τ of both soft-maxes of "kl".
+    of: the statistics are those of the "experts"' weights, or of the "task_vectors".
+    singular_values: how many of the largest ones are features beside mean, variance and norm.
+    per_layer: a network for every layer, as the published code has it, in place of one for all.
+    hidden: units of the network's hidden layer.
+    learning_rate_decay: factor on the learning rate after every fifth of the run (published: ×0.1 every 100 of 500 epochs).
+    features: file that keeps the statistics; by default in checkpoint_dir, where one is given.
+
+    sam: perturbs λ, and pulls the gradient found at λ + ε back through the network at λ.
+    """
+
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **LearningConfig.CHOICES,
+        "loss": ("cross_entropy", "kl"),
+        "of": ("experts", "task_vectors"),
+    }
+    # Steps and epochs may not: the learning rate depends on how long the run is.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *(key for key in LearningConfig.MAY_CHANGE if key not in ("steps", "epochs")), "features"
+    )  # fmt: skip
+
+    weight_decay: float = 0.0
+    epochs: int = 500
+    loss: str = "cross_entropy"
+    temperature: float = 2.0
+    of: str = "experts"
+    singular_values: int = 3
+    per_layer: bool = False
+    hidden: int = 64
+    learning_rate_decay: float = 0.1
+    features: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "temperature", above=True)
+        check_least(self, 0, "singular_values")
+        if not 0 < self.learning_rate_decay <= 1:
+            raise ValueError(f"learning_rate_decay={self.learning_rate_decay!r}; expected a number in (0, 1]")
+        if self.hidden < 2 or self.hidden % 2:
+            raise ValueError(f"hidden={self.hidden!r}; expected an even number ≥ 2")
+        if self.per_layer and self.granularity == "task":
+            raise ValueError("per_layer=True needs granularity='layer': task-wise, there is one coefficient for all layers")
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        return self.learning_rate * self.learning_rate_decay ** (DECAYS * step // steps)
