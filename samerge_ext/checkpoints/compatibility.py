@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.files import WEIGHTS, CheckpointError, folder_of
-from samerge_ext.checkpoints.folder import read_json
+from samerge_ext.checkpoints.files import WEIGHTS, folder_of
 from samerge_ext.checkpoints.lora import is_adapter
+from samerge_ext.checkpoints.reading import CheckpointError, cut, read_json
 from samerge_ext.checkpoints.settings import (
     Settings,
     align,
@@ -195,4 +195,4 @@ def _kept(first: _Model) -> str:
 def _shown(value: Any) -> str:
     """A value as it stands in JSON, more or less, cut where it is long."""
     text = "none" if value is None else ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return cut(text)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut, naming, parse_json, shown
 
 # The types of the safetensors format that torch has; the two newest are missing from older versions of torch.
 SAFETENSORS_DTYPES = {
@@ -45,15 +47,13 @@ SAFETENSORS_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 # What a folder's weights are called; where it holds several, the first counts, as in transformers.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-# The bound of the safetensors library.
-MAX_HEADER_BYTES = 100_000_000
+MAX_NAME = 1000  # characters of a tensor's name, which messages repeat
+MAX_DIMENSIONS = 64  # what torch can compute with
+
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save begin from before 1.6
 
 # Pages of a mapped file that were read count as this process's memory until the file is mapped again.
 MAX_MAPPED_BYTES = 64 << 20
-
-
-class CheckpointError(ValueError):
-    """A model folder or a file of it cannot be read or written. The message names it, the tensor and the fix."""
 
 
 class Entry(NamedTuple):
@@ -71,17 +71,19 @@ class SafetensorsFile:
     The header is checked whole when the file is opened. Reads are `preadv` into a new buffer: pages of a mapped file
     would stay in the process's resident memory for as long as it is open.
 
-    names: in the order of their bytes in the file.
+    names: in the order of their bytes in the file. metadata: of the header.
     Raises CheckpointError where the file is cut off or its header does not describe its bytes.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.tied: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         _refuse_pointer(path)
         self._file = open(path, "rb", buffering=0)
         try:
-            self._entries = self._read_header()
+            with naming(path):
+                self._entries = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -125,31 +127,36 @@ class SafetensorsFile:
         data = 8 + length
         if file_bytes < 8 or data > file_bytes:
             raise self._damaged(f"its header should end at byte {data} and the file has {file_bytes}")
-        if length > MAX_HEADER_BYTES:
-            raise self._damaged(f"its header claims {length} bytes, more than the format's {MAX_HEADER_BYTES}")
+        if length > MAX_JSON_BYTES:
+            raise self._damaged(f"its header claims {length} bytes, more than the format's {MAX_JSON_BYTES}")
         try:
-            header = json.loads(os.pread(self._file.fileno(), length, 8), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(os.pread(self._file.fileno(), length, 8), _unique)
+        except ValueError as error:
             raise self._damaged(f"its header is not valid JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._damaged("its header is not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+            raise self._damaged("its header's __metadata__ is not made of texts")
+        self.metadata = metadata
         entries = {name: self._entry(name, spec, data) for name, spec in header.items()}
         ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes))
         self._check_extents(ordered, data, file_bytes)
         return dict(ordered)
 
     def _entry(self, name: str, spec: object, data: int) -> Entry:
+        if not _is_name(name):
+            raise self._damaged(f"{shown(name)} is no tensor's name")
         match spec:
-            case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if all(
-                type(n) is int and n >= 0 for n in (*shape, begin, end)
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if len(shape) <= MAX_DIMENSIONS and all(
+                type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)
             ):
                 pass
             case _:
                 raise self._damaged(f"the header's entry for '{name}' lacks a valid dtype, shape or data_offsets")
         if code not in SAFETENSORS_DTYPES:
             raise CheckpointError(
-                f"{self.path}: '{name}' has type {code}, which torch {torch.__version__} lacks; "
+                f"{self.path}: '{name}' has type {cut(code)}, which torch {torch.__version__} lacks; "
                 f"convert it to one of {', '.join(SAFETENSORS_DTYPES)}"
             )
         dtype = SAFETENSORS_DTYPES[code]
@@ -158,6 +165,8 @@ class SafetensorsFile:
             if odd:
                 raise self._damaged(f"'{name}' has an odd number of F4 columns")
         nbytes = math.prod(shape) * dtype.itemsize
+        if math.prod(n for n in shape if n) >= 2**60:
+            raise self._damaged(f"'{name}' has a shape of more numbers than there are, {shape}")
         if end - begin != nbytes:
             span = end - begin
             raise self._damaged(f"'{name}', {code} {shape}, takes {nbytes} bytes and its data_offsets span {span}")
@@ -191,14 +200,20 @@ class TorchFile:
     1.6 cannot be mapped and are held in memory whole while open.
 
     names: in the state dict's order, tensors that share their memory once. tied: other name -> name in `names`.
-    Raises CheckpointError where the file is damaged, holds code, or is not a flat dictionary of dense tensors.
+    Raises CheckpointError where the file is damaged, holds code, takes more memory than its bytes, or is not a flat dictionary
+    of dense tensors.
     """
 
     def __init__(self, path: Path):
         self.path = path
         _refuse_pointer(path)
         with open(path, "rb") as file:
-            self._mappable = file.read(4) == b"PK\x03\x04"
+            head = file.read(len(LEGACY))
+        self._mappable = head.startswith(b"PK\x03\x04")
+        if self._mappable:
+            self._check_archive()
+        elif head != LEGACY:  # a tar archive, say, which torch would unpack
+            raise self._damaged("it does not begin as such a file")
         self._identity = _identity(path)
         self._tensors = self._load()
         self._touched = 0
@@ -257,22 +272,47 @@ class TorchFile:
                 "where you trust its source, convert to safetensors"
             ) from None
         except Exception as error:  # torch raises many types for a file that is cut off or of another format
+            raise self._damaged(cut(repr(error), 200)) from error
+
+    def _damaged(self, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is truncated, damaged or not of torch.save ({fault}); download it or save it again")
+
+    def _check_archive(self) -> None:
+        """torch.save compresses nothing: what is read takes no more than the file."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                entries = archive.infolist()
+        except OSError:
+            raise
+        except Exception as error:  # of many types, from a directory of any bytes
+            raise self._damaged(cut(repr(error), 200)) from error
+        packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(self.path):
             raise CheckpointError(
-                f"{self.path} is truncated, damaged or not from torch.save ({error!r}); download it or save it again"
-            ) from error
+                f"{self.path} is a compressed archive, which torch.save does not write and which may fill the memory; where you "
+                "trust its source, load it and save it again"
+            )
 
     def _check(self) -> None:
         if not isinstance(self._tensors, dict):
             kind = type(self._tensors).__name__
             raise CheckpointError(f"{self.path} holds a {kind}, not a state dict; save module.state_dict() instead")
+        file_bytes = os.path.getsize(self.path)
         for name, tensor in self._tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise CheckpointError(
-                    f"{self.path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; "
+                    f"{self.path}: entry {shown(name)} is a {type(tensor).__name__}, not a tensor; "
                     "save the model's state dict by itself, without wrapper or training state"
                 )
+            if not _is_name(name):
+                raise self._damaged(f"{shown(name)} is no tensor's name")
             if tensor.layout != torch.strided or tensor.is_quantized:
                 raise CheckpointError(f"{self.path}: '{name}' is sparse or quantised; save it as a dense tensor")
+            if tensor.is_meta or tensor.numel() * tensor.itemsize > file_bytes:
+                raise CheckpointError(
+                    f"{self.path}: '{name}' {cut(str(list(tensor.shape)))} is without numbers, or expanded from fewer; "
+                    "save it as a tensor of its own (contiguous)"
+                )
 
 
 def folder_of(path: str | Path) -> Path:
@@ -284,8 +324,8 @@ def folder_of(path: str | Path) -> Path:
 def check_relative(name: str, what: str) -> None:
     """Refuses a file name that leads out of the folder it belongs to."""
     parts = PurePosixPath(name)
-    if not parts.parts or parts.is_absolute() or ".." in parts.parts:
-        raise CheckpointError(f"{what} {name!r} is outside of its folder; use a relative path without '..'")
+    if not _is_name(name) or not parts.parts or parts.is_absolute() or ".." in parts.parts:
+        raise CheckpointError(f"{what} {shown(name)} is outside of its folder; use a relative path without '..'")
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
@@ -303,8 +343,14 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
+    result: dict[str, object] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"it names {shown(name)} twice")
+        result[name] = value
     return result
+
+
+def _is_name(name: str) -> bool:
+    """Whether a tensor may be called so: in words that can be printed and written."""
+    return len(name) <= MAX_NAME and name.isprintable()

@@ -10,13 +10,13 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
+from samerge_ext.checkpoints.reading import explained, shown
 from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.cli.messages import warnings_as_lines
 from samerge_ext.memory import show_bytes
@@ -39,10 +39,12 @@ def _told() -> Iterator[None]:
 
 
 def _parsed(text: str) -> Any:
+    from samerge_ext.recipes.yaml_text import parse_yaml
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{text!r} is not valid YAML: {error}", param_hint="--parameter") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{shown(text)}: {error}", param_hint="--parameter") from error
 
 
 def _pairs(option: str, values: list[str] | None, parse: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def _pairs(option: str, values: list[str] | None, parse: Callable[[str], Any] = 
     for value in values or ():
         key, equals, text = value.partition("=")
         if not (key and equals):
-            raise typer.BadParameter(f"{value!r}; expected NAME=VALUE", param_hint=option)
+            raise typer.BadParameter(f"{shown(value)}; expected NAME=VALUE", param_hint=option)
         pairs[key] = parse(text)
     return pairs
 
@@ -217,9 +219,7 @@ def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    message = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        message = f"{error.filename}: {error.strerror}"
+    message = explained(error) if isinstance(error, OSError) else str(error)
     lines = "\n".join([message, *getattr(error, "__notes__", ())])
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), lines), soft_wrap=True)
     raise typer.Exit(1)

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import model_of
+from samerge_ext.checkpoints.reading import shown
 from samerge_ext.checkpoints.sources import CheckpointSource
 from samerge_ext.checkpoints.task_names import names_of_folders, unused
 from samerge_ext.elementwise.file_merge import FileMerge
@@ -25,7 +26,7 @@ from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods.dare import Dare
 from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
-from samerge_ext.recipes.tensor_settings import depths, resolve
+from samerge_ext.recipes.tensor_settings import check, depths, resolve
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ OF_MERGEKIT = (
     "select_topk",
     "filter_wise",
 )
+LARGEST = 1e30  # of a number of a recipe: sums of it are finite in fp32
 METHODS = {
     "linear": Method(1.0, normalize=True),
     "task_arithmetic": Method(0.3, normalize=False, parameters=_SHARED),
@@ -64,23 +66,33 @@ METHODS = {
 }
 
 
-def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list[Mapping[str, Any]]) -> None:
-    """Raises ValueError for a parameter that nobody reads; names those that only other methods do, which change nothing."""
+def check_parameters(method: str, parameters: Mapping[str, Any], of_models: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises ValueError for a parameter that nobody reads and for a value that no tensor can have; names those that only other
+    methods read, which change nothing. of_models: their names, and the parameters of each."""
     known = _read_by(method)
-    for where, given, allowed in [
-        ("parameters", parameters, known),
-        *(("a model's parameters", given, known & {"weight", "density"}) for given in of_models),
+    for model, given, allowed in [
+        ("", parameters, known),
+        *((model, given, known & {"weight", "density"}) for model, given in of_models),
     ]:
+        where = "a model's parameters" if model else "parameters"
         unknown = set(given) - allowed - set(OF_MERGEKIT)
         if unknown:
-            raise ValueError(f"{where} of {method}: unknown {sorted(unknown)}; known are {sorted(allowed)}")
+            raise ValueError(f"{where} of {method}: unknown {shown(sorted(unknown))}; known are {sorted(allowed)}")
+        for key in sorted(given.keys() & allowed & VALUES.keys()):
+            try:
+                if key in ("seed", "align_norms"):
+                    VALUES[key](given[key])
+                else:
+                    check(given[key], VALUES[key])
+            except ValueError as error:
+                raise ValueError(f"{where}{f' ({model})' if model else ''}: {key}: {error}") from None
         ignored = sorted(set(given) - allowed - {"int8_mask"})
         if ignored:
             warnings.warn(
                 f"{where}: {method} does not read {', '.join(ignored)} there; as in mergekit, it changes nothing", stacklevel=2
             )
     if parameters.get("trim", "tensor") not in ("tensor", "vector"):
-        raise ValueError(f"trim: {parameters['trim']!r}; choose tensor or vector")
+        raise ValueError(f"trim: {shown(parameters['trim'])}; choose tensor or vector")
     if METHODS[method].sparsify == "ties" and _boolean(parameters.get("rescale", False)):
         raise ValueError("ties does not rescale here; leave 'rescale' out, or merge by dare_ties")
 
@@ -147,7 +159,7 @@ def file_merge(
         densities = [value("density", 1.0, of_model, _density) for of_model in of_models]
         if settings.sparsify == "ties":
             return Ties(numel, merged, densities, combination)
-        return Dare(name, densities, int(shared.get("seed", 0)), combination, value("rescale", True, convert=_boolean))
+        return Dare(name, densities, _seed(shared.get("seed", 0)), combination, value("rescale", True, convert=_boolean))
 
     return FileMerge(
         experts=folders,
@@ -199,15 +211,17 @@ def _number(value: Any) -> float:
     try:
         number = float(value)  # YAML reads 1e-1 as a text
     except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is not a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
+        raise ValueError(f"{shown(value)} is not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"{shown(value)} is not a finite number" + " that weights can have" * math.isfinite(number))
     return number
 
 
 def _density(value: Any) -> float:
     if not 0 <= _number(value) <= 1:
-        raise ValueError(f"density {value} lies outside of 0 … 1")
+        raise ValueError(f"density {shown(value)} lies outside of 0 … 1")
     return _number(value)
 
 
@@ -216,4 +230,24 @@ def _boolean(value: Any) -> bool:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValueError:
-        raise ValueError(f"{value!r} is neither true nor false") from None
+        raise ValueError(f"{shown(value)} is neither true nor false") from None
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
+        raise ValueError(f"{shown(value)} is not a whole number ≥ 0")
+    if not 0 <= int(value) < 2**64:
+        raise ValueError(f"{shown(value)} is not a whole number of 0 … 2⁶⁴ − 1")
+    return int(value)
+
+
+# What a parameter's scalars are.
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "weight": _number,
+    "lambda": _number,
+    "density": _density,
+    "normalize": _boolean,
+    "rescale": _boolean,
+    "align_norms": _boolean,
+    "seed": _seed,
+}
