@@ -16,7 +16,7 @@ from rich.text import Text
 
 import samerge_ext as sm
 from samerge_ext.backend import cpu_level
-from samerge_ext.checkpoints.reading import explained, shown
+from samerge_ext.checkpoints.reading import cut, explained, shown
 from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.cli.messages import warnings_as_lines
 from samerge_ext.memory import show_bytes
@@ -38,22 +38,16 @@ def _told() -> Iterator[None]:
             _fail(error)
 
 
-def _parsed(text: str) -> Any:
-    from samerge_ext.recipes.yaml_text import parse_yaml
-
-    try:
-        return parse_yaml(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{shown(text)}: {error}", param_hint="--parameter") from error
-
-
 def _pairs(option: str, values: list[str] | None, parse: Callable[[str], Any] = str) -> dict[str, Any]:
     pairs = {}
     for value in values or ():
         key, equals, text = value.partition("=")
         if not (key and equals):
             raise typer.BadParameter(f"{shown(value)}; expected NAME=VALUE", param_hint=option)
-        pairs[key] = parse(text)
+        try:
+            pairs[key] = parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{cut(key)}={shown(text)} {error}", param_hint=option) from error
     return pairs
 
 
@@ -87,6 +81,7 @@ def merge(
     """Merge as CONFIG says; options replace its keys."""
     from samerge_ext.recipes.recipe import load_recipe
     from samerge_ext.recipes.run import run_recipe
+    from samerge_ext.recipes.yaml_text import parse_yaml
 
     calibration_keys = {
         "files": _pairs("--calibration", calibration),
@@ -101,7 +96,7 @@ def merge(
         "tasks": tasks,
         "heads": heads,
         "keep": keep,
-        "parameters": _pairs("--parameter", parameters, _parsed),
+        "parameters": _pairs("--parameter", parameters, parse_yaml),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
         "task_vector_dtype": task_vector_dtype,

@@ -27,6 +27,8 @@ class Record:
     def __init__(self, state: Path, identity: dict):
         self._path, self.folder = state / RECORD, state / "merged"
         self.content = read_json(self._path) if self._path.exists() else {}
+        if self.content and not isinstance(self.content.get("shards"), list):
+            raise CheckpointError(f"{self._path} is no record of a merge; remove {state} and merge again")
         if self.content.get("identity") != identity:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._path.unlink(missing_ok=True)

@@ -176,7 +176,7 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     except CheckpointError:
         raise
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected keys such as merge_method and models")
     try:

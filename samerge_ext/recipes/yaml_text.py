@@ -17,21 +17,22 @@ MAX_SIZE = 1 << 20  # characters and nodes, with aliases written out
 def parse_yaml(text: str | bytes) -> Any:
     """The value of a YAML text: objects, lists, texts, numbers, booleans and null; dates are texts.
 
-    Raises ValueError for what is no such text, or one of more than `MAX_BYTES`, `MAX_DEPTH` or `MAX_SIZE`.
+    Raises ValueError for what is no such text, or one of more than `MAX_BYTES`, `MAX_DEPTH` or `MAX_SIZE`; its message goes on
+    after the text's name.
     """
     if len(text) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes, which no recipe has")
+        raise ValueError(f"has more than {MAX_BYTES} bytes, which no recipe has")
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         return yaml.load(text, _Loader)
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is {error.object[error.start]:#x}"
-        raise ValueError(f"it is not UTF-8 ({where}); save it as UTF-8") from error
+        raise ValueError(f"is not UTF-8 ({where}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"it is not valid YAML: {cut(str(error), 500)}") from error
+        raise ValueError(f"is not valid YAML: {cut(str(error), 500)}") from error
     except Exception as error:  # of many types, from values that are not of their tag
-        raise ValueError(f"it is not valid YAML: a value is not of its type ({cut(repr(error), 200)})") from error
+        raise ValueError(f"is not valid YAML: a value is not of its type ({cut(repr(error), 200)})") from error
 
 
 class _Loader(yaml.SafeLoader):

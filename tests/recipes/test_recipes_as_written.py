@@ -1,7 +1,6 @@
 """Recipes as people write them: models by their paths, no models, numbers as texts, settings and devices that do not exist."""
 
 import json
-import warnings
 
 import pytest
 import yaml
@@ -9,7 +8,6 @@ import yaml
 from samerge_ext.learning.config import check_device
 from samerge_ext.models.texts import read_texts
 from samerge_ext.recipes.recipe import load_recipe
-from samerge_ext.recipes.run import run_recipe
 from samerge_ext.recipes.tokenizers import companions_of
 
 
@@ -39,16 +37,8 @@ def test_a_merge_of_nothing_is_refused(tmp_path):
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), ".inf"])
 def test_a_weight_is_finite(tmp_path, weight):
-    from safetensors.torch import save_file
-    from torch import ones
-
-    found = recipe(tmp_path, models=[{"model": str(tmp_path / "a"), "parameters": {"weight": weight}}])
-    for name in ("base", "a"):
-        save_file({"w": ones(2)}, tmp_path / name / "model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="is not a (finite )?number"):
-            run_recipe(found, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not a (finite )?number"):
+        recipe(tmp_path, models=[{"model": str(tmp_path / "a"), "parameters": {"weight": weight}}])
 
 
 def test_settings_of_learned_merges_have_their_fields_types(tmp_path):
