@@ -1,12 +1,9 @@
-"""One weight file, safetensors or torch pickle: its tensors' names, types and shapes, and one tensor at a time."""
+"""A safetensors file: its tensors' names, types and shapes, one tensor at a time; and what holds of all kinds of weight files."""
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
-import re
-import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -50,11 +47,6 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 MAX_NAME = 1000  # characters of a tensor's name, which messages repeat
 MAX_DIMENSIONS = 64  # what torch can compute with
 
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save begin from before 1.6
-
-# Pages of a mapped file that were read count as this process's memory until the file is mapped again.
-MAX_MAPPED_BYTES = 64 << 20
-
 
 class Entry(NamedTuple):
     """A tensor of a safetensors file. begin: its first byte, counted from the start of the file."""
@@ -79,7 +71,7 @@ class SafetensorsFile:
         self.path = path
         self.tied: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
-        _refuse_pointer(path)
+        refuse_pointer(path)
         self._file = open(path, "rb", buffering=0)
         try:
             with naming(path):
@@ -145,7 +137,7 @@ class SafetensorsFile:
         return dict(ordered)
 
     def _entry(self, name: str, spec: object, data: int) -> Entry:
-        if not _is_name(name):
+        if not is_name(name):
             raise self._damaged(f"{shown(name)} is no tensor's name")
         match spec:
             case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if len(shape) <= MAX_DIMENSIONS and all(
@@ -193,128 +185,6 @@ class SafetensorsFile:
         )
 
 
-class TorchFile:
-    """A state dict written by torch.save, read with weights_only=True, so that code in it is never run.
-
-    The file is mapped, and mapped again whenever 64 MiB of it have been touched. Files in the format from before torch
-    1.6 cannot be mapped and are held in memory whole while open.
-
-    names: in the state dict's order, tensors that share their memory once. tied: other name -> name in `names`.
-    Raises CheckpointError where the file is damaged, holds code, takes more memory than its bytes, or is not a flat dictionary
-    of dense tensors.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        _refuse_pointer(path)
-        with open(path, "rb") as file:
-            head = file.read(len(LEGACY))
-        self._mappable = head.startswith(b"PK\x03\x04")
-        if self._mappable:
-            self._check_archive()
-        elif head != LEGACY:  # a tar archive, say, which torch would unpack
-            raise self._damaged("it does not begin as such a file")
-        self._identity = _identity(path)
-        self._tensors = self._load()
-        self._touched = 0
-        self._check()
-        self.tied: dict[str, str] = {}
-        first_at: dict[tuple, str] = {}
-        for name, tensor in self._tensors.items():
-            where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and where in first_at:
-                self.tied[name] = first_at[where]
-            else:
-                first_at[where] = name
-        self.names = tuple(name for name in self._tensors if name not in self.tied)
-        self._types = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
-
-    def shape(self, name: str) -> torch.Size:
-        return self._types[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._types[name][1]
-
-    def read(self, name: str) -> Tensor:
-        """The tensor in new, contiguous CPU memory, in its stored type and shape."""
-        tensor = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
-        self._forget(tensor.nbytes)
-        return tensor
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type."""
-        out.copy_(self._tensors[name].detach().reshape(-1)[start : start + out.numel()])
-        self._forget(out.nbytes)
-
-    def _forget(self, nbytes: int) -> None:
-        """Maps the file again once enough of it was touched."""
-        self._touched += nbytes
-        if self._mappable and self._touched > MAX_MAPPED_BYTES:
-            if _identity(self.path) != self._identity:
-                raise CheckpointError(f"{self.path} changed while it was being read; read it again")
-            self._tensors = self._load()
-            self._touched = 0
-
-    def close(self) -> None:
-        self._tensors = {}
-
-    def _load(self) -> dict[str, Tensor]:
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
-        except MemoryError:
-            raise
-        except pickle.UnpicklingError as error:
-            called = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-            fault = f"its pickle refers to {called[1]}" if called else "its pickle is damaged or not only tensors"
-            # torch's own message, left out here, advises to load the file with its code.
-            raise CheckpointError(
-                f"{self.path}: {fault}, and code in a weight file is never run; "
-                "where you trust its source, convert to safetensors"
-            ) from None
-        except Exception as error:  # torch raises many types for a file that is cut off or of another format
-            raise self._damaged(cut(repr(error), 200)) from error
-
-    def _damaged(self, fault: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is truncated, damaged or not of torch.save ({fault}); download it or save it again")
-
-    def _check_archive(self) -> None:
-        """torch.save compresses nothing: what is read takes no more than the file."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = archive.infolist()
-        except OSError:
-            raise
-        except Exception as error:  # of many types, from a directory of any bytes
-            raise self._damaged(cut(repr(error), 200)) from error
-        packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(self.path):
-            raise CheckpointError(
-                f"{self.path} is a compressed archive, which torch.save does not write and which may fill the memory; where you "
-                "trust its source, load it and save it again"
-            )
-
-    def _check(self) -> None:
-        if not isinstance(self._tensors, dict):
-            kind = type(self._tensors).__name__
-            raise CheckpointError(f"{self.path} holds a {kind}, not a state dict; save module.state_dict() instead")
-        file_bytes = os.path.getsize(self.path)
-        for name, tensor in self._tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise CheckpointError(
-                    f"{self.path}: entry {shown(name)} is a {type(tensor).__name__}, not a tensor; "
-                    "save the model's state dict by itself, without wrapper or training state"
-                )
-            if not _is_name(name):
-                raise self._damaged(f"{shown(name)} is no tensor's name")
-            if tensor.layout != torch.strided or tensor.is_quantized:
-                raise CheckpointError(f"{self.path}: '{name}' is sparse or quantised; save it as a dense tensor")
-            if tensor.is_meta or tensor.numel() * tensor.itemsize > file_bytes:
-                raise CheckpointError(
-                    f"{self.path}: '{name}' {cut(str(list(tensor.shape)))} is without numbers, or expanded from fewer; "
-                    "save it as a tensor of its own (contiguous)"
-                )
-
-
 def folder_of(path: str | Path) -> Path:
     """The model folder that a path, a folder or a file in one, stands for."""
     path = Path(path)
@@ -324,16 +194,11 @@ def folder_of(path: str | Path) -> Path:
 def check_relative(name: str, what: str) -> None:
     """Refuses a file name that leads out of the folder it belongs to."""
     parts = PurePosixPath(name)
-    if not _is_name(name) or not parts.parts or parts.is_absolute() or ".." in parts.parts:
+    if not is_name(name) or not parts.parts or parts.is_absolute() or ".." in parts.parts:
         raise CheckpointError(f"{what} {shown(name)} is outside of its folder; use a relative path without '..'")
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(24)
     if head == b"version https://git-lfs.":
@@ -351,6 +216,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether a tensor may be called so: in words that can be printed and written."""
     return len(name) <= MAX_NAME and name.isprintable()

@@ -14,12 +14,12 @@ from samerge_ext.checkpoints.files import (
     WEIGHTS,
     CheckpointError,
     SafetensorsFile,
-    TorchFile,
     check_relative,
     folder_of,
 )
 from samerge_ext.checkpoints.naming import unwrapped
 from samerge_ext.checkpoints.reading import cut, read_json, shown
+from samerge_ext.checkpoints.state_dicts import TorchFile
 
 READERS: dict[str, type[SafetensorsFile | TorchFile]] = {
     ".safetensors": SafetensorsFile,

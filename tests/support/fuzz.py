@@ -6,7 +6,6 @@ run of its reader and stays in FOLDER/finds; `fuzz.py --reader NAME --only FIND`
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -37,9 +36,9 @@ def main() -> None:
     failed = []
     for name in READERS:
         print(f"== {name}", flush=True)
-        share = max(1, given.seconds // len(READERS))
-        command = [sys.executable, __file__, "--reader", name, "--folder", str(given.folder), "--seconds", str(share)]
-        if subprocess.run(command).returncode:
+        if not (child := os.fork()):  # with the package imported, which takes longer where it is instrumented
+            fuzz(name, given.folder, max(1, given.seconds // len(READERS)), None)
+        if os.waitpid(child, 0)[1]:
             failed.append(name)
     sys.exit(f"finds of {', '.join(failed)}: {given.folder / 'finds'}" if failed else 0)
 

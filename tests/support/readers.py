@@ -78,7 +78,8 @@ def _state_dicts(_: Path) -> list[bytes]:
 
 def _read_index(path: Path) -> object:
     for i in (1, 2):
-        save_file({f"{name}.{i}": tensor for name, tensor in tensors(i).items()}, path.parent / f"{i}.safetensors")
+        if not (shard := path.parent / f"{i}.safetensors").exists():
+            save_file({f"{name}.{i}": tensor for name, tensor in tensors(i).items()}, shard)
     return _all_of(path)
 
 
@@ -104,9 +105,9 @@ SETTINGS = {
 
 def _read_adapter(path: Path) -> object:
     config, weights = path.parent / "adapter_config.json", path.parent / "adapter_model.safetensors"
-    if path != config:
+    if not config.exists():
         config.write_text(json.dumps(SETTINGS))
-    if path != weights:
+    if not weights.exists():
         save_file(_factors(), weights)
     with open_expert(path.parent, StateDictSource(tensors(0), "base"), "expert") as source:
         return [source.read(name) for name in source.names]
@@ -142,7 +143,7 @@ def _recipes(folder: Path) -> list[bytes]:
     for i, name in enumerate(("base", "a", "b")):
         save_file(tensors(i), _made(folder / name) / "model.safetensors")
     models = [{"model": str(folder / "a"), "parameters": {"weight": [0.3, 1]}}, str(folder / "b")]
-    parameters = {"density": [{"filter": "0", "value": 0.5}, 1], "lambda": 1.0, "weight": 1}
+    parameters = {"density": [{"filter": "0", "value": 0.5}, {"value": 1}], "lambda": 1.0, "weight": 1}
     files = {"a": str(folder / "recipe.yaml"), "b": "b.txt"}
     contents = [
         {"merge_method": "ties", "base_model": str(folder / "base"), "models": models, "parameters": parameters},
@@ -167,7 +168,9 @@ CONFIG = {
 
 
 def _read_config(path: Path) -> object:
-    (_made(path.parent / "other") / "config.json").write_text(json.dumps(CONFIG))
+    if not (other := path.parent / "other/config.json").exists():
+        _made(other.parent)
+        other.write_text(json.dumps(CONFIG))
     check_models(path.parent / "other", [("task", path.parent)])
     return Companions(path.parent).check()
 
