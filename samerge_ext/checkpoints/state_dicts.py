@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import is_name, refuse_pointer
-from samerge_ext.checkpoints.reading import CheckpointError, cut, shown
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut, shown
 
 # Pages of a mapped file that were read count as this process's memory until the file is mapped again.
 MAX_MAPPED_BYTES = 64 << 20
@@ -108,6 +108,8 @@ class TorchFile:
             raise
         except Exception as error:  # of many types, from a directory of any bytes
             raise self._damaged(cut(repr(error), 200)) from error
+        if any(entry.filename.endswith(".pkl") and entry.file_size > MAX_JSON_BYTES for entry in entries):
+            raise self._damaged(f"it names its tensors in more than {MAX_JSON_BYTES} bytes")
         packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
         if packed or sum(entry.file_size for entry in entries) > os.path.getsize(self.path):
             raise CheckpointError(

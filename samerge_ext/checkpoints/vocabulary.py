@@ -9,7 +9,7 @@ from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from samerge_ext.checkpoints.reading import CheckpointError, cut, read_bytes, read_json, shown
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut, read_bytes, read_json, shown
 
 FAST, WORDS, MAP = "tokenizer.json", "vocab.txt", "vocab.json"
 PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")  # of sentencepiece
@@ -158,12 +158,12 @@ def _compare(base: Tokens, expert: Tokens, *, shifted: bool) -> Difference | Non
 def _tokens(path: Path) -> Tokens:
     try:
         if path.name == WORDS:
-            lines = read_bytes(path).decode("utf-8", errors="replace").split("\n")
+            lines = read_bytes(path, MAX_JSON_BYTES).decode("utf-8", errors="replace").split("\n")
             return {number: line.strip("\r") for number, line in enumerate(lines[:-1] if not lines[-1] else lines)}
         if path.name == MAP:
             return _numbered(read_json(path))
         if path.name in PIECES:
-            return dict(enumerate(_pieces(read_bytes(path))))
+            return dict(enumerate(_pieces(read_bytes(path, MAX_JSON_BYTES))))
         return _fast_tokens(read_json(path))
     except CheckpointError:
         raise

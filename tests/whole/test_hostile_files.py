@@ -17,7 +17,7 @@ HOSTILE = (
 EXAMPLES = settings(
     max_examples=30,
     derandomize=True,
-    deadline=10_000,
+    deadline=60_000,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
