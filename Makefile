@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes softmax_kl gram_product lanczos svd_topk layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py
 
-.PHONY: help setup data demo lint test test-levels soak mergekit-differential bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -27,6 +27,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-levels   run the tests of numbers as on other processors, at four levels"
 	@echo "make soak    two hundred random memory budgets and a hundred kills"
+	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
@@ -87,6 +88,16 @@ test-levels: $(VENV)/test-ready
 # Two hundred random plans and a hundred kills of learned merges.
 soak: $(VENV)/test-ready
 	$(BIN)/python tests/support/soak.py
+
+# All readers of files in turn, beginning from what earlier runs found.
+FUZZ_SECONDS ?= 3600
+
+fuzz: $(VENV)/fuzz-ready
+	$(BIN)/python tests/support/fuzz.py --seconds $(FUZZ_SECONDS)
+
+$(VENV)/fuzz-ready: $(VENV)/test-ready
+	$(INSTALL) --group fuzz
+	touch $@
 
 # Two hundred random recipes, beside mergekit in an environment of its own.
 MERGEKIT := .cache-mergekit
@@ -151,4 +162,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models $(MERGEKIT) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) .ruff_cache .mypy_cache .import_linter_cache

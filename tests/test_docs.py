@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
-DOCUMENTS = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md", "benchmarks/results/README.md"]
+DOCUMENTS = [*PAGES, "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md", "benchmarks/results/README.md"]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs the source tree")
 
 # What a page says that the reader has; all else its blocks make themselves.

@@ -11,9 +11,8 @@ from torch import Tensor
 from samerge_ext.checkpoints.adapter_config import MERGE_IT, AdapterConfig
 from samerge_ext.checkpoints.architecture import Architecture
 from samerge_ext.checkpoints.files import SafetensorsFile
-from samerge_ext.checkpoints.folder import read_json
 from samerge_ext.checkpoints.naming import correspondence
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError, read_json
 from samerge_ext.checkpoints.sources import Source
 
 PREFIX = "base_model.model."  # PEFT wraps the model that it adapts twice
@@ -165,6 +164,8 @@ class _Sorted:
                 f"{self._label}: '{first}' has no place: {self._base.label} lacks '{target}'; is it an adapter of this base?"
             )
         a, b = self._file.shape(first), self._file.shape(second)
+        if min(len(a), len(b)) < 2 or 0 in (*a, *b):
+            raise CheckpointError(f"{self._label}: '{first}' {list(a)} and '{second}' {list(b)} are no factors; save it again")
         transposed = embedding or self._is_transposed(place, a, b)
         self._check_shapes(first, a, b, place, transposed)
         if magnitude and (embedding or len(a) != 2 or list(self._file.shape(magnitude)) != [b[0]]):
@@ -242,12 +243,14 @@ class _Sorted:
                 f"{self._label}: '{stored}' has no place: {self._base.label} lacks '{target}'; is it an adapter of this base?"
             )
         weight = self._base.shape(place)
-        if list(rows) != [len(tokens), *weight[1:]]:
+        if len(weight) != 2 or not tokens or list(rows) != [len(tokens), *weight[1:]]:
             raise CheckpointError(
                 f"{self._label}: '{stored}' {list(rows)} are not rows of {len(tokens)} tokens of '{place}' {list(weight)}; is it "
                 "an adapter of this base?"
             )
         tokens = [token + weight[0] if token < 0 else token for token in tokens]
+        if min(tokens) < 0:
+            raise CheckpointError(f"{self._label}: its tokens count from the end, beyond the first of '{place}' {list(weight)}")
         if max(tokens) >= weight[0]:
             raise self._other_vocabulary(stored, max(tokens) + 1, place)
         self.edits[place] = replace(self.edits.get(place, Edit()), rows=stored, tokens=tokens)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from samerge_ext.checkpoints.places import CheckpointError, folder_of
+from samerge_ext.checkpoints.places import folder_of
+from samerge_ext.checkpoints.reading import CheckpointError, parse_json, read_bytes, read_json, read_text
 
 # Everything goes along but the following; names are compared without case.
 WEIGHTS = (
@@ -54,6 +57,15 @@ class Companions:
     tokenizer: Path | None = None
     chat_template: str | None = None
 
+    def check(self) -> None:
+        """Raises CheckpointError or OSError where `copy` will meet a file that cannot be read. For use before long work."""
+        for folder in {self.folder, self.tokenizer or self.folder}:
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.is_file() and _goes_along(path) and not os.access(path, os.R_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                if path.name in ("config.json", "tokenizer_config.json") and path.is_file():
+                    read_json(path)
+
     def copy(self, out_folder: str | Path) -> tuple[str, ...]:
         """Writes them into a folder that exists; returns their names, relative to it."""
         out = Path(out_folder)
@@ -74,7 +86,7 @@ class Companions:
         (out / "chat_template.json").unlink(missing_ok=True)
         config = out / "tokenizer_config.json"
         if config.is_file():
-            content = json.loads(config.read_bytes())
+            content = read_json(config)
             config.write_text(json.dumps({**content, "chat_template": self.chat_template}, indent=2), encoding="utf-8")
         return [TEMPLATE]
 
@@ -115,7 +127,7 @@ def chat_template(folder: str | Path) -> str | None:
     """The chat template of a model folder; of several, the default one."""
     folder = folder_of(folder)
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        return read_text(folder / TEMPLATE)
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = _json(folder / name).get("chat_template")
         if isinstance(found, list):  # of {"name": …, "template": …}
@@ -183,7 +195,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _modules(folder: Path) -> set[str]:
     """The subfolders that a sentence-transformers model is made of."""
     try:
-        content = json.loads((folder / "modules.json").read_bytes())
+        content = parse_json(read_bytes(folder / "modules.json"))
     except (OSError, ValueError):
         return set()
     entries = content if isinstance(content, list) else []
@@ -205,10 +217,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _json(path: Path) -> dict:
     """The object in a JSON file, an empty one where there is none."""
     try:
-        content = json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _copied(source: Path, out: Path, names: list[str]) -> tuple[str, ...]:

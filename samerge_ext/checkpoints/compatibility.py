@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.folder import read_json
-from samerge_ext.checkpoints.places import WEIGHTS, CheckpointError, folder_of, is_adapter
+from samerge_ext.checkpoints.places import WEIGHTS, folder_of, is_adapter
+from samerge_ext.checkpoints.reading import CheckpointError, cut, read_json
 from samerge_ext.checkpoints.settings import (
     Settings,
     align,
@@ -196,4 +196,4 @@ def _kept(first: _Model) -> str:
 def _shown(value: Any) -> str:
     """A value as it stands in JSON, more or less, cut where it is long."""
     text = "none" if value is None else ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return cut(text)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.sources import Source
 
 

@@ -1,19 +1,17 @@
-"""One weight file, safetensors or torch pickle: its tensors' names, types and shapes, and one tensor at a time."""
+"""A safetensors file: its tensors' names, types and shapes, one tensor at a time; and what holds of all kinds of weight files."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
-import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut, naming, parse_json, shown
 
 # The types of the safetensors format that torch has; the two newest are missing from older versions of torch.
 SAFETENSORS_DTYPES = {
@@ -44,11 +42,8 @@ SAFETENSORS_DTYPES = {
 }
 SAFETENSORS_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
-# The bound of the safetensors library.
-MAX_HEADER_BYTES = 100_000_000
-
-# Pages of a mapped file that were read count as this process's memory until the file is mapped again.
-MAX_MAPPED_BYTES = 64 << 20
+MAX_NAME = 1000  # characters of a tensor's name, which messages repeat
+MAX_DIMENSIONS = 64  # what torch can compute with
 
 
 class Entry(NamedTuple):
@@ -66,17 +61,19 @@ class SafetensorsFile:
     The header is checked whole when the file is opened. Reads are `preadv` into a new buffer: pages of a mapped file
     would stay in the process's resident memory for as long as it is open.
 
-    names: in the order of their bytes in the file.
+    names: in the order of their bytes in the file. metadata: of the header.
     Raises CheckpointError where the file is cut off or its header does not describe its bytes.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.tied: dict[str, str] = {}
-        _refuse_pointer(path)
+        self.metadata: dict[str, str] = {}
+        refuse_pointer(path)
         self._file = open(path, "rb", buffering=0)
         try:
-            self._entries = self._read_header()
+            with naming(path):
+                self._entries = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -120,31 +117,36 @@ class SafetensorsFile:
         data = 8 + length
         if file_bytes < 8 or data > file_bytes:
             raise self._damaged(f"its header should end at byte {data} and the file has {file_bytes}")
-        if length > MAX_HEADER_BYTES:
-            raise self._damaged(f"its header claims {length} bytes, more than the format's {MAX_HEADER_BYTES}")
+        if length > MAX_JSON_BYTES:
+            raise self._damaged(f"its header claims {length} bytes, more than the format's {MAX_JSON_BYTES}")
         try:
-            header = json.loads(os.pread(self._file.fileno(), length, 8), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(os.pread(self._file.fileno(), length, 8), _unique)
+        except ValueError as error:
             raise self._damaged(f"its header is not valid JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._damaged("its header is not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+            raise self._damaged("its header's __metadata__ is not made of texts")
+        self.metadata = metadata
         entries = {name: self._entry(name, spec, data) for name, spec in header.items()}
         ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes))
         self._check_extents(ordered, data, file_bytes)
         return dict(ordered)
 
     def _entry(self, name: str, spec: object, data: int) -> Entry:
+        if not is_name(name):
+            raise self._damaged(f"{shown(name)} is no tensor's name")
         match spec:
-            case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if all(
-                type(n) is int and n >= 0 for n in (*shape, begin, end)
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if len(shape) <= MAX_DIMENSIONS and all(
+                type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)
             ):
                 pass
             case _:
                 raise self._damaged(f"the header's entry for '{name}' lacks a valid dtype, shape or data_offsets")
         if code not in SAFETENSORS_DTYPES:
             raise CheckpointError(
-                f"{self.path}: '{name}' has type {code}, which torch {torch.__version__} lacks; "
+                f"{self.path}: '{name}' has type {cut(code)}, which torch {torch.__version__} lacks; "
                 f"convert it to one of {', '.join(SAFETENSORS_DTYPES)}"
             )
         dtype = SAFETENSORS_DTYPES[code]
@@ -153,6 +155,8 @@ class SafetensorsFile:
             if odd:
                 raise self._damaged(f"'{name}' has an odd number of F4 columns")
         nbytes = math.prod(shape) * dtype.itemsize
+        if math.prod(n for n in shape if n) >= 2**60:
+            raise self._damaged(f"'{name}' has a shape of more numbers than there are, {shape}")
         if end - begin != nbytes:
             span = end - begin
             raise self._damaged(f"'{name}', {code} {shape}, takes {nbytes} bytes and its data_offsets span {span}")
@@ -179,110 +183,16 @@ class SafetensorsFile:
         )
 
 
-class TorchFile:
-    """A state dict written by torch.save, read with weights_only=True, so that code in it is never run.
-
-    The file is mapped, and mapped again whenever 64 MiB of it have been touched. Files in the format from before torch
-    1.6 cannot be mapped and are held in memory whole while open.
-
-    names: in the state dict's order, tensors that share their memory once. tied: other name -> name in `names`.
-    Raises CheckpointError where the file is damaged, holds code, or is not a flat dictionary of dense tensors.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        _refuse_pointer(path)
-        with open(path, "rb") as file:
-            self._mappable = file.read(4) == b"PK\x03\x04"
-        self._identity = _identity(path)
-        self._tensors = self._load()
-        self._touched = 0
-        self._check()
-        self.tied: dict[str, str] = {}
-        first_at: dict[tuple, str] = {}
-        for name, tensor in self._tensors.items():
-            where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and where in first_at:
-                self.tied[name] = first_at[where]
-            else:
-                first_at[where] = name
-        self.names = tuple(name for name in self._tensors if name not in self.tied)
-        self._types = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
-
-    def shape(self, name: str) -> torch.Size:
-        return self._types[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._types[name][1]
-
-    def read(self, name: str) -> Tensor:
-        """The tensor in new, contiguous CPU memory, in its stored type and shape."""
-        tensor = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
-        self._forget(tensor.nbytes)
-        return tensor
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type."""
-        out.copy_(self._tensors[name].detach().reshape(-1)[start : start + out.numel()])
-        self._forget(out.nbytes)
-
-    def _forget(self, nbytes: int) -> None:
-        """Maps the file again once enough of it was touched."""
-        self._touched += nbytes
-        if self._mappable and self._touched > MAX_MAPPED_BYTES:
-            if _identity(self.path) != self._identity:
-                raise CheckpointError(f"{self.path} changed while it was being read; read it again")
-            self._tensors = self._load()
-            self._touched = 0
-
-    def close(self) -> None:
-        self._tensors = {}
-
-    def _load(self) -> dict[str, Tensor]:
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
-        except MemoryError:
-            raise
-        except pickle.UnpicklingError as error:
-            called = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-            fault = f"its pickle refers to {called[1]}" if called else "its pickle is damaged or not only tensors"
-            # torch's own message, left out here, advises to load the file with its code.
-            raise CheckpointError(
-                f"{self.path}: {fault}, and code in a weight file is never run; "
-                "where you trust its source, convert to safetensors"
-            ) from None
-        except Exception as error:  # torch raises many types for a file that is cut off or of another format
-            raise CheckpointError(
-                f"{self.path} is truncated, damaged or not from torch.save ({error!r}); download it or save it again"
-            ) from error
-
-    def _check(self) -> None:
-        if not isinstance(self._tensors, dict):
-            kind = type(self._tensors).__name__
-            raise CheckpointError(f"{self.path} holds a {kind}, not a state dict; save module.state_dict() instead")
-        for name, tensor in self._tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise CheckpointError(
-                    f"{self.path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; "
-                    "save the model's state dict by itself, without wrapper or training state"
-                )
-            if tensor.layout != torch.strided or tensor.is_quantized:
-                raise CheckpointError(f"{self.path}: '{name}' is sparse or quantised; save it as a dense tensor")
 
 
 def check_relative(name: str, what: str) -> None:
     """Refuses a file name that leads out of the folder it belongs to."""
     parts = PurePosixPath(name)
-    if not parts.parts or parts.is_absolute() or ".." in parts.parts:
-        raise CheckpointError(f"{what} {name!r} is outside of its folder; use a relative path without '..'")
+    if not is_name(name) or not parts.parts or parts.is_absolute() or ".." in parts.parts:
+        raise CheckpointError(f"{what} {shown(name)} is outside of its folder; use a relative path without '..'")
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(24)
     if head == b"version https://git-lfs.":
@@ -294,6 +204,11 @@ def _refuse_pointer(path: Path) -> None:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it names {shown(name)} twice")
     return result
+
+
+def is_name(name: str) -> bool:
+    """Whether a tensor may be called so: in words that can be printed and written."""
+    return len(name) <= MAX_NAME and name.isprintable()

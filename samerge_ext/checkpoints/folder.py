@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from samerge_ext.checkpoints.files import SafetensorsFile, TorchFile, check_relative
+from samerge_ext.checkpoints.files import SafetensorsFile, check_relative
 from samerge_ext.checkpoints.naming import unwrapped
-from samerge_ext.checkpoints.places import SUFFIXES, CheckpointError, find_weights, folder_of
+from samerge_ext.checkpoints.places import SUFFIXES, find_weights, folder_of
+from samerge_ext.checkpoints.reading import CheckpointError, cut, read_json, shown
+from samerge_ext.checkpoints.state_dicts import TorchFile
 
 
 class Checkpoint:
@@ -109,7 +111,7 @@ def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkp
         stored = {file.path: {*file.names, *file.tied} for file in files}
         for name, shard in indexed.items():
             if name not in stored[weights.parent / shard]:
-                raise CheckpointError(f"{weights} places '{name}' in {shard}, which lacks it; save the model again")
+                raise CheckpointError(f"{weights} places {shown(name)} in {cut(shard)}, which lacks it; save the model again")
         checkpoint = Checkpoint(path, files)
         stack.pop_all()
     return checkpoint
@@ -136,17 +138,6 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map from tensors to files; download it or save the model again")
     for name, shard in weight_map.items():
         check_relative(shard, f"{path}: shard")
-        if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path.parent / shard} is missing; {path.name} places '{name}' in it: download it")
+        if not os.path.isfile(path.parent / shard):
+            raise CheckpointError(f"{path.parent / shard} is missing; {path.name} places {shown(name)} in it: download it")
     return weight_map
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; raises CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it or save it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__} in place of an object; download it again")
-    return content

@@ -13,7 +13,8 @@ from samerge_ext.checkpoints.adapter_config import CONFIG, WEIGHTS, AdapterConfi
 from samerge_ext.checkpoints.adapter_edits import Edit, Pair, edits_of, product_numbers
 from samerge_ext.checkpoints.files import SafetensorsFile
 from samerge_ext.checkpoints.folder import open_checkpoint
-from samerge_ext.checkpoints.places import CheckpointError, is_adapter
+from samerge_ext.checkpoints.places import is_adapter
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.sources import CheckpointSource, Source
 
 # What an expert adds to a layer of m rows: left [m, r] @ right [r, n]; a difference of the layer's shape; or nothing.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from samerge_ext.checkpoints.reading import CheckpointError
+
 # What a folder's weights are called; where it holds several, the first counts, as in transformers.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -12,10 +14,6 @@ SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")
 OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".index")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-class CheckpointError(ValueError):
-    """A model folder or a file of it cannot be read or written. The message names it, the tensor and the fix."""
 
 
 def folder_of(path: str | Path) -> Path:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.files import SAFETENSORS_DTYPES, check_relative
-from samerge_ext.checkpoints.places import WEIGHTS, CheckpointError, folder_of
+from samerge_ext.checkpoints.places import WEIGHTS, folder_of
+from samerge_ext.checkpoints.reading import CheckpointError, naming
 
 
 def save_checkpoint(
@@ -87,7 +88,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         if out_of_space(error):
             raise no_space(target, writer.total_bytes + extra_bytes) from error
-        raise
+        with naming(target):
+            raise
     sync(target.parent)
     return Path(out_folder)
 
@@ -147,7 +149,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
         if out_of_space(error):
             raise no_space(path) from error
-        raise
+        with naming(path):
+            raise
     sync(path.parent)
 
 
@@ -202,6 +205,10 @@ class _ShardWriter:
             raise CheckpointError(
                 f"{self._target}: a shard cannot be saved; where tensors share memory, pass one of their names. {error}"
             ) from error
+        except SafetensorError as error:
+            if code := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(self._target)) from error
+            raise
         # The library makes files that only their owner can read; give them what the folder got from the umask.
         os.chmod(path, self._folder.stat().st_mode & 0o666)
         self._shards.append(list(self._pending))
@@ -253,12 +260,9 @@ def _parse_size(size: int | str) -> int:
 
 
 def out_of_space(error: BaseException | None) -> bool:
-    """Whether a full disk caused it: safetensors says so in its message, torch.save in an earlier exception."""
+    """Whether a full disk caused it: torch.save says so in an earlier exception."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        codes = rf"\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)"
-        if isinstance(error, SafetensorError) and re.search(codes, str(error)):
             return True
         error = error.__context__
     return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.folder import read_json
+from samerge_ext.checkpoints.reading import read_json
 
 Settings = dict[str, Any]
 

@@ -9,8 +9,7 @@ from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from samerge_ext.checkpoints.folder import read_json
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut, read_bytes, read_json, shown
 
 FAST, WORDS, MAP = "tokenizer.json", "vocab.txt", "vocab.json"
 PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")  # of sentencepiece
@@ -135,19 +134,19 @@ def _compare(base: Tokens, expert: Tokens, *, shifted: bool) -> Difference | Non
     if kept < 0.5 * min(len(base), len(expert)) or len(moved) > MOVED * len(common):
         count = min(len(base), len(expert)) - kept
         token, before, after = moved[0] if moved else ("", 0, 0)
-        example = f", such as {token!r}, which is {after} here and {before} there" if moved else ""
+        example = f", such as {shown(token)}, which is {after} here and {before} there" if moved else ""
         return Difference(f"{count} of {min(len(base), len(expert))} tokens have another number or are others{example}", True)
     if shifted:
         return None
     replaced = [
-        f"{number} is {expert[number]!r} and was {base[number]!r}"
+        f"{number} is {shown(expert[number])} and was {shown(base[number])}"
         for number in expert.keys() & base.keys()
         if expert[number] != base[number] and expert[number] not in gone
     ]
-    more = [repr(expert[number]) for number in sorted(expert.keys() - base.keys())]
-    fewer = [repr(base[number]) for number in sorted(base.keys() - expert.keys())]
+    more = [shown(expert[number]) for number in sorted(expert.keys() - base.keys())]
+    fewer = [shown(base[number]) for number in sorted(base.keys() - expert.keys())]
     parts = [
-        ("other numbers", [f"{token!r} {after}, was {before}" for token, before, after in moved]),
+        ("other numbers", [f"{shown(token)} {after}, was {before}" for token, before, after in moved]),
         ("other tokens", replaced),
         ("tokens more", more),
         ("tokens fewer", fewer),
@@ -159,17 +158,18 @@ def _compare(base: Tokens, expert: Tokens, *, shifted: bool) -> Difference | Non
 def _tokens(path: Path) -> Tokens:
     try:
         if path.name == WORDS:
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = read_bytes(path, MAX_JSON_BYTES).decode("utf-8", errors="replace").split("\n")
             return {number: line.strip("\r") for number, line in enumerate(lines[:-1] if not lines[-1] else lines)}
         if path.name == MAP:
             return _numbered(read_json(path))
         if path.name in PIECES:
-            return dict(enumerate(_pieces(path.read_bytes())))
+            return dict(enumerate(_pieces(read_bytes(path, MAX_JSON_BYTES))))
         return _fast_tokens(read_json(path))
     except CheckpointError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error!r}); download it or save it again") from error
+        fault = cut(repr(error), 200)
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({fault}); download it or save it again") from error
 
 
 def _numbered(numbers: dict) -> Tokens:
@@ -224,12 +224,13 @@ def _fields(data: bytes) -> list[bytes]:
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     value, bits = 0, 0
-    while True:
+    while bits < 70:  # numbers of 64 bits
         byte = data[position]
         value |= (byte & 127) << bits
         position, bits = position + 1, bits + 7
         if byte < 128:
             return value, position
+    raise ValueError(f"byte {position} ends no number")
 
 
 def _some(texts: list[str], count: int = 3) -> str:

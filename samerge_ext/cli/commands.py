@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 
 import samerge_ext as sm
+from samerge_ext.checkpoints.reading import cut, explained, shown
 from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.cli.messages import warnings_as_lines
 from samerge_ext.sizes import show_bytes
@@ -38,20 +38,16 @@ def _told() -> Iterator[None]:
             _fail(error)
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{text!r} is not valid YAML: {error}", param_hint="--parameter") from error
-
-
 def _pairs(option: str, values: list[str] | None, parse: Callable[[str], Any] = str) -> dict[str, Any]:
     pairs = {}
     for value in values or ():
         key, equals, text = value.partition("=")
         if not (key and equals):
-            raise typer.BadParameter(f"{value!r}; expected NAME=VALUE", param_hint=option)
-        pairs[key] = parse(text)
+            raise typer.BadParameter(f"{shown(value)}; expected NAME=VALUE", param_hint=option)
+        try:
+            pairs[key] = parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{cut(key)}={shown(text)} {error}", param_hint=option) from error
     return pairs
 
 
@@ -84,6 +80,7 @@ def merge(
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
     from samerge_ext.recipes.recipe import load_recipe
+    from samerge_ext.recipes.yaml_text import parse_yaml
 
     calibration_keys = {
         "files": _pairs("--calibration", calibration),
@@ -98,7 +95,7 @@ def merge(
         "tasks": tasks,
         "heads": heads,
         "keep": keep,
-        "parameters": _pairs("--parameter", parameters, _parsed),
+        "parameters": _pairs("--parameter", parameters, parse_yaml),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
         "task_vector_dtype": task_vector_dtype,
@@ -231,9 +228,7 @@ def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    message = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        message = f"{error.filename}: {error.strerror}"
+    message = explained(error) if isinstance(error, OSError) else str(error)
     lines = "\n".join([message, *getattr(error, "__notes__", ())])
     typer.echo(f"{typer.style('error:', fg='red', bold=True)} {lines}", err=True)
     raise typer.Exit(1)

@@ -19,9 +19,10 @@ from torch import Tensor
 from samerge_ext.checkpoints.alignment import Aligned, NamingNote, align
 from samerge_ext.checkpoints.companions import Companions, with_dtype, without_quantisation
 from samerge_ext.checkpoints.compatibility import check_models
-from samerge_ext.checkpoints.folder import open_checkpoint, read_json
+from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import model_and_adapter, model_of, open_expert
-from samerge_ext.checkpoints.places import CheckpointError, folder_of
+from samerge_ext.checkpoints.places import folder_of
+from samerge_ext.checkpoints.reading import CheckpointError, naming, read_json
 from samerge_ext.checkpoints.saving import (
     no_space,
     out_of_space,
@@ -97,8 +98,6 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     state = target.with_name(f"{target.name}.state")
     paths = [merge.names_from, *(path for _, path in merge.experts)]
     require_apart(target, [part for path in paths for part in model_and_adapter(path) if part is not None])
-    if (configuration := folder_of(merge.names_from) / "config.json").exists():
-        read_json(configuration)  # a damaged one is an error now, not when all is merged
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
     check_models(merge.names_from, merge.experts, (*merge.heads, *merge.keep))
@@ -120,7 +119,8 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         except OSError as error:
             if out_of_space(error):
                 raise no_space(target, sum(shard.total_bytes for shard in left)) from error
-            raise
+            with naming(target):
+                raise
     return Path(out)
 
 
@@ -138,11 +138,14 @@ class _Run:
             check_ties(names, expert)
         check_heads(experts, models.heads)
         self._merge, self._names, self._experts, self._heads, self._kept = merge, names, experts, models.heads, models.kept
-        self._host = None
         if models.host is not None:
-            self._host, label = dict(merge.experts)[models.host], dict(experts)[models.host].label
+            label = dict(experts)[models.host].label
             text = "the names of its tensors, config.json, tokenizer and all else are those of this model, not the base's"
             warnings.warn(f"{label}: tensors of it are kept; in the merged model {text}", NamingNote, stacklevel=4)
+        self._companions = merge.companions or Companions(folder_of(merge.names_from))
+        if models.host is not None:
+            self._companions = replace(self._companions, folder=folder_of(model_of(dict(merge.experts)[models.host])))
+        self._companions.check()
         self._target, self._stored = target, stored
         self._threads = torch.get_num_threads()
         shared = shared_names(names, models.heads)
@@ -197,11 +200,8 @@ class _Run:
 
     def finish(self, record: Record) -> None:
         """Adds what makes weights a model, and gives the folder its name."""
-        folder, merge = record.folder, self._merge
-        companions = merge.companions or Companions(folder_of(merge.names_from))
-        if self._host is not None:
-            companions = replace(companions, folder=folder_of(model_of(self._host)))
-        companions.copy(folder)
+        folder = record.folder
+        self._companions.copy(folder)
         if (folder / "config.json").exists():
             configuration = self._configuration(without_quantisation(read_json(folder / "config.json")))
             (folder / "config.json").write_text(json.dumps(configuration, indent=2))
@@ -212,7 +212,7 @@ class _Run:
             if head:
                 (folder / "heads").mkdir(exist_ok=True)
                 (folder / f"heads/{task}.safetensors").write_bytes(save(head))
-        (folder / "README.md").write_text(merge.card)
+        (folder / "README.md").write_text(self._merge.card)
         for path in (*folder.rglob("*"), folder):
             sync(path)
         record.note(whole=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError, read_json
 from samerge_ext.checkpoints.saving import atomic_write
 
 RECORD = "merge.json"  # in OUT.state: what is merged, and how far it is
@@ -25,7 +25,9 @@ class Record:
 
     def __init__(self, state: Path, identity: dict):
         self._path, self.folder = state / RECORD, state / "merged"
-        self.content = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+        self.content = read_json(self._path) if self._path.exists() else {}
+        if self.content and not isinstance(self.content.get("shards"), list):
+            raise CheckpointError(f"{self._path} is no record of a merge; remove {state} and merge again")
         if self.content.get("identity") != identity:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._path.unlink(missing_ok=True)

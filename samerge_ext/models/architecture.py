@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints.folder import read_config, read_json
+from samerge_ext.checkpoints.architecture import bounded_by_tensors, named_architecture
+from samerge_ext.checkpoints.folder import read_config
 from samerge_ext.checkpoints.lora import CONFIG as ADAPTER_CONFIG
 from samerge_ext.checkpoints.places import is_adapter
+from samerge_ext.checkpoints.reading import cut, read_json, shown
 from samerge_ext.models import logits
 from samerge_ext.models.on_meta import parameters_on_meta
 
@@ -90,12 +92,13 @@ def empty_model(folder: Path, architecture: str) -> nn.Module:
     """
     import transformers
 
-    with parameters_on_meta():
+    with bounded_by_tensors(folder), parameters_on_meta():
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             return getattr(transformers, architecture)._from_config(config, dtype=torch.float32)
-        except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"transformers makes no {architecture} of {folder}/config.json: {error}") from error
+        except Exception as error:  # of any type: a config.json may hold anything
+            fault = cut(str(error), 500)
+            raise ValueError(f"transformers makes no {cut(architecture)} of {folder}/config.json: {fault}") from error
 
 
 def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
@@ -103,7 +106,8 @@ def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
         return _of_folder(path)
     config = read_json(path / ADAPTER_CONFIG)
     task_type = config.get("task_type")
-    noted = (config.get("auto_mapping") or {}).get("base_model_class")
+    mapping = config.get("auto_mapping")
+    noted = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     if task_type is None:
         by_class = kind_of(noted)
         return _of_folder(base) if noted is None or by_class is None else (base, noted, by_class)
@@ -111,26 +115,26 @@ def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
     if kind is None:
         known = ", ".join(kind.task_type for kind in KINDS if kind.task_type)
         raise ValueError(
-            f"{path}/{ADAPTER_CONFIG} has the task_type {task_type!r}; learned merges from the command line know {known}, "
+            f"{path}/{ADAPTER_CONFIG} has the task_type {shown(task_type)}; learned merges from the command line know {known}, "
             f"{ANYTHING_ELSE}"
         )
     content = read_config(base)
-    own: str = (content.get("architectures") or [None])[0]
-    if kind_of(own) is kind:
+    own, model_type = named_architecture(content), content.get("model_type")
+    if own is not None and kind_of(own) is kind:
         return base, own, kind
-    classes: Any = _table(kind).get(content.get("model_type", ""))
+    classes: Any = _table(kind).get(model_type) if isinstance(model_type, str) else None
     if classes is None:
-        of_base = f"the base's type, {content.get('model_type')!r}"
+        of_base = f"the base's type, {shown(model_type)}"
         raise ValueError(f"{path} is for {kind.name}, for which transformers has no model of {of_base}")
     return base, classes if isinstance(classes, str) else classes[0], kind
 
 
 def _of_folder(path: Path) -> tuple[Path, str, Kind]:
-    architecture = (read_config(path).get("architectures") or [None])[0]
+    architecture = named_architecture(read_config(path))
     kind = kind_of(architecture)
-    if kind is None:
+    if architecture is None or kind is None:
         raise ValueError(
-            f"{path}/config.json names the architecture {architecture!r}; learned merges from the command line know "
+            f"{path}/config.json names the architecture {shown(architecture)}; learned merges from the command line know "
             f"{', '.join('…' + kind.suffix for kind in KINDS)} of transformers, {ANYTHING_ELSE}"
         )
     return path, architecture, kind

@@ -52,8 +52,9 @@ def load_image_processor(folders: Iterable[str | Path]) -> Any:
         if any((folder / name).is_file() for name in PROCESSORS):
             newer = int(transformers.__version__.split(".")[0]) >= 5
             options: dict[str, Any] = {"backend": "pil"} if newer else {"use_fast": False}
+            options.update(local_files_only=True, trust_remote_code=False)
             try:
-                return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, **options)
+                return transformers.AutoImageProcessor.from_pretrained(folder, **options)
             except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
                 raise ValueError(f"{folder} has an image processor that transformers cannot load: {error}") from error
     raise ValueError(

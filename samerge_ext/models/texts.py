@@ -63,7 +63,9 @@ def load_tokenizer(folders: Iterable[str | Path], config: Any = None) -> Any:
         if not (_holds(folder, VOCABULARIES) or (folder / "tokenizer_config.json").is_file()):
             continue
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, padding_side="right")
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=config, local_files_only=True, trust_remote_code=False, padding_side="right"
+            )
         except Exception as error:  # tokenizers' libraries raise errors of many types
             raise ValueError(f"{folder} has a tokenizer that transformers cannot load: {error}") from error
         files = tuple(tokenizer.vocab_files_names.values())  # none for bytes or characters

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
 from samerge_ext.checkpoints.lora import model_and_adapter
+from samerge_ext.checkpoints.reading import CheckpointError, cut
 from samerge_ext.checkpoints.sources import Experts, Source
 from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
@@ -25,23 +28,41 @@ SUFFIXES = (".safetensors", ".bin", ".json")  # of the files that a model folder
 def open_packed(file: Path, device: torch.device, verify: bool) -> dict[str, Any]:
     """The fields of packed weights; see `PackedWeights.open`."""
     opened = PackedFile(file)
-    if verify:
-        opened.verify()
-    return _fields(opened, device)
+    with _blaming(opened):
+        if verify:
+            opened.verify()
+        return _fields(opened, device)
 
 
 def open_made_from(identity: dict, file: Path, device: torch.device) -> dict[str, Any] | None:
     """As `open_packed`; None, without reading on, where the file was made from something else."""
     opened = PackedFile(file)
-    if opened.about["identity"] != identity:
+    if opened.about.get("identity") != identity:
         opened.close()
         return None
-    opened.verify()
-    return _fields(opened, device)
+    with _blaming(opened):
+        opened.verify()
+        return _fields(opened, device)
+
+
+@contextmanager
+def _blaming(opened: PackedFile) -> Iterator[None]:
+    """Closes a file whose header does not tell of packed weights, or whose bodies are damaged."""
+    try:
+        yield
+    except BaseException as error:
+        opened.close()
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception) or isinstance(error, OSError):
+            raise
+        fault = cut(repr(error), 200)  # of many types, from a header of any values
+        raise CheckpointError(f"{opened.path} holds no packed weights ({fault}); make it again from the folders") from error
 
 
 def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
     about = opened.about
+    numbers = sum(math.prod(shape) for shape, is_packed in zip(about["shapes"], about["packed"], strict=True) if is_packed)
+    if numbers > opened.shape("base").numel():
+        raise ValueError(f"its layers are of {numbers} numbers, its base of fewer")
     layout = Layout.build(
         about["names"],
         [torch.Size(shape) for shape in about["shapes"]],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SafetensorsFile
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError, parse_json
 from samerge_ext.checkpoints.saving import require_space
 from samerge_ext.packing.in_pieces import InPieces, Room
 from samerge_ext.packing.layout import Layout
@@ -109,9 +109,11 @@ class PackedFile(SafetensorsFile):
 
     def _read_header(self) -> dict:
         entries = super()._read_header()
-        length = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
-        metadata = json.loads(os.pread(self._file.fileno(), length, 8)).get("__metadata__", {})
-        self.about = json.loads(metadata.get("packed", "{}"))
+        try:
+            about = parse_json(self.metadata.get("packed", "{}").encode())
+        except ValueError as error:
+            raise self._damaged(f"what is packed is not valid JSON ({error})") from error
+        self.about = about if isinstance(about, dict) else {}
         return entries
 
 

@@ -16,7 +16,8 @@ from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
-from samerge_ext.checkpoints.places import CheckpointError, is_adapter
+from samerge_ext.checkpoints.places import is_adapter
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSource, Source, StateDictSource
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA

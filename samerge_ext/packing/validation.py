@@ -45,6 +45,8 @@ def check_headers(
     if (dtype == torch.float64) != (task_vector_dtype == torch.float64):
         raise ValueError(f"dtype={dtype} with task_vector_dtype={task_vector_dtype}; float64 goes with float64 only")
     shared = shared_names(base, heads)
+    if not shared:
+        raise ValueError(f"heads={list(heads)} takes every tensor of {base.label}, and none is left to merge; name heads alone")
     for _, expert in experts:
         _check_shapes(base, expert, shared)
         _check_kinds(base, expert, shared)

@@ -21,7 +21,7 @@ from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods.dare import Dare
 from samerge_ext.methods.distac import shortening
 from samerge_ext.methods.ties import Ties
-from samerge_ext.recipes.parameters import METHODS, boolean, density, number, read_by
+from samerge_ext.recipes.parameters import METHODS, boolean, density, number, read_by, seed
 from samerge_ext.recipes.tensor_settings import depths, resolve
 
 
@@ -87,7 +87,7 @@ def file_merge(
         densities = [value("density", 1.0, of_model, density) for of_model in of_models]
         if settings.sparsify == "ties":
             return Ties(numel, merged, densities, combination)
-        return Dare(name, densities, int(shared.get("seed", 0)), combination, value("rescale", True, convert=boolean))
+        return Dare(name, densities, seed(shared.get("seed", 0)), combination, value("rescale", True, convert=boolean))
 
     return FileMerge(
         experts=folders,

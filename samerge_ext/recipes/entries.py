@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from samerge_ext.checkpoints.reading import shown
+
+MAX_PATH = 4096  # characters, as on Linux
 
 
 class Strict(BaseModel):
@@ -75,6 +81,13 @@ class TokenizerEntry(Strict):
 
     source: Any = "union"
 
+    @field_validator("source")
+    @classmethod
+    def _model(cls, source: Any) -> Any:
+        if source not in ("base", "union"):
+            parse_model(source)
+        return source
+
 
 def parse_model(value: Any) -> tuple[Path, Path | None]:
     """The folder or file of a model, and of the adapter that mergekit writes after a plus: "model+adapter".
@@ -85,27 +98,40 @@ def parse_model(value: Any) -> tuple[Path, Path | None]:
         value = without_nulls(value)
         check_keys(value, ("model", "lora", "path"))
         if "path" in value:
-            return Path(str(value["path"])).expanduser(), None
+            return _place(value["path"]), None
         model, adapter = parse_model(value.get("model", ""))
         return model, parse_model(value["lora"])[0] if "lora" in value else adapter
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"{value!r} is not a model's folder")
-    text = str(Path(value).expanduser())
-    if not Path(text).exists():
+    text = str(_place(value))
+    if not os.path.exists(text):
         for place, character in enumerate(text):
             before, after = text[:place], text[place + 1 :]
-            if character == "+" and before and after and Path(before).exists():
-                return Path(before), Path(after).expanduser()
+            if character == "+" and before and after and os.path.exists(before):
+                return Path(before), _place(after)
     return Path(text), None
+
+
+def _place(value: Any) -> Path:
+    """A path; what no system has for one is refused."""
+    if not isinstance(value, str | Path) or not str(value) or len(str(value)) > MAX_PATH or "\0" in str(value):
+        raise ValueError(f"{shown(value)} is not a model's folder")
+    return Path(os.path.expanduser(value))
+
+
+def mapping_of(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The keys and values under a key; none where it is not there. Raises ValueError where it holds something else."""
+    value = content.get(key)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"'{key}': {shown(value)}; keys and values are expected")
+    return value or {}
 
 
 def check_keys(content: dict[Any, Any], known: Any) -> None:
     """Raises ValueError naming a key that is not among those known, and these."""
     for key in content:
         if key not in known:
-            close = get_close_matches(str(key), list(known), n=1)
+            close = get_close_matches(str(key)[:100], list(known), n=1)
             meant = f" ({close[0]}?)" if close else ""
-            raise ValueError(f"there is no key '{key}'{meant}; the keys are {', '.join(known)}")
+            raise ValueError(f"there is no key {shown(key)}{meant}; the keys are {', '.join(known)}")
 
 
 def without_nulls(content: dict[Any, Any]) -> dict[Any, Any]:

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from samerge_ext.recipes.entries import check_keys, parse_model, without_nulls
+from samerge_ext.checkpoints.reading import shown
+from samerge_ext.recipes.entries import check_keys, mapping_of, parse_model, without_nulls
 
 # Options of mergekit's command line that people keep in their files: how mergekit works, not what it merges.
 OPTIONS = (
@@ -43,7 +44,7 @@ def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
     if "random_seed" in recipe:
         seed = recipe.pop("random_seed")
         if str(recipe.get("merge_method", "")).startswith("dare"):
-            recipe["parameters"] = {"seed": seed, **(recipe.get("parameters") or {})}
+            recipe["parameters"] = {"seed": seed, **without_nulls(mapping_of(recipe, "parameters"))}
     if "tokenizer_source" in recipe:
         if "tokenizer" in recipe:
             raise ValueError("'tokenizer_source' and 'tokenizer' say the same; give one of them")
@@ -62,7 +63,7 @@ def _of_slices(recipe: dict[str, Any]) -> dict[str, Any]:
     if "models" in recipe:
         raise ValueError("'models' and 'slices' both say what is merged; give one of them")
     if not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)):
-        count = f"{len(slices)} slices" if isinstance(slices, list) else repr(slices)
+        count = f"{len(slices)} slices" if isinstance(slices, list) else shown(slices)
         raise ValueError(f"'slices': {count}; {WHOLE}. Values by layer are given as gradients, by name as filters")
     (whole,) = slices
     whole = without_nulls(whole)
@@ -74,7 +75,7 @@ def _of_slices(recipe: dict[str, Any]) -> dict[str, Any]:
         if "base_model" in recipe and parse_model(recipe["base_model"]) != parse_model(whole["base_model"]):
             raise ValueError("'base_model' of the slice is another one than the file's; give one base")
         recipe["base_model"] = whole["base_model"]
-    first, then = whole.get("parameters") or {}, recipe.get("parameters") or {}
+    first, then = mapping_of(whole, "parameters"), mapping_of(recipe, "parameters")
     both = {key: [*_by_name(first[key]), *_by_name(then[key])] for key in first if key in then}
     return {**recipe, "models": sources, "parameters": {**then, **first, **both}}
 

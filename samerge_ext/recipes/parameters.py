@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
+
+from samerge_ext.checkpoints.reading import shown
+from samerge_ext.recipes.tensor_settings import check
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ OF_MERGEKIT = (
     "select_topk",
     "filter_wise",
 )
+LARGEST = 1e30  # of a number of a recipe: sums of it are finite in fp32
 METHODS = {
     "linear": Method(1.0, normalize=True),
     "task_arithmetic": Method(0.3, normalize=False, parameters=_SHARED),
@@ -47,23 +51,33 @@ METHODS = {
 }
 
 
-def check_parameters(method: str, parameters: Mapping[str, Any], of_models: list[Mapping[str, Any]]) -> None:
-    """Raises ValueError for a parameter that nobody reads; names those that only other methods do, which change nothing."""
+def check_parameters(method: str, parameters: Mapping[str, Any], of_models: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises ValueError for a parameter that nobody reads and for a value that no tensor can have; names those that only other
+    methods read, which change nothing. of_models: their names, and the parameters of each."""
     known = read_by(method)
-    for where, given, allowed in [
-        ("parameters", parameters, known),
-        *(("a model's parameters", given, known & {"weight", "density"}) for given in of_models),
+    for model, given, allowed in [
+        ("", parameters, known),
+        *((model, given, known & {"weight", "density"}) for model, given in of_models),
     ]:
+        where = "a model's parameters" if model else "parameters"
         unknown = set(given) - allowed - set(OF_MERGEKIT)
         if unknown:
-            raise ValueError(f"{where} of {method}: unknown {sorted(unknown)}; known are {sorted(allowed)}")
+            raise ValueError(f"{where} of {method}: unknown {shown(sorted(unknown))}; known are {sorted(allowed)}")
+        for key in sorted(given.keys() & allowed & VALUES.keys()):
+            try:
+                if key in ("seed", "align_norms"):
+                    VALUES[key](given[key])
+                else:
+                    check(given[key], VALUES[key])
+            except ValueError as error:
+                raise ValueError(f"{where}{f' ({model})' if model else ''}: {key}: {error}") from None
         ignored = sorted(set(given) - allowed - {"int8_mask"})
         if ignored:
             warnings.warn(
                 f"{where}: {method} does not read {', '.join(ignored)} there; as in mergekit, it changes nothing", stacklevel=2
             )
     if parameters.get("trim", "tensor") not in ("tensor", "vector"):
-        raise ValueError(f"trim: {parameters['trim']!r}; choose tensor or vector")
+        raise ValueError(f"trim: {shown(parameters['trim'])}; choose tensor or vector")
     if METHODS[method].sparsify == "ties" and boolean(parameters.get("rescale", False)):
         raise ValueError("ties does not rescale here; leave 'rescale' out, or merge by dare_ties")
 
@@ -78,15 +92,17 @@ def number(value: Any) -> float:
     try:
         number = float(value)  # YAML reads 1e-1 as a text
     except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is not a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
+        raise ValueError(f"{shown(value)} is not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"{shown(value)} is not a finite number" + " that weights can have" * math.isfinite(number))
     return number
 
 
 def density(value: Any) -> float:
     if not 0 <= number(value) <= 1:
-        raise ValueError(f"density {value} lies outside of 0 … 1")
+        raise ValueError(f"density {shown(value)} lies outside of 0 … 1")
     return number(value)
 
 
@@ -95,4 +111,24 @@ def boolean(value: Any) -> bool:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValueError:
-        raise ValueError(f"{value!r} is neither true nor false") from None
+        raise ValueError(f"{shown(value)} is neither true nor false") from None
+
+
+def seed(value: Any) -> int:
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
+        raise ValueError(f"{shown(value)} is not a whole number ≥ 0")
+    if not 0 <= int(value) < 2**64:
+        raise ValueError(f"{shown(value)} is not a whole number of 0 … 2⁶⁴ − 1")
+    return int(value)
+
+
+# What a parameter's scalars are.
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "weight": number,
+    "lambda": number,
+    "density": density,
+    "normalize": boolean,
+    "rescale": boolean,
+    "align_norms": boolean,
+    "seed": seed,
+}

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from samerge_ext.checkpoints.places import find_weights, is_adapter
+from samerge_ext.checkpoints.reading import CheckpointError, cut, read_bytes, shown
 from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
-from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, check_keys, parse_model
+from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, check_keys, mapping_of, parse_model
 from samerge_ext.recipes.mergekit_keys import as_recipe
 from samerge_ext.recipes.parameters import METHODS, check_parameters
+from samerge_ext.recipes.yaml_text import MAX_BYTES, parse_yaml
 
 LEARNED: dict[str, type[LearningConfig]] = {
     "samerging": SAMergingConfig,
@@ -25,6 +25,7 @@ LEARNED: dict[str, type[LearningConfig]] = {
     "statsmerging": StatsMergingConfig,
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
+MAX_FAULTS = 10  # that are listed
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -89,7 +90,7 @@ class Recipe(Strict):
         if method not in known:
             meant = method.lower().replace("-", "_")
             hint = f"; it is written {meant}" if meant in known else ""
-            raise ValueError(f"{method!r} is not a method here{hint}. Those that are: {', '.join(known)}")
+            raise ValueError(f"{shown(method)} is not a method here{hint}. Those that are: {', '.join(known)}")
         return method
 
     @field_validator("base_model", mode="before")
@@ -98,7 +99,7 @@ class Recipe(Strict):
         model, adapter = parse_model(value)
         if adapter is not None:
             raise ValueError(
-                f"{value}: a base with an adapter; merge the two with peft (merge_and_unload), save and give that folder"
+                f"{shown(value)}: a base with an adapter; merge the two with peft (merge_and_unload), save and give that folder"
             )
         return model
 
@@ -115,11 +116,13 @@ class Recipe(Strict):
             raise ValueError(f"tasks names {len(self.tasks)}, models lists {len(self.experts)}; give one name per model")
         for task in self.tasks:
             check_task_name(task)
+            if self.tasks.count(task) > 1:
+                raise ValueError(f"tasks names {shown(task)} twice; give every model a name of its own")
         if (self.merge_method in LEARNED) != (self.calibration is not None):
             verb = "needs" if self.merge_method in LEARNED else "does not read"
             raise ValueError(f"{self.merge_method} {verb} 'calibration'")
         if self.merge_method in METHODS:
-            check_parameters(self.merge_method, self.parameters, [entry.parameters for entry in self.experts])
+            check_parameters(self.merge_method, self.parameters, [(str(entry.place), entry.parameters) for entry in self.experts])
             if self.task_vector_dtype:
                 raise ValueError(f"{self.merge_method} does not read 'task_vector_dtype'; it stores no task vectors")
             return self
@@ -171,18 +174,16 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     Raises ValueError naming the file and every key that is wrong.
     """
     try:
-        content = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), _Loader) or {}
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#x}); save it as UTF-8"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        content = parse_yaml(read_bytes(Path(path), MAX_BYTES)) or {}
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected keys such as merge_method and models")
-    for key, value in overrides.items():
-        content[key] = {**(content.get(key) or {}), **value} if isinstance(value, dict) else value
     try:
+        for key, value in overrides.items():
+            content[key] = {**mapping_of(content, key), **value} if isinstance(value, dict) else value
         return Recipe.model_validate(as_recipe(content))
     except ValidationError as error:
         faults = _faults(error, "file")
@@ -193,19 +194,10 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
 
 def _faults(error: ValidationError, whole: str = "") -> list[str]:
     """pydantic's faults, each after the key that it is in; whole: what those of no key are said of."""
-    found = [(".".join(map(str, fault["loc"])) or whole, fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
-    return [f"{key}: {text}" if key else text for key, text in found]
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in lines:
-                    first, second = lines[key.value] + 1, key.start_mark.line + 1
-                    raise yaml.YAMLError(f"'{key.value}' is there twice, in line {first} and in line {second}")
-                lines[key.value] = key.start_mark.line
-        return super().construct_mapping(node, deep)
+    faults = error.errors(include_url=False, include_input=False)
+    found = [
+        (".".join(cut(str(key), 40) for key in fault["loc"]) or whole, fault["msg"].removeprefix("Value error, "))
+        for fault in faults[:MAX_FAULTS]
+    ]
+    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    return [f"{key}: {text}" if key else text for key, text in found] + more

@@ -62,6 +62,7 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     require_target(target, overwrite=overwrite)
     check_device(recipe.method_settings().device)
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
+    companions.check()
     base, _ = recipe.learned_from()
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
     file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None

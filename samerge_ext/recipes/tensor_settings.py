@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from samerge_ext.checkpoints.reading import shown
+
 
 def resolve(key: str, sources: Iterable[Mapping[str, Any]], name: str, depth: float, convert: Callable[[Any], Any]) -> Any:
     """The value of ``key`` for the tensor ``name``: of the first source that has one for it, else None.
@@ -20,18 +22,38 @@ def resolve(key: str, sources: Iterable[Mapping[str, Any]], name: str, depth: fl
     return None
 
 
+def check(setting: Any, convert: Callable[[Any], Any]) -> None:
+    """Raises ValueError for a setting that is none for any tensor. convert: as of `resolve`."""
+    if (by_name := _by_name(setting)) is not None:
+        for _, value in by_name:
+            check(value, convert)
+    else:
+        for value in setting if isinstance(setting, list) else [setting]:
+            convert(value)
+
+
+def _by_name(setting: Any) -> list[tuple[str, Any]] | None:
+    """The filters and values of a setting by name; None where it is another one."""
+    entries = [setting] if isinstance(setting, Mapping) else setting
+    if not isinstance(entries, list) or not any(isinstance(entry, Mapping) for entry in entries):
+        return None
+    found = []
+    for entry in entries:
+        if not isinstance(entry, Mapping) or "value" not in entry or set(entry) - {"value", "filter"}:
+            raise ValueError(f"{shown(entry)} is not a setting by name; it needs 'value' and may have 'filter'")
+        part = entry.get("filter")
+        if part is not None and not isinstance(part, str):
+            raise ValueError(f"{shown(part)} is not a filter; a part of a tensor's name is expected, a number in quotes")
+        found.append(("" if part in (None, "*") else part, entry["value"]))
+    return found
+
+
 def _evaluate(setting: Any, name: str, depth: float, convert: Callable[[Any], Any]) -> Any:
-    if isinstance(setting, Mapping):
-        setting = [setting]
+    if (by_name := _by_name(setting)) is not None:
+        fitting = [value for part, value in by_name if part in name]
+        return _evaluate(fitting[0], name, depth, convert) if fitting else None
     if not isinstance(setting, list):
         return convert(setting)
-    if any(isinstance(entry, Mapping) for entry in setting):
-        for entry in setting:
-            if not isinstance(entry, Mapping) or "value" not in entry or set(entry) - {"value", "filter"}:
-                raise ValueError(f"{entry!r} is not a setting by name; it needs 'value' and may have 'filter'")
-            if entry.get("filter") in (None, "*") or entry["filter"] in name:
-                return _evaluate(entry["value"], name, depth, convert)
-        return None
     values = [convert(entry) for entry in setting]
     if not values:
         return None

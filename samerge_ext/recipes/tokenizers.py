@@ -11,6 +11,7 @@ from typing import Any
 
 from samerge_ext.checkpoints.companions import Companions, chat_template
 from samerge_ext.checkpoints.places import folder_of
+from samerge_ext.checkpoints.reading import read_text, shown
 from samerge_ext.checkpoints.vocabulary import Vocabulary, difference
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import Recipe
@@ -29,7 +30,7 @@ def companions_of(recipe: Recipe) -> Companions:
 
     Raises ValueError where the models' vocabularies do not agree with the tokenizer that is asked for, before any work.
     """
-    models = [entry.model for entry in recipe.models if entry.model.exists()]
+    models = [entry.model for entry in recipe.models if os.path.exists(entry.model)]
     folder = folder_of(recipe.base_model or recipe.models[0].model)
     folders = list({os.path.realpath(place): place for place in (folder, *map(folder_of, models))}.values())
     tokenizer = _tokenizer(recipe.tokenizer.source, folder, folders) if recipe.tokenizer else None
@@ -47,7 +48,7 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path:
     else:
         chosen = folder_of(parse_model(source)[0])
         if not chosen.is_dir():
-            raise ValueError(f"tokenizer: {source!r} is neither base nor union nor the folder of a model")
+            raise ValueError(f"tokenizer: {shown(source)} is neither base nor union nor the folder of a model")
     ours = found.get(chosen, Vocabulary(chosen))
     if not ours.files():
         warnings.warn(f"tokenizer: {chosen} has none, so that none goes along", stacklevel=3)
@@ -60,8 +61,8 @@ def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path:
             )
         if theirs.known() and (unknown := sorted(ours.known() - theirs.known())):
             warnings.warn(
-                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({unknown[0]!r} …); whatever is in their rows of "
-                "its embeddings is merged",
+                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({shown(unknown[0])} …); whatever is in their rows "
+                "of its embeddings is merged",
                 stacklevel=3,
             )
     return chosen
@@ -77,16 +78,16 @@ def _template(wanted: str, base: Path, folders: Sequence[Path]) -> str | None:
         return counted.most_common(1)[0][0]
     if wanted in NAMED:
         return NAMED[wanted]
-    place = base if wanted == "base" else Path(wanted).expanduser() if len(wanted) < 1024 and "\n" not in wanted else None
-    if place is not None and place.is_dir():
+    place = base if wanted == "base" else Path(os.path.expanduser(wanted)) if len(wanted) < 1024 else None
+    if place is not None and os.path.isdir(place):
         if (template := chat_template(place)) is None:
             raise ValueError(f"chat_template: {place} has no chat template")
         return template
-    if place is not None and place.is_file():
-        return place.read_text(encoding="utf-8")
+    if place is not None and os.path.isfile(place):
+        return read_text(place)
     if "{" not in wanted:
         known = ", ".join(("auto", "base", *NAMED))
-        raise ValueError(f"chat_template: {wanted!r} is none of {known}, no model's folder, no file and no template")
+        raise ValueError(f"chat_template: {shown(wanted)} is none of {known}, no model's folder, no file and no template")
     return wanted
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from samerge_ext.checkpoints import saving as checkpoint_saving
 from samerge_ext.checkpoints.companions import copy_companions
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import atomic_write, require_space, require_target, save_checkpoint
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -278,7 +278,7 @@ FILL = """
     import shutil, sys
     from collections import namedtuple
     import torch
-    from samerge_ext.checkpoints.places import CheckpointError
+    from samerge_ext.checkpoints.reading import CheckpointError
     from samerge_ext.checkpoints.saving import atomic_write, save_checkpoint
 
     shutil.disk_usage = lambda path: namedtuple("Usage", "free")(1 << 40)

@@ -11,9 +11,9 @@ from folders import DTYPES, assert_same, read_all, sample, save_bert, some_tenso
 from processes import give_freed_tensors_back, in_a_process
 from safetensors.torch import load_file, save_file
 
-from samerge_ext.checkpoints import files as checkpoint_files
+from samerge_ext.checkpoints import state_dicts
 from samerge_ext.checkpoints.folder import open_checkpoint, read_config
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.memory import PeakMemory
 
@@ -135,13 +135,13 @@ def test_bin_tells_tied_tensors_from_neighbours_in_one_storage(tmp_path):
 
 
 def test_bin_is_mapped_again_and_still_right(tmp_path, monkeypatch, tensors):
-    monkeypatch.setattr(checkpoint_files, "MAX_MAPPED_BYTES", 1)
+    monkeypatch.setattr(state_dicts, "MAX_MAPPED_BYTES", 1)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     assert_same(read_all(tmp_path), tensors)
 
 
 def test_bin_replaced_while_open(tmp_path, monkeypatch, tensors):
-    monkeypatch.setattr(checkpoint_files, "MAX_MAPPED_BYTES", 1)
+    monkeypatch.setattr(state_dicts, "MAX_MAPPED_BYTES", 1)
     torch.save(tensors, tmp_path / "a.bin")
     torch.save(tensors | {"w": torch.zeros(7, 5)}, tmp_path / "b.bin")
     with open_checkpoint(tmp_path / "a.bin") as checkpoint:

@@ -8,7 +8,7 @@ from folders import read_all
 from safetensors.torch import save_file
 
 from samerge_ext.checkpoints.companions import Companions, chat_template, companion_files, with_dtype
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 

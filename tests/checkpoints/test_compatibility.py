@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.compatibility import CompatibilityWarning, check_models
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.vocabulary import Vocabulary, difference, vocabulary_advice
 from samerge_ext.cli.main import main
 from samerge_ext.cli.messages import warnings_as_lines

@@ -10,7 +10,7 @@ import samerge_ext as sm
 from samerge_ext.checkpoints.advice import QUANTISED, heads_advice
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.naming import unwrapped
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 

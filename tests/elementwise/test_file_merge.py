@@ -12,7 +12,7 @@ from folders import assert_same, read_all
 from helpers import assert_close
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.elementwise import file_merge, file_pieces, piecewise
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files

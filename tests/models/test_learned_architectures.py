@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.cli.commands import app
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.models.pictures import find_pictures, picture_batches

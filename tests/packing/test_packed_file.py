@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.memory import PeakMemory
 from samerge_ext.packing import stores
 from samerge_ext.packing.quantised import FORMATS

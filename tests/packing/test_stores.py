@@ -8,7 +8,7 @@ import torch
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import written_of_buffers
-from samerge_ext.checkpoints.places import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.packing.stores import StagedStore
 
 LONG, A, B, C = ([start * 1024, length * 1024, False] for start, length in ((0, 8), (8, 1), (9, 2), (11, 1)))

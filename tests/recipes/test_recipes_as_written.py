@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 
 import pytest
 import yaml
@@ -11,7 +10,6 @@ from samerge_ext.learning.loop import check_device
 from samerge_ext.models.texts import read_texts
 from samerge_ext.packing.stores import indexed
 from samerge_ext.recipes.recipe import load_recipe
-from samerge_ext.recipes.run import run_recipe
 from samerge_ext.recipes.tokenizers import companions_of
 
 
@@ -41,16 +39,8 @@ def test_a_merge_of_nothing_is_refused(tmp_path):
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), ".inf"])
 def test_a_weight_is_finite(tmp_path, weight):
-    from safetensors.torch import save_file
-    from torch import ones
-
-    found = recipe(tmp_path, models=[{"model": str(tmp_path / "a"), "parameters": {"weight": weight}}])
-    for name in ("base", "a"):
-        save_file({"w": ones(2)}, tmp_path / name / "model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="is not a (finite )?number"):
-            run_recipe(found, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not a (finite )?number"):
+        recipe(tmp_path, models=[{"model": str(tmp_path / "a"), "parameters": {"weight": weight}}])
 
 
 def test_settings_of_learned_merges_have_their_fields_types(tmp_path):

@@ -1,0 +1,255 @@
+"""Every reader of files that others wrote, as a function of a file's bytes, with sound files to begin from. What must hold: the
+file is read, or an error of a documented type names it, whatever it holds. For the property tests and for fuzz.py."""
+
+import io
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save, save_file
+
+import samerge_ext as sm
+from samerge_ext.checkpoints.companions import Companions, chat_template
+from samerge_ext.checkpoints.compatibility import check_models
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.lora import open_expert
+from samerge_ext.checkpoints.reading import explained
+from samerge_ext.checkpoints.sources import StateDictSource
+from samerge_ext.checkpoints.vocabulary import Vocabulary
+from samerge_ext.elementwise.record import Record
+from samerge_ext.recipes.recipe import load_recipe
+from samerge_ext.recipes.tokenizers import companions_of
+
+LONGEST = 8000  # characters of a message
+
+
+@dataclass(frozen=True)
+class Reader:
+    """file: where in a folder the bytes go. sound: bytes that are read without error. read: what is done with the file.
+
+    split, join: between bytes and the JSON in them, where there is any. frame: a text in the place of a sound file's JSON, where
+    a file is not JSON alone.
+    """
+
+    name: str
+    file: str
+    sound: Callable[[Path], list[bytes]]
+    read: Callable[[Path], object]
+    split: Callable[[bytes], tuple[object, bytes]] | None = None
+    join: Callable[[object, bytes], bytes] | None = None
+    frame: Callable[[bytes, bytes], bytes] | None = None
+
+    def check(self, folder: Path, data: bytes) -> bool:
+        """Whether the bytes were read. Raises AssertionError, or whatever a reader raises and does not say that it does."""
+        path = folder / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        try:
+            self.read(path)
+        except (ValueError, OSError) as error:
+            message = explained(error) if isinstance(error, OSError) else str(error)
+            assert path.name in message or str(folder) in message, f"names no file: {message[:300]}"
+            assert len(message) < LONGEST, f"a message of {len(message)} characters: {message[:300]}"
+            return False
+        return True
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {"layers.0.weight": torch.randn(4, 6), "layers.0.bias": torch.randn(4), "layers.1.weight": torch.randn(3, 4)}
+
+
+def _all_of(path: Path) -> list[torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        return [checkpoint.read(name) for name in checkpoint.names]
+
+
+def _state_dicts(_: Path) -> list[bytes]:
+    found = []
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(tensors(0), file := io.BytesIO(), **options)
+        found.append(file.getvalue())
+    return found
+
+
+def _read_index(path: Path) -> object:
+    for i in (1, 2):
+        if not (shard := path.parent / f"{i}.safetensors").exists():
+            save_file({f"{name}.{i}": tensor for name, tensor in tensors(i).items()}, shard)
+    return _all_of(path)
+
+
+def _index(_: Path) -> list[bytes]:
+    places = {f"{name}.{i}": f"{i}.safetensors" for i in (1, 2) for name in tensors(0)}
+    return [json.dumps({"metadata": {"total_size": 1}, "weight_map": places}).encode()]
+
+
+def _factors() -> dict[str, torch.Tensor]:
+    return {
+        "base_model.model.layers.0.lora_A.weight": torch.ones(2, 6),
+        "base_model.model.layers.0.lora_B.weight": torch.ones(4, 2),
+        "base_model.model.layers.1.weight": torch.ones(3, 4),
+    }
+
+
+SETTINGS = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "fan_in_fan_out": False, "target_modules": ["0"],
+    "base_model_name_or_path": "base", "alpha_pattern": {"layers.0": 8}, "rank_pattern": {"layers.0": 2}, "bias": "none",
+    "init_lora_weights": True, "trainable_token_indices": None, "modules_to_save": None, "task_type": "SEQ_CLS",
+}  # fmt: skip
+
+
+def _read_adapter(path: Path) -> object:
+    config, weights = path.parent / "adapter_config.json", path.parent / "adapter_model.safetensors"
+    if not config.exists():
+        config.write_text(json.dumps(SETTINGS))
+    if not weights.exists():
+        save_file(_factors(), weights)
+    with open_expert(path.parent, StateDictSource(tensors(0), "base"), "expert") as source:
+        return [source.read(name) for name in source.names]
+
+
+def _packed(folder: Path) -> list[bytes]:
+    for i, name in enumerate(("base", "a", "b")):
+        save_file(tensors(i), _made(folder / f"packed-{name}") / "model.safetensors")
+    base, experts = folder / "packed-base", {task: folder / f"packed-{task}" for task in "ab"}
+    found = []
+    for form in (None, "int4"):
+        sm.PackedWeights.from_folders(base, experts, file=folder / "p", task_vector_dtype=form)
+        found.append((folder / "p").read_bytes())
+        (folder / "p").unlink()
+    return found
+
+
+def _read_packed(path: Path) -> object:
+    packed = sm.PackedWeights.open(path)
+    try:
+        return packed.in_memory().state_dict(packed.in_memory().base)
+    finally:
+        packed.base.file.close()
+
+
+def _read_record(path: Path) -> object:
+    (path.parent / "merged").mkdir(exist_ok=True)
+    record = Record(path.parent, {"method": "linear"})
+    return record.is_whole(), len(record.content["shards"])
+
+
+def _recipes(folder: Path) -> list[bytes]:
+    for i, name in enumerate(("base", "a", "b")):
+        save_file(tensors(i), _made(folder / name) / "model.safetensors")
+    models = [{"model": str(folder / "a"), "parameters": {"weight": [0.3, 1]}}, str(folder / "b")]
+    parameters = {"density": [{"filter": "0", "value": 0.5}, {"value": 1}], "lambda": 1.0, "weight": 1}
+    files = {"a": str(folder / "recipe.yaml"), "b": "b.txt"}
+    contents = [
+        {"merge_method": "ties", "base_model": str(folder / "base"), "models": models, "parameters": parameters},
+        {"merge_method": "linear", "models": models, "dtype": "bfloat16", "tokenizer_source": "union", "chat_template": "auto"},
+        {
+            "merge_method": "samerging", "base_model": str(folder / "base"), "models": [str(folder / "a"), str(folder / "b")],
+            "parameters": {"steps": 3, "learning_rate": "1e-3"}, "calibration": {"files": files}, "heads": ["head.*"],
+        },
+        {
+            "merge_method": "dare_linear", "base_model": str(folder / "base"), "random_seed": 4, "dtype": "torch.float32",
+            "slices": [{"sources": [{"model": str(folder / name), "layer_range": [0, 2]} for name in "ab"]}],
+        },
+    ]  # fmt: skip
+    return [yaml.safe_dump(content).encode() for content in contents]
+
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "num_hidden_layers": 2,
+    "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}, "id2label": {"0": "a", "1": "b"},
+    "bos_token_id": [1, 2], "text_config": {"model_type": "llama", "head_dim": 2, "dtype": "float32"}, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def _read_config(path: Path) -> object:
+    if not (other := path.parent / "other/config.json").exists():
+        _made(other.parent)
+        other.write_text(json.dumps(CONFIG))
+    check_models(path.parent / "other", [("task", path.parent)])
+    return Companions(path.parent).check()
+
+
+def _read_tokenizer(path: Path) -> object:
+    check_models(path.parent, [("task", path.parent / "other")])
+    return Vocabulary(path.parent).known(), chat_template(path.parent)
+
+
+def _tokenizers(_: Path) -> list[bytes]:
+    added = [{"id": 3, "content": "<s>"}]
+    models = ({"type": "BPE", "vocab": {"a": 0, "b": 1}}, {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]})
+    return [json.dumps({"model": model, "added_tokens": added}).encode() for model in models]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _split_json(data: bytes) -> tuple[object, bytes]:
+    return json.loads(data), b""
+
+
+def _join_json(content: object, _: bytes = b"") -> bytes:
+    return json.dumps(content).encode()
+
+
+def _split_header(data: bytes) -> tuple[object, bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def _join_header(content: object, rest: bytes) -> bytes:
+    return _with_header(json.dumps(content).encode(), rest)
+
+
+def _frame(text: bytes, sound: bytes) -> bytes:
+    return _with_header(text, _split_header(sound)[1])
+
+
+def _with_header(text: bytes, rest: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text + rest
+
+
+def _split_packed(data: bytes) -> tuple[object, bytes]:
+    header, rest = _split_header(data)
+    return {"header": header, "about": json.loads(header["__metadata__"]["packed"])}, rest
+
+
+def _join_packed(content: object, rest: bytes) -> bytes:
+    if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
+        return _join_header(content, rest)
+    return _join_header({**content["header"], "__metadata__": {"packed": json.dumps(content.get("about"))}}, rest)
+
+
+def _split_yaml(data: bytes) -> tuple[object, bytes]:
+    return yaml.safe_load(data), b""
+
+
+def _join_yaml(content: object, _: bytes = b"") -> bytes:
+    return yaml.safe_dump(content).encode()
+
+
+RECORD = {"identity": {"method": "linear"}, "shards": [None, {"trims": [1, 2]}], "factors": [1.0], "whole": False}
+JSON, HEADER = (_split_json, _join_json), (_split_header, _join_header, _frame)
+READERS = {
+    reader.name: reader
+    for reader in (
+        Reader("safetensors", "weights/model.safetensors", lambda _: [save(tensors(0), {"format": "pt"})], _all_of, *HEADER),
+        Reader("state dict", "pickled/pytorch_model.bin", _state_dicts, _all_of),
+        Reader("index", "sharded/model.safetensors.index.json", _index, _read_index, *JSON),
+        Reader("adapter's settings", "adapter/adapter_config.json", lambda _: [_join_json(SETTINGS)], _read_adapter, *JSON),
+        Reader("adapter's factors", "factors/adapter_model.safetensors", lambda _: [save(_factors())], _read_adapter, *HEADER),
+        Reader("packed file", "packed/weights.safetensors", _packed, _read_packed, _split_packed, _join_packed, _frame),
+        Reader("record", "out.state/merge.json", lambda _: [_join_json(RECORD)], _read_record, *JSON),
+        Reader("recipe", "recipe.yaml", _recipes, lambda path: companions_of(load_recipe(path, {})), _split_yaml, _join_yaml),
+        Reader("config", "model/config.json", lambda _: [_join_json(CONFIG)], _read_config, *JSON),
+        Reader("tokenizer", "tokenized/tokenizer.json", _tokenizers, _read_tokenizer, *JSON),
+        Reader("pieces", "pieces/spiece.model", lambda _: [b"\n\x05\n\x03abc\n\x05\n\x03def"], _read_tokenizer),
+    )
+}
