@@ -42,6 +42,7 @@ class StatsMergingConfig(LearningConfig):
     sam: perturbs λ, and pulls the gradient found at λ + ε back through the network at λ.
     """
 
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (*LearningConfig.WITHOUT_EFFECT, "features")
     # Steps and epochs may not: the learning rate depends on how long the run is.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *(key for key in LearningConfig.MAY_CHANGE if key not in ("steps", "epochs")), "features"
