@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
+from samerge_ext.cli.signals import one_line_for_signals
+
 
 def main() -> None:
     """Runs the command line; without its libraries, says how to install them."""
-    if find_spec("typer") is None:
-        sys.exit('the command line needs more packages: pip install "samerge_ext[cli]"')
-    from samerge_ext.cli.commands import app
+    with one_line_for_signals():
+        if find_spec("typer") is None:
+            sys.exit('the command line needs more packages: pip install "samerge_ext[cli]"')
+        from samerge_ext.cli.commands import app
 
-    app()
+        app()
