@@ -25,7 +25,7 @@ help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
-	@echo "make soak    two hundred random memory budgets and a hundred kills"
+	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
