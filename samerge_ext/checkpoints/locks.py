@@ -34,10 +34,10 @@ def held(folder: Path) -> Iterator[None]:
             break
         except BlockingIOError as error:
             raise CheckpointError(f"{folder} is held by another merge; wait for its end or choose another folder") from error
-        except FileNotFoundError:  # the one that held it is through
+        except (FileNotFoundError, FileExistsError):  # the one that held it is through, and has just removed the folder
             continue
     else:
-        raise CheckpointError(f"{lock} cannot be made; delete it or choose another folder")
+        raise CheckpointError(f"{folder} is no folder, or {lock} no file; delete it or choose another folder")
     try:
         yield
     finally:

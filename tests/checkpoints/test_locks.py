@@ -1,7 +1,7 @@
 """Locks that end with their process, and what is cleared away after processes that ended."""
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import processes
 import pytest
@@ -38,12 +38,16 @@ def test_never_two_at_once_where_many_come_and_go(tmp_path):
                 continue
             entered.append(1)
 
-    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(come_and_go) for _ in range(4)]:
+            done.result()
     assert max(most) == 1 and len(entered) > 4 and not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path):
+    (tmp_path / "out.state").write_text("")
+    with pytest.raises(CheckpointError, match="out.state is no folder"), held(tmp_path / "out.state"):
+        raise AssertionError
 
 
 def hold_forever(folder, told):
