@@ -24,12 +24,12 @@ from streaming import Model, logits
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import MemoryBudgetError, plan
-from samerge_ext.memory import PeakMemory, resident_bytes
+from samerge_ext.memory import PeakMemory, resident_bytes, trim_heap
 from samerge_ext.packing.quantised import FORMATS
 
 # λ of two ways to hold a model, relative: sums in another order, over steps that amplify it.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-FLAT = 8 << 20  # bytes by which a process may grow over hundreds of merges: what allocators keep, not what is lost in each
+FLAT = 8 << 20  # bytes by which a process may grow over hundreds of merges, without what the allocator can give back
 
 
 def problem(seed: int, folder: Path):
@@ -156,6 +156,7 @@ def added_by(merges: int) -> tuple[int, ...]:
 
         def held() -> tuple[int, ...]:
             gc.collect()
+            trim_heap()  # what threads that ended have freed is kept by the allocator, tens of MiB of it
             return (resident_bytes(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
 
         for number in range(merges):
