@@ -29,7 +29,7 @@ from samerge_ext.packing.quantised import FORMATS
 
 # λ of two ways to hold a model, relative: sums in another order, over steps that amplify it.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-FLAT = 8 << 20  # bytes by which a process may grow over hundreds of merges, without what the allocator can give back
+FLAT = 32 << 20  # bytes by which a process may grow over hundreds of merges: a kept copy of the models would be more
 
 
 def problem(seed: int, folder: Path):
