@@ -26,7 +26,7 @@ help:
 	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
 	@echo "make test-levels   run the tests of numbers as on other processors, at four levels"
-	@echo "make soak    two hundred random memory budgets and a hundred kills"
+	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"

@@ -37,6 +37,7 @@ from turns import seconds_on
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import PLAN_FILE, Way, plan
+from samerge_ext.checkpoints.sealed import read_sealed
 from samerge_ext.learning import loop as learning
 from samerge_ext.memory import peak_resident_bytes
 from samerge_ext.packing.stores import empty_like, parts
@@ -92,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     config = sm.SAMergingConfig(**settings, **budgets, checkpoint_dir=state)
     module = llama(shape, with_weights=arguments.way == "own-weights")
     result = sm.samerging(module, packed, batches, logits, config=config)
-    way = Way(**json.loads((state / PLAN_FILE).read_text())["way"])
+    way = Way(**json.loads(read_sealed(state / PLAN_FILE))["way"])
     host_peak = peak_resident_bytes()  # rusage would count the parent's, from before the exec
     return {
         "way": arguments.way,

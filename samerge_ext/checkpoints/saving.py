@@ -7,8 +7,7 @@ import json
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.files import SAFETENSORS_DTYPES, check_relative
+from samerge_ext.checkpoints.locks import partial_of, sibling, sweep
 from samerge_ext.checkpoints.places import WEIGHTS, folder_of
 from samerge_ext.checkpoints.reading import CheckpointError, naming
 
@@ -67,29 +67,27 @@ def save_checkpoint(
         require_space(target, sum(tensor.nbytes for tensor in tensors.values()) + extra_bytes)
         tensors = tensors.items()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(target, "tmp")
-    temporary.mkdir()
-    writer = _ShardWriter(temporary, target, limit, {"format": "pt", **(metadata or {})})
-    try:
-        if companions_from is not None:
-            if not isinstance(companions_from, Companions):
-                companions_from = Companions(folder_of(companions_from))
-            companions_from.copy(temporary)
-        for name, data in contents.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(data)
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        writer.finish()
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        replace_folder(temporary, target)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if out_of_space(error):
-            raise no_space(target, writer.total_bytes + extra_bytes) from error
-        with naming(target):
-            raise
+    with partial_of(target, folder=True) as temporary:
+        writer = _ShardWriter(temporary, target, limit, {"format": "pt", **(metadata or {})})
+        try:
+            if companions_from is not None:
+                if not isinstance(companions_from, Companions):
+                    companions_from = Companions(folder_of(companions_from))
+                companions_from.copy(temporary)
+            for name, data in contents.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(data)
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            writer.finish()
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            replace_folder(temporary, target, overwrite=overwrite)
+        except BaseException as error:
+            if out_of_space(error):
+                raise no_space(target, writer.total_bytes + extra_bytes) from error
+            with naming(target):
+                raise
     sync(target.parent)
     return Path(out_folder)
 
@@ -113,20 +111,24 @@ def require_target(path: str | Path, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{target} is not a model folder, overwrite=True would delete it; choose another folder")
 
 
-def require_apart(path: str | Path, inputs: Iterable[str | Path]) -> None:
+def require_apart(path: str | Path, inputs: Collection[str | Path]) -> None:
     """Raises CheckpointError where writing the model folder ``path``, or its .state, would touch an input.
 
-    inputs: model folders and weight files. Neither may be, contain or lie inside a folder, nor contain a file; what links lead to
-    counts.
+    inputs: model folders and weight files. Neither may be, contain or lie inside a folder, nor contain a file; links count where
+    they lie and where they lead to, also those inside of a folder.
     """
     target = Path(os.path.realpath(path))
     for written in (target, target.with_name(f"{target.name}.state")):
-        for given in inputs:
+        for given in map(Path, inputs):
             place = Path(os.path.realpath(given))
-            if written == place or written in place.parents:
-                raise CheckpointError(f"{written} is or holds {given}, which is merged; write to another folder")
             if place in written.parents:
                 raise CheckpointError(f"{written} lies inside {given}, which is merged; write to a folder beside it")
+            way = Path(os.path.abspath(given))
+            links = [each for each in (place.iterdir() if place.is_dir() else ()) if each.is_symlink()]
+            places = {place, *(Path(os.path.realpath(each)) for each in links)}
+            places |= {Path(os.path.realpath(each.parent), each.name) for each in (way, *way.parents)}
+            if any(written == each or written in each.parents for each in places):
+                raise CheckpointError(f"{written} is or holds {given}, which is merged; write to another folder")
 
 
 @contextmanager
@@ -137,16 +139,15 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     otherwise it is removed, and what was at `path` stays. Raises CheckpointError where there is no space.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(path, "tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_of(path) as temporary:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         if out_of_space(error):
             raise no_space(path) from error
         with naming(path):
@@ -223,23 +224,22 @@ def _check_storable(target: Path, name: str, tensor: Tensor) -> None:
         )
 
 
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Renames a folder to one that may exist; a full one steps aside first, as rename replaces only empty folders."""
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(temporary, target)
-        return
-    old = _sibling(target, "old")
-    os.rename(target, old)
+def replace_folder(temporary: Path, target: Path, *, overwrite: bool = False) -> None:
+    """Renames a folder to one that may exist, which steps aside first, as rename replaces only empty folders.
+
+    Raises CheckpointError, as `require_target`, where the target has been taken meanwhile.
+    """
+    require_target(target, overwrite=overwrite)
+    old = sibling(target, "old")
+    if target.exists():
+        os.rename(target, old)
     try:
         os.rename(temporary, target)
     except BaseException:
-        os.rename(old, target)
+        if old.exists():
+            os.rename(old, target)
         raise
-    shutil.rmtree(old)
-
-
-def _sibling(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
+    sweep(target, "old")
 
 
 def sync(path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES
+from samerge_ext.checkpoints.sealed import checksum_of
 
 SYNCED_BYTES = 64 << 20  # written before the disk is waited for, so that the end of a shard does not wait for all of it
 
@@ -55,6 +58,22 @@ def _shard(file: str, tensors: list[tuple[str, torch.dtype, torch.Size]]) -> Sha
     return Shard(file, header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end)
 
 
+def checksum_on_disk(folder: Path, shard: Shard) -> str | None:
+    """A checksum of the shard's header and of all its tensors; None where there is no such file."""
+    try:
+        with open(folder / shard.file, "rb") as file:
+            if os.fstat(file.fileno()).st_size != shard.total_bytes or file.read(len(shard.header)) != shard.header:
+                return None
+            begins = [*shard.begins.values(), shard.total_bytes]
+            return _of_all(shard, [checksum_of(file.fileno(), begin, end - begin) for begin, end in pairwise(begins)])
+    except FileNotFoundError:
+        return None
+
+
+def _of_all(shard: Shard, checksums: Iterable[int]) -> str:
+    return f"{zlib.crc32(b''.join(checksum.to_bytes(4, 'little') for checksum in checksums), zlib.crc32(shard.header)):08x}"
+
+
 def index_of(shards: list[Shard]) -> str:
     """The content of model.safetensors.index.json."""
     total = sum(shard.total_bytes - len(shard.header) for shard in shards)
@@ -63,12 +82,13 @@ def index_of(shards: list[Shard]) -> str:
 
 
 class ShardWriter:
-    """Writes one shard, from any number of threads; a context manager.
+    """Writes one shard, from any number of threads, each its own tensors; a context manager.
 
     The file has its name only once it is whole and on the disk: at the end of a block without exception.
     """
 
     def __init__(self, folder: Path, shard: Shard):
+        self._checksums = dict.fromkeys(shard.begins, 0)
         self._shard, self._path = shard, folder / shard.file
         self._part = folder / f"{shard.file}.part"
         self._unsynced = 0
@@ -79,8 +99,14 @@ class ShardWriter:
         return self
 
     def write(self, name: str, start: int, numbers: Tensor) -> None:
-        """Numbers ``start`` … of a tensor, [n], contiguous."""
-        self._put(numbers.view(torch.uint8).numpy().data, self._shard.begins[name] + start * numbers.dtype.itemsize)
+        """Numbers ``start`` … of a tensor, [n], contiguous; of each tensor in their order."""
+        view = numbers.view(torch.uint8).numpy().data
+        self._checksums[name] = zlib.crc32(view, self._checksums[name])
+        self._put(view, self._shard.begins[name] + start * numbers.dtype.itemsize)
+
+    def checksum(self) -> str:
+        """As `checksum_on_disk` of what was written."""
+        return _of_all(self._shard, self._checksums.values())
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:

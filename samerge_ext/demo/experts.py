@@ -20,8 +20,6 @@ trained linear head fine-tuning gains almost nothing, and nothing is left to mer
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
+from samerge_ext.checkpoints.locks import partial_of
 from samerge_ext.demo.corpora import PINS, package_file
 from samerge_ext.demo.data import ALL_TASKS, SMALL_TASKS, Split, Task
 
@@ -226,16 +225,12 @@ def save_folder(module: PreTrainedModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with partial_of(folder, folder=True) as partial:
         save_file(module.state_dict(), partial / "model.safetensors", metadata={"format": "pt"})
         module.config.save_pretrained(partial)
         load_tokenizer().save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp's folders are private
         if not folder.exists():  # another process may have finished the same expert meanwhile
             partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more after the rename
 
 
 class Evaluator:

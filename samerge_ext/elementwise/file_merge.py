@@ -108,14 +108,14 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         identity = {**merge.identity, "files": {str(file): list(found) for file, found in stored.items()}}
         run = _Run(merge, align(names, experts, merge.heads, merge.keep, merge.names_from), target, stored)
         record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
-        if record.is_whole() and not record.folder.exists():  # interrupted after the folder got its name
+        if record.is_over(target):
             return Path(out)
         require_target(target, overwrite=overwrite)
-        left = run.shards[len(record.content["shards"]) :]
+        left = record.left(run.shards)
         require_space(target, sum(shard.total_bytes for shard in left))
         try:
             run.merge(record, left)
-            run.finish(record)
+            run.finish(record, overwrite)
         except OSError as error:
             if out_of_space(error):
                 raise no_space(target, sum(shard.total_bytes for shard in left)) from error
@@ -191,14 +191,16 @@ class _Run:
                             whole.look(piece)
                         whole.next_round()
                 record.note(trims=whole.state())
-            whole.restore((record.content["shards"] or [record.content["trims"]])[-1])
+            trims = [record.content["trims"], *(shard["trims"] for shard in record.content["shards"])]
+            whole.restore(trims[-1])
         for shard in left:
             with ShardWriter(record.folder, shard) as writer:
                 self._merge_all(self._in_order(shard), writer)
             self._check_unchanged()
-            record.note(shards=[*record.content["shards"], whole.state() if whole else None])
+            finished = {"checksum": writer.checksum(), "trims": whole.state() if whole else None}
+            record.note(shards=[*record.content["shards"], finished])
 
-    def finish(self, record: Record) -> None:
+    def finish(self, record: Record, overwrite: bool) -> None:
         """Adds what makes weights a model, and gives the folder its name."""
         folder = record.folder
         self._companions.copy(folder)
@@ -213,10 +215,11 @@ class _Run:
                 (folder / "heads").mkdir(exist_ok=True)
                 (folder / f"heads/{task}.safetensors").write_bytes(save(head))
         (folder / "README.md").write_text(self._merge.card)
+        self._check_unchanged()
         for path in (*folder.rglob("*"), folder):
             sync(path)
-        record.note(whole=True)
-        replace_folder(folder, self._target)
+        record.note(whole=folder.stat().st_ino)
+        replace_folder(folder, self._target, overwrite=overwrite)
         sync(self._target.parent)
 
     def _configuration(self, configuration: dict) -> dict:

@@ -88,10 +88,9 @@ class LearningConfig:
         "optimizer": ("adam", "sgd"),
         "precision": ("fp32", "bf16"),
     }
-    # What may differ between a run and its continuation from a checkpoint.
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        "steps", "epochs", "checkpoint_dir", "checkpoint_every", "progress", "log_every", "cuda_graph"
-    )  # fmt: skip
+    # What has no part in the result; and what may differ between a run and its continuation from a checkpoint.
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("checkpoint_dir", "checkpoint_every", "progress", "log_every")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("steps", "epochs", *WITHOUT_EFFECT, "cuda_graph")
 
     def __post_init__(self) -> None:
         check_settings(self)

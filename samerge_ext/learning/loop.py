@@ -94,22 +94,28 @@ def learn(
         passes = GraphedPasses(passes, device)
     log = StepLog(history, model.packed.tasks, config.weights(model.packed.tasks), device, config.log_every)
     steps = range(len(history), total)
-    with tqdm(total=total, initial=len(history), desc=method, disable=not config.progress, unit="step") as bar:
-        for step, inputs in zip(steps, inputs_of_steps(calibration, targets, device, steps), strict=True):
-            coefficients = learner()
-            gradient, measured = passes(coefficients.detach(), inputs)
-            log.add(measured)
-            optimizer.zero_grad()
-            coefficients.backward(gradient)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step, total)
-            optimizer.step()
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
-                log.flush()
-                run.save(learner, optimizer, history)
-            if history:
-                bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", grad=f"{history[-1]['gradient_norm']:.3g}", refresh=False)
-            bar.update()
+    try:
+        with tqdm(total=total, initial=len(history), desc=method, disable=not config.progress, unit="step") as bar:
+            for step, inputs in zip(steps, inputs_of_steps(calibration, targets, device, steps), strict=True):
+                coefficients = learner()
+                gradient, measured = passes(coefficients.detach(), inputs)
+                log.add(measured)
+                optimizer.zero_grad()
+                coefficients.backward(gradient)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate_at(step, total)
+                optimizer.step()
+                run.finished(step + 1, learner, optimizer)
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
+                    log.flush()
+                    run.save(history)
+                if history:
+                    bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", grad=f"{history[-1]['gradient_norm']:.3g}", refresh=False)
+                bar.update()
+    except KeyboardInterrupt:
+        log.flush()
+        run.save(history)
+        raise
     with torch.no_grad():
         model.coefficients.copy_(learner().expand_as(model.coefficients))
     model.merge()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from samerge_ext.checkpoints.saving import atomic_write
+from samerge_ext.checkpoints.sealed import read_sealed, write_sealed
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.merged.model import MergedModel
@@ -31,11 +34,12 @@ class RunState:
             "dtypes": [str(model.packed.base.dtype), model.packed.task_vector_form],
             "batches": {task: len(held) for task, held in calibration.batches.items()},
         }
+        self._steps, self._finished = 0, dict[str, Any]()
 
     def load(self, learner: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
         if self.path is None or not self.path.exists():
             return
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(io.BytesIO(read_sealed(self.path)), weights_only=True)
         saved, own = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
         differs = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
         if differs:
@@ -45,16 +49,18 @@ class RunState:
         history.extend(state["history"])
         torch.set_rng_state(state["random_state"])
 
-    def save(self, learner: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-        if self.path is None:
+    def finished(self, steps: int, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keeps in memory what so many steps have made, to be saved even where the next one is stopped half-way."""
+        if self.path is not None:
+            state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
+            self._steps, self._finished = steps, {**copy.deepcopy(state), "random_state": torch.get_rng_state()}
+
+    def save(self, history: list[dict]) -> None:
+        """Writes the finished steps, where there are any that are not written yet."""
+        if self.path is None or not self._finished:
             return
+        content = io.BytesIO()
+        torch.save({**self._finished, "identity": json.dumps(self.identity), "history": history[: self._steps]}, content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "identity": json.dumps(self.identity),
-            "learner": learner.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": history,
-            "random_state": torch.get_rng_state(),
-        }
-        with atomic_write(self.path) as file:
-            torch.save(state, file)
+        write_sealed(self.path, content.getvalue())
+        self._finished = {}

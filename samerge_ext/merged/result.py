@@ -85,8 +85,7 @@ class Result:
         heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
         statistics), coefficients.json, and README.md, the model card.
         """
-        if self.packed.folder is not None:
-            require_apart(path, [self.packed.folder])
+        require_apart(path, [*self.packed.inputs, *([] if self.packed.folder is None else [self.packed.folder])])
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
         for task, head in self.packed.heads.items():
             if head:
@@ -110,16 +109,20 @@ class Result:
         return write(tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items()))
 
     def summary(self) -> dict:
-        """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON."""
+        """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON: equal for equal runs.
+
+        Of the configuration what has no part in the result (``WITHOUT_EFFECT``) is left out: where its state lay, and so on.
+        """
         from samerge_ext import __version__
 
         settings = asdict(self.config) if is_dataclass(self.config) and not isinstance(self.config, type) else {}
+        for key in getattr(self.config, "WITHOUT_EFFECT", ()):
+            del settings[key]
         names = self.packed.layout.names
         return {
             "method": self.method,
             "config": {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in settings.items()},
             "steps": len(self.history),
-            "seconds": round(self.seconds, 3),
             "versions": {"samerge_ext": __version__, "torch": torch.__version__},
             "coefficients": {task: dict(zip(names, row.tolist(), strict=True)) for task, row in self._rows()},
         }

@@ -84,6 +84,7 @@ def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
         "expert_buffers": {task: small[f"buffers/{t}"] for t, task in enumerate(tasks)},
         "heads": {task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
         "folder": Path(about["folder"]),
+        "inputs": inputs_of(about["identity"]),
         "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
     }
 
@@ -97,8 +98,9 @@ def pack_into_file(
     task_vector_dtype: torch.dtype | str | None,
     heads: str | Sequence[str],
     keep: str | Sequence[str],
-) -> None:
-    """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer."""
+    device: torch.device,
+) -> dict[str, Any]:
+    """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer. Returns as `open_packed`."""
     form = task_vector_dtype or dtype
     models = aligned(base, experts, heads, keep, about["folder"])
     base, experts = models.base, models.experts
@@ -139,10 +141,9 @@ def pack_into_file(
                     quantise(codes, name, pretrained, experts)
                     task_vectors = itertools.chain(codes.codes, codes.scales)
                 writer.write(layer, itertools.chain([narrow], task_vectors))
-        writer.finish()
-    except BaseException:
+        return _fields(writer.finish(), device)
+    finally:
         writer.abandon()
-        raise
 
 
 def _narrowed(what: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,3 +185,17 @@ def identity_of(folders: Sequence[str | Path], **settings: object) -> dict:
         files = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
         found[str(folder.resolve())] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     return {"folders": found, **{key: str(value) for key, value in settings.items()}}
+
+
+def inputs_of(identity: dict) -> tuple[Path, ...]:
+    """The folders and files of an identity."""
+    return tuple(map(Path, identity.get("folders", ())))
+
+
+def require_unchanged(before: dict, after: dict) -> None:
+    """Raises CheckpointError where a file's identity is another one by now."""
+    for folder, files in before["folders"].items():
+        for name, found in files.items():
+            if after["folders"][folder].get(name) != found:
+                path = folder if Path(folder).is_file() else f"{folder}/{name}"
+                raise CheckpointError(f"{path} changed while it was being packed; merge again")

@@ -1,16 +1,19 @@
 """Packed weights in a file: made once, layer by layer, and read some numbers at a time.
 
 A safetensors file. One flat body per role (`base`, and every task's vector, or its codes and its scales) in the order of the
-layout, the small rest (unchanged layers, buffers, heads) tensor by tensor, and in the header's metadata the layout, the tasks
-and the CRC-32 of every body. Ranges are read with preadv: pages of a mapped file would count as this process's memory.
+layout, the small rest (unchanged layers, buffers, heads) tensor by tensor, and in the header's metadata the layout, the tasks,
+the CRC-32 of every body and that of the header itself. Ranges are read with preadv: pages of a mapped file would count as this
+process's memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,14 +21,17 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SafetensorsFile
-from samerge_ext.checkpoints.reading import CheckpointError, parse_json
+from samerge_ext.checkpoints.locks import partial_of
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, parse_json
 from samerge_ext.checkpoints.saving import require_space
+from samerge_ext.checkpoints.sealed import checksum_of
 from samerge_ext.packing.in_pieces import InPieces, Room
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import GROUP, QuantisedTaskVectors, is_shared, parts_of
 
-VERSION = 2
-_CHUNK = 4 << 20  # bytes that are read at once to check a body
+VERSION = 3
+_CHECKSUM = re.compile(rb'(?<="checksum": ")[0-9a-f]{8}(?=")')  # the header's, in the header
+_AGAIN = "delete it, and it is made again from the model folders"
 
 
 class InFile(InPieces[Room]):
@@ -84,43 +90,38 @@ class PackedFile(SafetensorsFile):
             raise CheckpointError(f"{path} does not exist; make it with PackedWeights.from_folders(..., file=PATH)")
         self.about: dict = {}
         super().__init__(Path(path))
-        if self.about.get("version") != VERSION:
-            self.close()
-            raise CheckpointError(f"{path} is no packed file of version {VERSION}; make it again from the model folders")
 
     def verify(self) -> None:
         """Reads everything once; raises CheckpointError where a body is not what was written."""
-        buffer = memoryview(bytearray(_CHUNK))
         for name, entry in self._entries.items():
-            checksum, done = 0, 0
-            while done < entry.nbytes:
-                view = buffer[: min(_CHUNK, entry.nbytes - done)]
-                count = os.preadv(self._file.fileno(), [view], entry.begin + done)
-                checksum = zlib.crc32(view[:count], checksum)
-                done += count or entry.nbytes  # cut off: the checksum will not fit
-            if f"{checksum:08x}" != self.about["checksums"][name]:
-                raise CheckpointError(
-                    f"{self.path}: '{name}' is damaged, its checksum is {checksum:08x} in place of "
-                    f"{self.about['checksums'][name]}; make the file again from the folders"
-                )
+            checksum = f"{checksum_of(self._file.fileno(), entry.begin, entry.nbytes):08x}"
+            if checksum != self.about["checksums"][name]:
+                noted = self.about["checksums"][name]
+                raise self._damaged(f"'{name}' is damaged, its checksum is {checksum} in place of {noted}")
 
     def _damaged(self, fault: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {fault}. The file is truncated or damaged; make it again from the folders")
+        return CheckpointError(f"{self.path}: {fault}. The file is truncated or damaged; {_AGAIN}")
 
     def _read_header(self) -> dict:
+        """The header, once its checksum fits; bodies are left to `verify`."""
+        length = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
+        header = os.pread(self._file.fileno(), 8 + min(length, MAX_JSON_BYTES), 0)
+        if len(header) < 8 + length:
+            return super()._read_header()  # says what is wrong
+        noted = _CHECKSUM.search(header)
+        if noted is None or int(noted[0], 16) != zlib.crc32(_CHECKSUM.sub(b"0" * 8, header, count=1)):
+            raise CheckpointError(f"{self.path} is no packed file of version {VERSION}, or its header is damaged; {_AGAIN}")
         entries = super()._read_header()
-        try:
-            about = parse_json(self.metadata.get("packed", "{}").encode())
-        except ValueError as error:
-            raise self._damaged(f"what is packed is not valid JSON ({error})") from error
-        self.about = about if isinstance(about, dict) else {}
+        self.about = parse_json(self.metadata["packed"].encode())
+        if self.about.get("version") != VERSION:
+            raise CheckpointError(f"{self.path} is no packed file of version {VERSION}; {_AGAIN}")
         return entries
 
 
 class PackedFileWriter:
     """Writes a packed file: the layers one by one, each for the base and all tasks, then the small tensors.
 
-    Everything goes to `PATH.partial`, which is renamed when it is whole and on the disk.
+    Everything goes to a partial file, which is renamed when it is whole and on the disk.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class PackedFileWriter:
         small: dict[str, Tensor],
         about: dict,
     ):
-        self.path, self.partial, self.layout = path, path.with_name(f"{path.name}.partial"), layout
+        self.path, self.layout = path, layout
         self._small = small
         self._rows = rows
         sizes = {name: (dtype, [layout.numel // per]) for name, (dtype, per) in rows.items()}
@@ -147,7 +148,9 @@ class PackedFileWriter:
         self._begin = len(self._encoded())
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path, self._begin + position)
-        self._file = open(self.partial, "wb", buffering=0)
+        self._until_done = ExitStack()
+        self._partial = self._until_done.enter_context(partial_of(path))
+        self._file = self._until_done.enter_context(open(self._partial, "r+b", buffering=0))
         self._file.truncate(self._begin + position)
         self._written = dict.fromkeys(sizes, 0)
 
@@ -159,18 +162,23 @@ class PackedFileWriter:
             flat[: tensor.numel()] = tensor.reshape(-1)
             self._append(name, flat)
 
-    def finish(self) -> None:
+    def finish(self) -> PackedFile:
+        """The file that was written, open, whatever else takes its place then."""
         for name, tensor in self._small.items():
             self._append(name, tensor.contiguous().reshape(-1))
         self._about["checksums"] = {name: f"{checksum:08x}" for name, checksum in self._checksums.items()}
-        os.pwrite(self._file.fileno(), self._encoded(), 0)
+        header = self._encoded()
+        os.pwrite(self._file.fileno(), _CHECKSUM.sub(b"%08x" % zlib.crc32(header), header, count=1), 0)
         os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self.partial, self.path)
+        opened = PackedFile(self._partial)
+        os.replace(self._partial, self.path)
+        opened.path = self.path
+        self.abandon()
+        return opened
 
     def abandon(self) -> None:
-        self._file.close()
-        self.partial.unlink(missing_ok=True)
+        """Lets the partial file go."""
+        self._until_done.close()
 
     def _append(self, name: str, flat: Tensor) -> None:
         view = flat.cpu().view(torch.uint8).numpy().data
@@ -182,8 +190,9 @@ class PackedFileWriter:
             view, position = view[count:], position + count
 
     def _encoded(self) -> bytes:
-        """The file's head; its length does not depend on the checksums."""
-        header = json.dumps({"__metadata__": {"format": "pt", "packed": json.dumps(self._about)}, **self._header}).encode()
+        """The file's head, its own checksum left at 0; its length does not depend on the checksums."""
+        metadata = {"format": "pt", "checksum": "0" * 8, "packed": json.dumps(self._about)}
+        header = json.dumps({"__metadata__": metadata, **self._header}).encode()
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header
 

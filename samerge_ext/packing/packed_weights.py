@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,15 @@ from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSou
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.in_pieces import InPieces
-from samerge_ext.packing.into_file import described, identity_of, open_made_from, open_packed, pack_into_file
+from samerge_ext.packing.into_file import (
+    described,
+    identity_of,
+    inputs_of,
+    open_made_from,
+    open_packed,
+    pack_into_file,
+    require_unchanged,
+)
 from samerge_ext.packing.into_memory import pack_into_memory
 from samerge_ext.packing.layout import BLOCK, Layout
 from samerge_ext.packing.quantised import QuantisedTaskVectors
@@ -59,6 +68,7 @@ class PackedWeights:
     expert_buffers: each expert's own float buffers (BatchNorm statistics).
     heads: each task's own head tensors, which are never merged.
     folder: the base's folder, where the weights came from one.
+    inputs: all folders and files that the weights came from, which nothing is written over.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
     conversion: what makes a module's tensors of the folders' ones, where these are not the same.
 
@@ -76,6 +86,7 @@ class PackedWeights:
     expert_buffers: dict[str, Buffers] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path | None = None
+    inputs: tuple[Path, ...] = ()
     experts: dict[str, Source | Path] = field(default_factory=dict)
     conversion: Conversion | None = None
 
@@ -148,25 +159,27 @@ class PackedWeights:
         conversion: pack the tensors of its module; by default the folders' own.
         """
         check_models(base, _pairs(experts), _both(heads, keep))
+        paths = [base, *(path for _, path in _pairs(experts))]
+        settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads, "keep": keep}
+        identify = partial(identity_of, paths, tasks=[task for task, _ in _pairs(experts)], **settings)
         if file is not None:
             if task_vector_dtype == LORA:
                 raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
-            settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads, "keep": keep}
-            identity = identity_of(
-                [base, *(path for _, path in _pairs(experts))], tasks=[t for t, _ in _pairs(experts)], **settings
-            )
             if Path(file).exists():
-                fields = open_made_from(identity, Path(file), torch.device(device))
+                fields = open_made_from(identify(), Path(file), torch.device(device))
                 if fields is not None:
                     return cls(**fields, conversion=conversion)
         with _sources(base, experts, conversion) as (base_source, sources):
+            identity, form = identify(), (dtype, task_vector_dtype)
             if file is not None:
                 experts_at = {task: str(path) for task, path in _pairs(experts)}
                 about = {"folder": str(base), "experts": experts_at, "identity": identity}
-                pack_into_file(Path(file), about, base_source, sources, dtype, task_vector_dtype, heads, keep)
-                return replace(cls.open(file, device=device, verify=False), conversion=conversion)
-            packed = cls(**pack_into_memory(base_source, sources, dtype, task_vector_dtype, device, heads, keep, Path(base)))
-        packed.folder, packed.conversion = Path(base), conversion
+                fields = pack_into_file(Path(file), about, base_source, sources, *form, heads, keep, torch.device(device))
+            else:
+                fields = pack_into_memory(base_source, sources, *form, device, heads, keep, Path(base))
+        require_unchanged(identity, identify())
+        packed = cls(**fields)
+        packed.folder, packed.inputs, packed.conversion = Path(base), inputs_of(identity), conversion
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed

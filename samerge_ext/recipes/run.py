@@ -11,6 +11,7 @@ import torch
 
 from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.locks import held, remove
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.learning.loop import check_device
@@ -61,6 +62,11 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
         return None
     require_target(target, overwrite=overwrite)
     check_device(recipe.method_settings().device)
+    with held(state):
+        return _run_learned(recipe, target, state, overwrite)
+
+
+def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool) -> Result:
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     companions.check()
     base, _ = recipe.learned_from()
@@ -69,14 +75,12 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     model, calibration = _model_and_calibration(recipe)
     packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
-    require_space(out, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
+    require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state)
     result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.kind.logits, config=settings)
     result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite)
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
-        (state / name).unlink(missing_ok=True)
-    if state.exists() and not any(state.iterdir()):
-        state.rmdir()
+        remove(state / name)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zlib
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -63,13 +64,23 @@ class Features:
         """Raises ValueError for a file that `to_bytes` did not make."""
         try:
             with safe_open(path, "pt") as file:
-                return cls(file.get_tensor("features"), json.loads(file.metadata()["identity"]))
+                identity = json.loads(file.metadata()["identity"])
+                checksum, found = identity.pop("checksum"), cls(file.get_tensor("features"), identity)
+                if checksum != found._checksum():
+                    raise ValueError("its checksum does not fit")
+                return found
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no features ({error!r}); delete it, and they are computed again") from error
 
     def to_bytes(self) -> bytes:
-        """A safetensors file, the identity as JSON in its header."""
-        return save({"features": self.values.cpu().contiguous()}, {"identity": json.dumps(self.identity)})
+        """A safetensors file, the identity and a checksum as JSON in its header: of several entries their order would vary."""
+        identity = json.dumps({**self.identity, "checksum": self._checksum()})
+        return save({"features": self.values.cpu().contiguous()}, {"identity": identity})
+
+    def _checksum(self) -> str:
+        """The CRC-32 of identity and values."""
+        values = self.values.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        return f"{zlib.crc32(values, zlib.crc32(json.dumps(self.identity).encode())):08x}"
 
     def of_granularity(self, granularity: str) -> Tensor:
         """[T, L, 3 + k] as they are, for "task" the statistics [T, 1, 3 + k] of the whole model.

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 import samerge_ext as sm
 from samerge_ext.budget.dry_run import dry_run
-from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, plan
+from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, plan, planned_way
+from samerge_ext.checkpoints.reading import CheckpointError
+from samerge_ext.checkpoints.sealed import read_sealed, write_sealed
 from samerge_ext.cli.commands import app
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.run import run_recipe
@@ -113,6 +115,15 @@ def test_beside_a_gpu_the_hosts_memory_counts_too(monkeypatch):
     assert found.choose(90) == file
 
 
+@pytest.mark.parametrize("content", [b"", b'{"memory_budget": "1GB", "way": {"store": "file"}}', b"00000000\n{}"])
+def test_a_damaged_plan_is_told_with_the_mend(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    config = sm.SAMergingConfig(memory_budget="1GB", checkpoint_dir=tmp_path)
+    module, weights = streaming.make(1), streaming.make_packed(streaming.make())
+    with pytest.raises(CheckpointError, match="plan.json is empty, cut off or damaged: .* delete it to begin again"):
+        planned_way(module, weights, streaming.make_batches(), streaming.logits, config, teachers=True)
+
+
 def test_a_host_budget_is_for_a_gpu_and_goes_with_a_budget(packed_twice):
     with pytest.raises(ValueError, match="host_memory_budget goes with a memory_budget"):
         sm.SAMergingConfig(host_memory_budget="1GB")
@@ -141,14 +152,14 @@ def test_a_budget_decides_how_a_merge_runs_and_is_kept_for_its_continuation(tmp_
     streamed = run(sizes[0] * 2, tmp_path)
     assert made == [False, False]
     torch.testing.assert_close(streamed, plenty, rtol=0, atol=0)
-    begun = json.loads((tmp_path / "plan.json").read_text())
+    begun = json.loads(read_sealed(tmp_path / "plan.json"))
     begun["way"].update(streamed=True, store="file", piece=2048)
-    (tmp_path / "plan.json").write_text(json.dumps(begun))
+    write_sealed(tmp_path / "plan.json", json.dumps(begun).encode())
     (tmp_path / "state.pt").unlink()
     torch.testing.assert_close(run(sizes[0] * 2, tmp_path), plenty, rtol=1e-10, atol=0)
     assert made[-1] is True
     begun["host_memory_budget"] = "1GB"
-    (tmp_path / "plan.json").write_text(json.dumps(begun))
+    write_sealed(tmp_path / "plan.json", json.dumps(begun).encode())
     (tmp_path / "state.pt").unlink()
     run(sizes[0] * 2, tmp_path)
     assert made[-1] is False, "another budget is planned for anew"

@@ -7,8 +7,10 @@ import torch
 from folders import read_all
 from safetensors.torch import save_file
 
+import samerge_ext as sm
 from samerge_ext.checkpoints.companions import Companions, chat_template, companion_files, with_dtype
 from samerge_ext.checkpoints.reading import CheckpointError
+from samerge_ext.checkpoints.saving import require_apart
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 
@@ -156,6 +158,42 @@ def test_an_input_is_never_written_over(tmp_path):
     with pytest.raises(CheckpointError, match="lies inside"):
         merge_files(merge_of(root, ["news"]), root / "news/out", overwrite=True)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [
+        ("news", "news"),
+        ("news", "link"),
+        ("link", "news"),
+        ("holder/inner", "holder"),
+        ("holder/way/in", "holder"),
+        ("news", "news/inside"),
+        ("out.state", "out"),
+        ("out.state/merged", "out"),
+        ("elsewhere/snapshot", "blobs"),
+        ("news", "news/../news"),
+    ],
+)
+def test_what_is_written_is_apart_from_inputs_also_through_links(tmp_path, given, out):
+    """holder/inner leads out of the holder; snapshot is a folder of links to files in blobs."""
+    for folder in ("news/in", "holder", "out.state/merged", "blobs", "elsewhere/snapshot"):
+        (tmp_path / folder).mkdir(parents=True)
+    for link, to in {"link": "news", "holder/inner": "../news", "holder/way": "../news"}.items():
+        (tmp_path / link).symlink_to(to)
+    (tmp_path / "blobs/1234").write_text("")
+    (tmp_path / "elsewhere/snapshot/model.safetensors").symlink_to("../../blobs/1234")
+    with pytest.raises(CheckpointError, match="which is merged"):
+        require_apart(tmp_path / out, [tmp_path / given])
+    require_apart(tmp_path / "beside", [tmp_path / given])
+
+
+def test_a_result_is_never_written_over_an_expert(tmp_path):
+    root = models(tmp_path)
+    packed = sm.PackedWeights.from_folders(root / "base", {"news": root / "news"})
+    with pytest.raises(CheckpointError, match="news is or holds .*news, which is merged"):
+        sm.average(packed).save_pretrained(root / "news", overwrite=True)
+    assert read_all(root / "news")
 
 
 def test_weights_that_links_lead_to_are_inputs_too(tmp_path):

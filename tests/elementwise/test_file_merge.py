@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import time
 
 import processes
@@ -14,6 +15,7 @@ from helpers import assert_close
 import samerge_ext as sm
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.checkpoints.sealed import read_sealed
 from samerge_ext.elementwise import file_merge, file_pieces, piecewise
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
@@ -172,7 +174,7 @@ def test_kills_lose_nothing(tmp_path, whole):
         if (tmp_path / "out").exists():
             break
         record = tmp_path / "out.state/merge.json"
-        finished.append(len(json.loads(record.read_text())["shards"]) if record.exists() else 0)
+        finished.append(len(json.loads(read_sealed(record))["shards"]) if record.exists() else 0)
     assert finished == sorted(finished), f"finished shards are kept: {finished}"
     if not (tmp_path / "out").exists() or (tmp_path / "out.state").exists():
         processes.in_a_process(merge_in_shards, models, tmp_path / "out", whole)
@@ -200,6 +202,69 @@ def test_only_what_is_left_is_merged(models, tmp_path, monkeypatch):
     assert sorted(calls) == sorted(SHAPES) and not (tmp_path / "out").exists()
     merge_files(merge_of(models, shard_bytes=5000), tmp_path / "out")
     assert sorted(calls) == sorted(SHAPES), "finished shards are used"
+    assert set(read_all(tmp_path / "out")) == set(SHAPES)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def stopped(models, tmp_path, monkeypatch):
+    """Merges to out, up to what makes weights a model; returns the finished shards."""
+
+    def stopped(whole):
+        with monkeypatch.context() as patch:
+            patch.setattr(file_merge._Run, "finish", raise_killed)
+            with pytest.raises(Killed):
+                merge_files(merge_of(models, whole=whole, shard_bytes=5000), tmp_path / "out")
+        return sorted((tmp_path / "out.state/merged").iterdir())
+
+    return stopped
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda shards: shards[1].unlink(),
+        lambda shards: os.truncate(shards[1], 5000),
+        lambda shards: os.truncate(shards[0], shards[0].stat().st_size + 1),
+        lambda shards: flip(shards[1]),
+        lambda shards: shards[0].write_bytes(shards[1].read_bytes()),
+        lambda shards: shutil.rmtree(shards[0].parent),
+    ],
+    ids=["removed", "cut", "longer", "changed", "another", "all removed"],
+)
+def test_finished_shards_are_written_again_where_they_are_not_what_was_written(models, tmp_path, stopped, harm, whole):
+    merge_files(merge_of(models, whole=whole, shard_bytes=5000), tmp_path / "alone")
+    harm(stopped(whole))
+    merge_files(merge_of(models, whole=whole, shard_bytes=5000), tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()
+    }
+
+
+@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 300), flip])
+def test_a_damaged_record_is_an_error_with_the_mend(models, tmp_path, stopped, harm):
+    stopped(False)
+    harm(tmp_path / "out.state/merge.json")
+    with pytest.raises(CheckpointError, match="out.state/merge.json is empty, cut off or damaged: .* delete it to begin again"):
+        merge_files(merge_of(models), tmp_path / "out")
+    (tmp_path / "out.state/merge.json").unlink()
+    merge_files(merge_of(models), tmp_path / "out")
+    assert set(read_all(tmp_path / "out")) == set(SHAPES) and not (tmp_path / "out.state").exists()
+
+
+def test_a_finished_folder_that_was_removed_is_merged_again(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(file_merge, "sync", lambda path: raise_killed() if path == tmp_path else None)
+        with pytest.raises(Killed):
+            merge_files(merge_of(models), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    merge_files(merge_of(models), tmp_path / "out")
     assert set(read_all(tmp_path / "out")) == set(SHAPES)
 
 

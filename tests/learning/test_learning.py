@@ -1,10 +1,13 @@
 """The learning loop: calibration, checkpoints, and what stops it early."""
 
+import io
+
 import pytest
 import tiny
 import torch
 
 import samerge_ext as sm
+from samerge_ext.checkpoints.sealed import read_sealed, write_sealed
 from samerge_ext.learning.calibration import Calibration
 
 
@@ -37,6 +40,60 @@ def test_an_interrupted_run_continues_to_the_same_numbers(packed, tmp_path, sett
     assert torch.equal(continued.merged, whole.merged)
     assert continued.history == whole.history
     assert sum(passes) == 4 * 2 * 3, "six of the ten steps were kept"
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd", "granularity": "task"}])
+def test_an_interrupt_at_any_moment_saves_the_last_finished_step(packed, tmp_path, monkeypatch, settings):
+    """In a pass, in the optimiser, after it, or while the state is being saved."""
+    whole = run(packed, steps=5, learning_rate=0.1, **settings)
+    steps = {"optimizer": 0, "passes": 0}
+
+    def in_the_middle(self, *arguments, **keywords):
+        steps["optimizer"] += 1
+        if steps["optimizer"] == 3:
+            for group in self.param_groups:  # half of it is done
+                for parameter in group["params"]:
+                    parameter.data.add_(1)
+            raise KeyboardInterrupt
+        return original(self, *arguments, **keywords)
+
+    kind = torch.optim.SGD if "optimizer" in settings else torch.optim.Adam
+    original = kind.step
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "step", in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            run(packed, steps=5, learning_rate=0.1, checkpoint_dir=tmp_path, **settings)
+    heads = tiny.make_heads()
+
+    def in_a_pass(module, batch, task):
+        steps["passes"] += torch.is_grad_enabled()
+        torch.rand(1)  # moves torch's random state
+        if steps["passes"] == 9:
+            raise KeyboardInterrupt
+        return module(batch) @ heads[task]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(packed, steps=5, learning_rate=0.1, checkpoint_dir=tmp_path, logits=in_a_pass, **settings)
+    history = torch.load(io.BytesIO(read_sealed(tmp_path / "state.pt")))["history"]
+    assert history == whole.history[: len(history)] and len(history) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("samerge_ext.learning.run_state.write_sealed", interrupt_once(write_sealed))
+        with pytest.raises(KeyboardInterrupt):
+            run(packed, steps=4, learning_rate=0.1, checkpoint_dir=tmp_path, **settings)
+    goes_on = run(packed, steps=5, learning_rate=0.1, checkpoint_dir=tmp_path, **settings)
+    assert torch.equal(goes_on.coefficients, whole.coefficients)
+
+
+def interrupt_once(function):
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return interrupted
 
 
 def test_a_checkpoint_of_another_run_is_refused(packed, tmp_path):

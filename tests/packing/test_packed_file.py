@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import samerge_ext as sm
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.memory import PeakMemory
-from samerge_ext.packing import stores
+from samerge_ext.packing import into_file, into_memory, stores
+from samerge_ext.packing.packed_file import PackedFileWriter
 from samerge_ext.packing.quantised import FORMATS
 from samerge_ext.packing.stores import parts
 
@@ -65,7 +66,7 @@ def test_a_packed_file_holds_what_packing_in_memory_gives(folders, tmp_path, mon
         one_by_one = dict(packed.tensors(coefficients))
         whole = expected.state_dict(expected.merge(coefficients))
         assert all(torch.equal(one_by_one[name], tensor) for name, tensor in whole.items())
-    assert os.listdir(tmp_path).count("packed.partial") == 0
+    assert sorted(os.listdir(tmp_path)) == ["base", "blue", "green", "packed", "red"]
 
 
 def test_weights_are_read_into_the_memory_that_is_asked_for(folders, tmp_path):
@@ -113,13 +114,58 @@ def test_damage_truncation_and_absence_are_errors(folders, tmp_path):
     with pytest.raises(CheckpointError, match="is damaged, its checksum is"):
         sm.PackedWeights.open(file.with_name("spoilt"))
     file.with_name("short").write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="should end at byte .* make it again from the folders"):
+    with pytest.raises(CheckpointError, match="should end at byte .* delete it, and it is made again from the"):
         sm.PackedWeights.open(file.with_name("short"))
     with pytest.raises(CheckpointError, match="no packed file of version"):
         sm.PackedWeights.open(folders[0] / "model.safetensors")
     os.truncate(file, len(whole) // 3)  # while it is open
     with pytest.raises(CheckpointError, match="was cut off while"):
         packed.merge(packed.coefficients(0.3))
+
+
+def test_a_flipped_bit_anywhere_in_the_header_is_noticed(folders, tmp_path):
+    """Whether it is in a name, an offset, a checksum or the space at its end."""
+    pack(folders, file=tmp_path / "packed")
+    length = 8 + int.from_bytes((tmp_path / "packed").read_bytes()[:8], "little")
+    with open(tmp_path / "packed", "r+b") as file:
+        for place in range(length):
+            (byte,) = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place)
+            with pytest.raises(CheckpointError, match="packed"):
+                sm.PackedWeights.open(tmp_path / "packed", verify=False)
+            os.pwrite(file.fileno(), bytes([byte]), place)
+    sm.PackedWeights.open(tmp_path / "packed")
+
+
+def test_two_packers_of_one_file_disturb_neither(folders, tmp_path, monkeypatch):
+    """The second runs from start to end in the middle of the first, with other numbers; each has what it packed."""
+    write, others = PackedFileWriter.write, []
+
+    def meanwhile(self, *arguments):
+        monkeypatch.setattr(PackedFileWriter, "write", write)
+        others.append(pack(folders, file=tmp_path / "packed", dtype=torch.float64))
+        write(self, *arguments)
+
+    monkeypatch.setattr(PackedFileWriter, "write", meanwhile)
+    first = pack(folders, file=tmp_path / "packed")
+    for found, dtype in [(first, torch.float32), (others[0], torch.float64)]:
+        expected = pack(folders, dtype=dtype)
+        assert torch.equal(found.in_memory().base, expected.base)
+        assert torch.equal(found.in_memory().task_vectors, expected.task_vectors)
+    assert sorted(os.listdir(tmp_path)) == ["base", "blue", "green", "packed", "red"]
+
+
+@pytest.mark.parametrize("file", [None, "packed"])
+def test_a_model_that_changes_while_it_is_packed_is_named(folders, tmp_path, monkeypatch, file):
+    def touched(*arguments):
+        os.utime(folders[1]["green"] / "model.safetensors", ns=(0, 0))
+        return outline(*arguments)
+
+    outline = into_memory.outline
+    monkeypatch.setattr(into_memory, "outline", touched)
+    monkeypatch.setattr(into_file, "outline", touched)
+    with pytest.raises(CheckpointError, match="green/model.safetensors changed while it was being packed; merge again"):
+        pack(folders, file=file and tmp_path / file)
 
 
 def test_nothing_is_left_where_packing_fails(folders, tmp_path, monkeypatch):

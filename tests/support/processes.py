@@ -52,11 +52,16 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def _python(code: str, environment: dict[str, str], files: tuple[Path, Path]) -> None:
-    for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    print_to(*files)
     os.environ.clear()
     os.environ.update(environment)
     exec(code, {"__name__": "__main__"})
+
+
+def print_to(stdout: Path, stderr: Path) -> None:
+    """Sends what this process prints from now on to files."""
+    for stream, file in zip((sys.stdout, sys.stderr), (stdout, stderr), strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
 
 
 def give_freed_tensors_back() -> None:

@@ -1,30 +1,35 @@
-"""Random plans and random kills: every merge stays within its memory budget or is refused, and whatever is killed continues to
-the same numbers.
+"""Random plans, kills and attacks: every merge stays within its memory budget or is refused, whatever is killed continues to the
+same numbers, whatever is attacked (`attacks`) ends in the same bytes or tells what to do, and many merges leave nothing behind.
 
-    python tests/support/soak.py --plans 200 --kills 100        # make soak
+    python tests/support/soak.py --plans 200 --kills 100 --rounds 100 --merges 500        # make soak
 """
 
 import argparse
 import copy
+import gc
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
 import traceback
 from pathlib import Path
 
+import attacks
+import streaming
 import torch
 from safetensors.torch import save_file
 from streaming import Model, logits
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import MemoryBudgetError, plan
-from samerge_ext.memory import PeakMemory, resident_bytes
+from samerge_ext.memory import PeakMemory, resident_bytes, trim_heap
 from samerge_ext.packing.quantised import FORMATS
 
 # λ of two ways to hold a model, relative: sums in another order, over steps that amplify it.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+FLAT = 32 << 20  # bytes by which a process may grow over hundreds of merges: a kept copy of the models would be more
 
 
 def problem(seed: int, folder: Path):
@@ -133,12 +138,56 @@ def many_kills(kills: int, seed: int = 0) -> None:
         print(f"{done} kills; runs continued to the same bits up to seed {seed - 1}", flush=True)
 
 
+def many_rounds(rounds: int, seconds: float | None = None, seed: int = 0, kind=None) -> None:
+    """So many rounds of all attacks from this seed on, and no further one after so many seconds."""
+    started = time.monotonic()
+    for number in range(seed, seed + rounds):
+        print(f"round {number}: {'; '.join(attacks.one_round(number, kind))}", flush=True)
+        if seconds is not None and time.monotonic() - started > seconds:
+            return
+
+
+def added_by(merges: int) -> tuple[int, ...]:
+    """Bytes of memory, files and threads that so many merges, some of them learned, add after the first fifth of them."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        data_free = attacks.DataFree(random.Random(0), Path(folder))
+        module, batches = streaming.make(1, blocks=1), streaming.make_batches()
+
+        def held() -> tuple[int, ...]:
+            gc.collect()
+            trim_heap()  # what threads that ended have freed is kept by the allocator, tens of MiB of it
+            return (resident_bytes(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
+
+        for number in range(merges):
+            if number == merges // 5:
+                before = held()
+            out = Path(folder) / "out"
+            if number % 25 in (4, 9):
+                in_memory, in_file = streaming.packed_twice(Path(other), streaming.make(blocks=1))
+                merge(module, in_file if number % 2 else in_memory, batches, streamed=number % 2 == 1)
+                del in_memory, in_file
+            else:
+                data_free.method = ("arithmetic", "ties", "whole", "dare")[number % 4]
+                data_free(out)
+                shutil.rmtree(out)
+        return tuple(end - begin for begin, end in zip(before, held(), strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seconds", type=float, help="after which no further round of attacks begins")
+    parser.add_argument("--merges", type=int, default=500, help="in one process, whose memory stays flat")
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--kills", type=int, default=100)
     arguments = parser.parse_args()
+    many_rounds(arguments.rounds, arguments.seconds)
     many_kills(arguments.kills)
+    if arguments.merges:
+        added, files, threads = added_by(arguments.merges)
+        print(f"{arguments.merges} merges: {added / 2**20:.1f} MiB, {files} files, {threads} threads more than after a fifth")
+        assert added < FLAT and files == threads == 0
     outcomes = []
     for seed in range(arguments.plans):
         outcomes.append(one_plan(seed))

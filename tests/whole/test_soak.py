@@ -1,5 +1,6 @@
 """A short soak; the long one is `make soak`."""
 
+import attacks
 import soak
 from processes import in_a_process
 
@@ -12,3 +13,13 @@ def test_random_plans_run_within_their_budget_or_are_refused():
 
 def test_killed_merges_continue_to_the_same_bits():
     in_a_process(soak.many_kills, 6, 7)
+
+
+def test_attacks_end_in_the_same_bytes_or_tell_what_to_do():
+    """Two at once, signals, damaged state, inputs that change and, where root is at hand, a full disk."""
+    in_a_process(soak.many_rounds, 2, None, 14, attacks.DataFree)
+
+
+def test_many_merges_leave_nothing_in_the_process():
+    added, files, threads = in_a_process(soak.added_by, 50)
+    assert added < soak.FLAT and files == threads == 0
