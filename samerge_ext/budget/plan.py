@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from samerge_ext.budget.dry_run import DryRun, dry_run
-from samerge_ext.checkpoints.sealed import read_sealed, write_sealed
+from samerge_ext.checkpoints.sealed import read_sealed_object, write_sealed
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits
@@ -165,7 +165,7 @@ def planned_way(
     path = Path(config.checkpoint_dir) / PLAN_FILE if config.checkpoint_dir else None
     budgets = {name: getattr(config, name) for name in ("memory_budget", "host_memory_budget")}
     if path is not None and path.exists():
-        begun = json.loads(read_sealed(path))
+        begun = read_sealed_object(path)
         if all(begun.get(name) == budget for name, budget in budgets.items()):
             return Way(**begun["way"])
     way = plan(module, packed, batches, logits, config, teachers=teachers).choose(*budgets.values())

@@ -94,8 +94,13 @@ def parse_json(data: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError where there is none, and as `read_bytes`."""
+    return object_in(path, read_bytes(path, MAX_JSON_BYTES))
+
+
+def object_in(path: Path, data: bytes) -> dict[str, Any]:
+    """The object that a file's bytes, or some of them, are in JSON. Raises CheckpointError, which names the file, where none."""
     try:
-        content = parse_json(read_bytes(path, MAX_JSON_BYTES))
+        content = parse_json(data)
         _check_depth(content)
     except CheckpointError:
         raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
-from samerge_ext.checkpoints.reading import CheckpointError
+from samerge_ext.checkpoints.reading import CheckpointError, naming, object_in
 from samerge_ext.checkpoints.saving import atomic_write
 
 _CHUNK = 4 << 20  # bytes that are read at once
@@ -20,12 +21,18 @@ def write_sealed(path: Path, content: bytes) -> None:
 
 def read_sealed(path: Path) -> bytes:
     """The content of such a file. Raises CheckpointError where it is not what was written."""
-    checksum, _, content = path.read_bytes().partition(b"\n")
+    with naming(path):
+        checksum, _, content = path.read_bytes().partition(b"\n")
     if checksum != b"%08x" % zlib.crc32(content):
         raise CheckpointError(
             f"{path} is empty, cut off or damaged: its checksum does not fit; restore it, or delete it to begin again without it"
         )
     return content
+
+
+def read_sealed_object(path: Path) -> dict[str, Any]:
+    """The object in JSON that is such a file's content."""
+    return object_in(path, read_sealed(path))
 
 
 def checksum_of(file: int, begin: int, nbytes: int) -> int:

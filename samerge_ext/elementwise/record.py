@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from samerge_ext.checkpoints.locks import held, remove
-from samerge_ext.checkpoints.reading import CheckpointError, parse_json
-from samerge_ext.checkpoints.sealed import read_sealed, write_sealed
+from samerge_ext.checkpoints.reading import CheckpointError
+from samerge_ext.checkpoints.sealed import read_sealed_object, write_sealed
 from samerge_ext.checkpoints.shards import Shard, checksum_on_disk
 
 RECORD = "merge.json"  # in OUT.state: what is merged, and how far it is
@@ -26,7 +26,7 @@ class Record:
 
     def __init__(self, state: Path, identity: dict):
         self._path, self.folder = state / RECORD, state / "merged"
-        self.content = parse_json(read_sealed(self._path)) if self._path.exists() else {}
+        self.content = read_sealed_object(self._path) if self._path.exists() else {}
         if self.content and not isinstance(self.content.get("shards"), list):
             raise CheckpointError(f"{self._path} is no record of a merge; remove {state} and merge again")
         if self.content.get("identity") != identity:

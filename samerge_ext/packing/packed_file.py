@@ -22,7 +22,7 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SafetensorsFile
 from samerge_ext.checkpoints.locks import partial_of
-from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, parse_json
+from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, object_in
 from samerge_ext.checkpoints.saving import require_space
 from samerge_ext.checkpoints.sealed import checksum_of
 from samerge_ext.packing.in_pieces import InPieces, Room
@@ -112,7 +112,7 @@ class PackedFile(SafetensorsFile):
         if noted is None or int(noted[0], 16) != zlib.crc32(_CHECKSUM.sub(b"0" * 8, header, count=1)):
             raise CheckpointError(f"{self.path} is no packed file of version {VERSION}, or its header is damaged; {_AGAIN}")
         entries = super()._read_header()
-        self.about = parse_json(self.metadata["packed"].encode())
+        self.about = object_in(self.path, self.metadata.get("packed", "{}").encode())
         if self.about.get("version") != VERSION:
             raise CheckpointError(f"{self.path} is no packed file of version {VERSION}; {_AGAIN}")
         return entries

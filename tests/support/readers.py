@@ -4,6 +4,7 @@ file is read, or an error of a documented type names it, whatever it holds. For 
 import io
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def _read_packed(path: Path) -> object:
 def _read_record(path: Path) -> object:
     (path.parent / "merged").mkdir(exist_ok=True)
     record = Record(path.parent, {"method": "linear"})
-    return record.is_whole(), len(record.content["shards"])
+    return record.is_over(path.parent.parent / "out"), len(record.content["shards"])
 
 
 def _recipes(folder: Path) -> list[bytes]:
@@ -218,13 +219,25 @@ def _with_header(text: bytes, rest: bytes) -> bytes:
 
 def _split_packed(data: bytes) -> tuple[object, bytes]:
     header, rest = _split_header(data)
-    return {"header": header, "about": json.loads(header["__metadata__"]["packed"])}, rest
+    return {"header": header, "about": json.loads(header.pop("__metadata__")["packed"])}, rest
 
 
 def _join_packed(content: object, rest: bytes) -> bytes:
+    """With the checksum of the header that it makes, so that what is in it is looked at."""
     if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
         return _join_header(content, rest)
-    return _join_header({**content["header"], "__metadata__": {"packed": json.dumps(content.get("about"))}}, rest)
+    about = json.dumps(content.get("about"))
+    data = _join_header({"__metadata__": {"checksum": "0" * 8, "packed": about}, **content["header"]}, b"")
+    return data.replace(b"0" * 8, b"%08x" % zlib.crc32(data), 1) + rest
+
+
+def _split_sealed(data: bytes) -> tuple[object, bytes]:
+    return json.loads(data.partition(b"\n")[2]), b""
+
+
+def _join_sealed(content: object, _: bytes = b"") -> bytes:
+    text = json.dumps(content).encode()
+    return b"%08x\n" % zlib.crc32(text) + text
 
 
 def _split_yaml(data: bytes) -> tuple[object, bytes]:
@@ -235,7 +248,7 @@ def _join_yaml(content: object, _: bytes = b"") -> bytes:
     return yaml.safe_dump(content).encode()
 
 
-RECORD = {"identity": {"method": "linear"}, "shards": [None, {"trims": [1, 2]}], "factors": [1.0], "whole": False}
+RECORD = {"identity": {"method": "linear"}, "shards": [{"checksum": 1, "trims": [1, 2]}], "factors": [1.0], "whole": 7}
 JSON, HEADER = (_split_json, _join_json), (_split_header, _join_header, _frame)
 READERS = {
     reader.name: reader
@@ -246,7 +259,7 @@ READERS = {
         Reader("adapter's settings", "adapter/adapter_config.json", lambda _: [_join_json(SETTINGS)], _read_adapter, *JSON),
         Reader("adapter's factors", "factors/adapter_model.safetensors", lambda _: [save(_factors())], _read_adapter, *HEADER),
         Reader("packed file", "packed/weights.safetensors", _packed, _read_packed, _split_packed, _join_packed, _frame),
-        Reader("record", "out.state/merge.json", lambda _: [_join_json(RECORD)], _read_record, *JSON),
+        Reader("record", "out.state/merge.json", lambda _: [_join_sealed(RECORD)], _read_record, _split_sealed, _join_sealed),
         Reader("recipe", "recipe.yaml", _recipes, lambda path: companions_of(load_recipe(path, {})), _split_yaml, _join_yaml),
         Reader("config", "model/config.json", lambda _: [_join_json(CONFIG)], _read_config, *JSON),
         Reader("tokenizer", "tokenized/tokenizer.json", _tokenizers, _read_tokenizer, *JSON),
