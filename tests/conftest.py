@@ -34,6 +34,15 @@ def pytest_report_header():
     return "tests marked gpu are deselected unless -m names them: make test-gpu"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests have measured and recorded, of which a passed one would otherwise say nothing."""
+    passed = terminalreporter.stats.get("passed", ())
+    lines = [line for report in passed for name, line in report.user_properties if name == "measured"]
+    if lines:
+        terminalreporter.write_sep("=", "measured")
+        terminalreporter.write_line("\n".join(lines))
+
+
 # Under TRITON_INTERPRET=1 operator tests run on the interpreted kernels alone; test_triton.py starts such a run.
 if INTERPRETED:
     import interpreted  # noqa: F401

@@ -95,8 +95,9 @@ def device(**settings: int):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one place in a kernel asked for in one launch. Of global memory a unit is a sector of 32 bytes, of shared memory a
-    turn of its banks; `least` would do for the same bytes side by side."""
+    """What warps asked for at one place in a kernel in one launch: bytes, those that several lanes ask for at once counted once, and
+    those that the launch had not touched before. Of global memory a unit is a sector of 32 bytes, of shared memory a turn of its
+    banks; `least` would do for the same bytes side by side."""
 
     launch: int
     kernel: str
@@ -118,7 +119,7 @@ def traffic(call: Callable[[], object]) -> list[Traffic]:
     places = sorted({place for row in rows for place in row[1:3]})
     command = ["addr2line", "-f", "-C", "-s", "-e", LIBRARY, *places]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    names, lines = dict(zip(places, printed[::2])), dict(zip(places, printed[1::2]))
+    names, lines = dict(zip(places, printed[::2])), dict(zip(places, (line.split()[0] for line in printed[1::2])))
     return [Traffic(int(row[0]), names[row[1]], lines[row[2]], *map(bool, map(int, row[3:5])), *map(int, row[5:])) for row in rows]
 
 

@@ -52,12 +52,13 @@ __global__ void a_byte_too_far(float* x, bool right) {
 }
 
 __global__ void before_the_first(float* x, bool right) {
-  x[kThreads - 1] = x[int(threadIdx.x) - (threadIdx.x == 0 && !right)];
+  if (threadIdx.x == 0) x[0] = x[right ? 0 : -1];
 }
 
 __global__ void beyond_shared(float* x, bool right) {
   __shared__ float y[kThreads], z[kThreads];
   y[threadIdx.x] = z[threadIdx.x] = 0;
+  __syncthreads();
   if (threadIdx.x == 0) x[0] = y[kThreads - right];
 }
 
@@ -118,21 +119,21 @@ extern "C" cudaError_t planted(const char* name, float* x, bool right) {  // x [
     cudaLaunchConfig_t config = {blocks, kThreads, kThreads * sizeof(float), 0, &attribute, 1}; \
     return cudaLaunchKernelEx(&config, kernel, x, right);                                    \
   }
-  PLANTED(no_barrier, 1, 1)
-  PLANTED(no_syncwarp, 1, 1)
-  PLANTED(two_blocks_write, 2, 1)
-  PLANTED(read_then_written, 1, 1)
-  PLANTED(unequal_barriers, 1, 1)
-  PLANTED(shuffle_apart, 1, 1)
-  PLANTED(foreign_lane, 1, 1)
-  PLANTED(a_byte_too_far, 1, 1)
-  PLANTED(before_the_first, 1, 1)
-  PLANTED(beyond_shared, 1, 1)
-  PLANTED(beyond_the_launch, 1, 1)
-  PLANTED(odd_vector, 1, 1)
-  PLANTED(copy_in_flight, 1, 1)
-  PLANTED(copy_forgotten, 1, 1)
-  PLANTED(other_block_of_cluster, 2, 2)
-  PLANTED(torn_sum, 2, 1)
+  PLANTED(no_barrier, 1, 1)  // race
+  PLANTED(no_syncwarp, 1, 1)  // race
+  PLANTED(two_blocks_write, 2, 1)  // race
+  PLANTED(read_then_written, 1, 1)  // race
+  PLANTED(unequal_barriers, 1, 1)  // threads part
+  PLANTED(shuffle_apart, 1, 1)  // threads part
+  PLANTED(foreign_lane, 1, 1)  // shuffle
+  PLANTED(a_byte_too_far, 1, 1)  // write of 1 bytes out of bounds
+  PLANTED(before_the_first, 1, 1)  // read of 4 bytes out of bounds
+  PLANTED(beyond_shared, 1, 1)  // read of 4 bytes out of bounds
+  PLANTED(beyond_the_launch, 1, 1)  // write of 4 bytes out of bounds
+  PLANTED(odd_vector, 1, 1)  // misaligned read
+  PLANTED(copy_in_flight, 1, 1)  // race
+  PLANTED(copy_forgotten, 1, 1)  // copies are not waited for
+  PLANTED(other_block_of_cluster, 2, 2)  // race
+  PLANTED(torn_sum, 2, 1)  // race
   return cudaErrorInvalidValue;
 }

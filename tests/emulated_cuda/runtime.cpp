@@ -50,14 +50,24 @@ struct Stamp {
 };
 struct Shadow {
   Stamp write, read;
-  bool operator==(const Shadow& other) const { return !memcmp(this, &other, sizeof *this); }
 };
 
 struct Region {
   uintptr_t begin;
   size_t bytes;
   bool shared;
-  std::unique_ptr<Shadow[], decltype(&std::free)> shadow{nullptr, &std::free};  // of every byte, from the first access on
+  size_t grain = 16;  // bytes that share a shadow: as many as no access has touched a part of
+  std::unique_ptr<Shadow[], decltype(&std::free)> shadows{nullptr, &std::free};
+
+  Shadow* shadows_of(uintptr_t at, size_t touched) {
+    const size_t odd = (at - begin) | touched, whole = std::min(odd & -odd, grain);
+    if (!shadows || whole < grain) {
+      auto* finer = static_cast<Shadow*>(std::calloc((bytes + whole - 1) / whole, sizeof(Shadow)));
+      for (size_t i = 0; shadows && i < (bytes + whole - 1) / whole; ++i) finer[i] = shadows[i * whole / grain];
+      shadows.reset(finer), grain = whole;
+    }
+    return &shadows[(at - begin) / grain];
+  }
 };
 std::map<uintptr_t, Region> regions;
 Region* recent[1024];  // by the place in the program that looked for it
@@ -71,7 +81,7 @@ struct Copy {
 };
 struct Request {  // of a warp: its lanes' n-th access at one place of the program
   bool shared, write;
-  size_t asked, unique;
+  size_t unique;
   std::map<uintptr_t, size_t> parts;
 };
 struct Warp {
@@ -83,7 +93,8 @@ struct Fibre {
   bool begun;
   uint3 thread, block;
   int lane, rank;  // in the warp; of the block in its cluster
-  uint64_t id;     // in the launch
+  uint64_t id;             // in the launch
+  uint64_t first[kGrid];   // the id of the first of each scope
   Warp* warp;
   uint64_t since[kGrid];  // what others of a scope did before this time has happened
   Scope waits;            // kThread: it runs. kGrid: it has ended
@@ -137,7 +148,7 @@ std::string source_line(const void* pc) {
   dladdr(pc, &info);
   FILE* pipe = popen(text("addr2line -s -e %s %lx", info.dli_fname, in_library(pc) - 1).c_str(), "r");
   char line[200] = "";
-  if (pipe && fgets(line, sizeof line, pipe)) *strchrnul(line, '\n') = 0;
+  if (pipe && fgets(line, sizeof line, pipe)) line[strcspn(line, " \n")] = 0;
   if (pipe) pclose(pipe);
   return line;
 }
@@ -146,7 +157,7 @@ std::string name(const Fibre& f) {
   return text("block (%u, %u, %u) thread %u", f.block.x, f.block.y, f.block.z, f.thread.x);
 }
 std::string name(const Stamp& s) {
-  return text("block %lu thread %lu", uint64_t(s.thread) / sizes[kBlock], s.thread % sizes[kBlock]);
+  return text("block %lu thread %lu%s", s.thread / sizes[kBlock], s.thread % sizes[kBlock], s.scope ? " and others" : "");
 }
 std::string state(const Fibre& f) {
   static const char* const kStates[] = {"runs", "meets its warp", "meets its block", "meets its cluster", "has ended"};
@@ -165,7 +176,7 @@ void fail(const std::string& what) {  // the first of a launch counts
 // ---------------------------------------------------------------------------------------------------------------- accesses
 Scope closest(uint64_t thread, const Fibre& f) {
   int scope = kThread;
-  while (scope < kGrid && thread / sizes[scope] != f.id / sizes[scope]) ++scope;
+  while (scope < kGrid && thread - f.first[scope] >= sizes[scope]) ++scope;
   return Scope(scope);
 }
 
@@ -191,7 +202,7 @@ struct Access {
     else if (ordered(s.read))
       s.read = mine;
     else
-      s.read = {time, current->id, uint64_t(std::max(Scope(s.read.scope), closest(s.read.thread, *current))), atomic};
+      s.read.time = time, s.read.scope = std::max(Scope(s.read.scope), closest(s.read.thread, *current));
   }
 };
 
@@ -221,25 +232,17 @@ void access(const void* place, size_t bytes, bool write, bool whole, const void*
     fail(text("%s of %zu bytes out of bounds at %s: %s", verb, bytes, source_line(pc).c_str(), name(*current).c_str()) + where);
   }
   if (!emulated_device.watched && !emulated_device.counted) return;
-  if (!r->shadow) r->shadow.reset(static_cast<Shadow*>(std::calloc(r->bytes, sizeof(Shadow))));
-  size_t unique = 0;
   const Access mine = {*r, write, atomic, time ? time : now, pc};
-  Shadow before, after;
-  for (size_t i = 0; i < bytes; ++i) {
-    Shadow& s = r->shadow[at - r->begin + i];
-    if (i && s == before) {
-      s = after;
-    } else {
-      before = s;
-      mine.touch(s);
-      after = s;
-    }
-    unique += (write ? before.write : before.read).time < launch_began;
+  Shadow* const shadows = r->shadows_of(at, bytes);
+  size_t unique = 0;
+  for (size_t i = 0; i < bytes / r->grain; ++i) {
+    unique += (write ? shadows[i].write : shadows[i].read).time < launch_began ? r->grain : 0;
+    mine.touch(shadows[i]);
   }
   if (!emulated_device.counted) return;
   Warp& warp = *current->warp;
   Request& request = warp.requests[{pc, warp.turn[current->lane][pc]++}];
-  request.shared = r->shared, request.write = write, request.asked += bytes, request.unique += unique;
+  request.shared = r->shared, request.write = write, request.unique += unique;
   size_t& part = request.parts[at];
   part = std::max(part, bytes);
 }
@@ -259,7 +262,7 @@ void count(Warp& warp) {
     int turns = 1;
     for (const auto& [bank, words] : units) turns = std::max(turns, words);
     t.kernel = launch_now.kernel, t.shared = request.shared, t.write = request.write;
-    ++t.requests, t.asked += request.asked, t.unique += request.unique;
+    ++t.requests, t.asked += distinct, t.unique += request.unique;
     t.units += request.shared ? turns : units.size();
     t.least += request.shared ? (distinct + 127) / 128 : (distinct + 31) / 32;
   }
@@ -358,6 +361,7 @@ void run_cluster(uint64_t index) {
     f.block = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     f.thread = {t % launch_now.block.x, t / launch_now.block.x % launch_now.block.y, t / launch_now.block.x / launch_now.block.y};
     f.lane = i % kLanes, f.rank = i / block, f.id = index * threads + i, f.warp = &warps[i / kLanes];
+    for (int scope = kThread; scope < kGrid; ++scope) f.first[scope] = f.id / sizes[scope] * sizes[scope];
     f.waits = kThread, f.copies.clear(), f.group = 0;
     std::fill(f.since, f.since + kGrid, now);
     f.since[kThread] = kNever;
@@ -448,9 +452,8 @@ void wait_for_copies(int but_last_groups) {
   for (auto copy = copies.begin(); copy < left; ++copy) {
     memcpy(copy->to, copy->from, copy->bytes);
     Region* const r = region_of(uintptr_t(copy->to), copy->bytes, nullptr);
-    if (r->shadow)
-      for (size_t i = 0; i < copy->bytes; ++i)
-        r->shadow[uintptr_t(copy->to) - r->begin + i].write = {now, current->id, kThread, false};
+    Shadow* const shadows = r->shadows_of(uintptr_t(copy->to), copy->bytes);
+    for (size_t i = 0; i < copy->bytes / r->grain; ++i) shadows[i].write = {now, current->id, kThread, false};
   }
   copies.erase(copies.begin(), left);
 }
