@@ -1,7 +1,7 @@
 """The CUDA sources as a library for the CPU, with torch's device: to be preloaded.
 
-What g++ does not parse of CUDA C++ is rewritten, every CUDA header is language.h, and kernels are compiled with calls before each
-access. Objects are kept by what they are made of."""
+What g++ does not parse of CUDA C++ is rewritten, every CUDA header is language.h, and kernels are compiled with calls before
+each access. Objects are kept by what they are made of."""
 
 import hashlib
 import os
@@ -41,7 +41,8 @@ def shared(match: re.Match) -> str:
     dynamic, kind, declared = match.groups()
     if dynamic:
         return f"auto* {declared.removesuffix('[]')} = static_cast<{kind}*>(emulated::shared(nullptr, 0));"
-    declare = "using {0}_t = {1}{2}; static char {0}_key; auto& {0} = *static_cast<{0}_t*>(emulated::shared(&{0}_key, sizeof({0}_t)));"
+    declare = "using {0}_t = {1}{2}; static char {0}_key; "
+    declare += "auto& {0} = *static_cast<{0}_t*>(emulated::shared(&{0}_key, sizeof({0}_t)));"
     names = re.findall(r"(\w+)((?:\[[^\]]*\])*)(?:, |$)", declared)
     return " ".join(declare.format(name, kind, extents) for name, extents in names)
 
@@ -68,6 +69,7 @@ def compiled(source: Path, flags: list[str], folder: Path, target: Path = CACHE)
 
 
 def library(csrc: Path = ROOT / "csrc", name: str = "whole") -> Path:
+    """The library of these sources; several at once have a name each."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
         tree = CACHE / f"{name}-sources"
@@ -81,7 +83,7 @@ def library(csrc: Path = ROOT / "csrc", name: str = "whole") -> Path:
         parts = [HERE / "device.cpp", *sorted((tree / "cuda").glob("*_cuda.cpp")), tree / "bindings.cpp"]
         (tree / "torch.cpp").write_text("".join(f'#include "{part}"\n' for part in parts))
         objects = [compiled(path.relative_to(tree), KERNEL, tree) for path in sorted((tree / "cuda").glob("*.cu"))]
-        objects += [compiled(HERE / "runtime.cpp", RUNTIME, tree)]
+        objects += [compiled(HERE / name, RUNTIME, HERE) for name in ("threads.cpp", "memory.cpp")]
         of_torch = compiled(tree / "torch.cpp", [*OF_TORCH, *INCLUDES], tree)
         made = CACHE / f"{name}.so"
         # Of what bindings.cpp names, the CPU's operators are not here, and not called.

@@ -1,4 +1,4 @@
-// A CUDA device for a torch that is built without CUDA: its memory is the host's, known to runtime.cpp; its operations are the
+// A CUDA device for a torch that is built without CUDA: its memory is the host's, known to memory.cpp; its operations are the
 // CPU's, and tensors of both devices do not mix. It is preloaded, since torch asks for its device early; the Python half is
 // emulated_cuda.py.
 #include <ATen/ATen.h>
@@ -18,10 +18,7 @@
 #include <new>
 #include <optional>
 
-namespace emulated {
-void* allocated(size_t bytes);
-void released(void* data);
-}  // namespace emulated
+#include "runtime.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
-"""The Python half of the emulated device: torch.cuda's functions, where everything is done at once, the operators' CUDA kernels as
-the library has them, and what it saw them do. A pytest plugin: `-p emulated_cuda`, with the library preloaded."""
+"""The Python half of the emulated device: torch.cuda's functions, where everything is done at once, the operators' CUDA kernels
+as the library has them, and what it saw them do. A pytest plugin: `-p emulated_cuda`, with the library preloaded."""
 
 import ctypes
 import importlib.machinery
@@ -73,7 +73,7 @@ runtime.emulated_fault.restype = runtime.emulated_traffic.restype = ctypes.c_cha
 
 
 class Device(ctypes.Structure):
-    """runtime.cpp's emulated_device."""
+    """runtime.h's emulated_device."""
 
     _fields_ = [(name, ctypes.c_int) for name in (
         "processors", "per_processor", "generation", "shared_bytes", "order", "poison", "watched", "counted",
@@ -95,9 +95,9 @@ def device(**settings: int):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What warps asked for at one place in a kernel in one launch: bytes, those that several lanes ask for at once counted once, and
-    those that the launch had not touched before. Of global memory a unit is a sector of 32 bytes, of shared memory a turn of its
-    banks; `least` would do for the same bytes side by side."""
+    """What warps asked for at one place in a kernel in one launch: bytes, those that several lanes ask for at once counted once,
+    and those that the launch had not touched before. Of global memory a unit is a sector of 32 bytes, of shared memory a turn of
+    its banks; `least` would do for the same bytes side by side."""
 
     launch: int
     kernel: str
@@ -120,7 +120,16 @@ def traffic(call: Callable[[], object]) -> list[Traffic]:
     command = ["addr2line", "-f", "-C", "-s", "-e", LIBRARY, *places]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     names, lines = dict(zip(places, printed[::2])), dict(zip(places, (line.split()[0] for line in printed[1::2])))
-    return [Traffic(int(row[0]), names[row[1]], lines[row[2]], *map(bool, map(int, row[3:5])), *map(int, row[5:])) for row in rows]
+    made = lambda launch, kernel, place, *numbers: Traffic(int(launch), names[kernel], lines[place], *map(int, numbers))
+    return [made(*row) for row in rows]
+
+
+# Composed of operators that are watched in their own tests.
+COMPOSED = ("test_lanczos", "test_svd_topk", "test_layer_stats")
+
+
+def pytest_runtest_setup(item):
+    Device.in_dll(runtime, "emulated_device").watched = item.path.stem not in COMPOSED
 
 
 _status = 0

@@ -1,5 +1,5 @@
 // CUDA C++ for g++: in the place of every CUDA header, as much of them as csrc/cuda uses. What is missing does not compile; it
-// is added here. What needs to know of other threads is in runtime.cpp.
+// is added here. What needs to know of other threads is in threads.cpp and memory.cpp.
 #pragma once
 
 #include <math.h>
@@ -75,7 +75,7 @@ struct Launch {
 cudaError_t run(const Launch& launch, void (*call)(const void*), const void* closure);
 const char* fault();  // what went wrong in the last launch
 int attribute(int which);
-int resident(const void* kernel, int threads, size_t shared_bytes);
+int resident(int threads, size_t shared_bytes);
 cudaError_t allow_shared(const void* kernel, int bytes);
 
 template <class... P, class... A>
@@ -252,8 +252,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return memset(to, value, bytes), cudaSuccess; }
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel kernel, int threads, size_t shared_bytes) {
-  return *blocks = emulated::resident(reinterpret_cast<const void*>(kernel), threads, shared_bytes), cudaSuccess;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
+  return *blocks = emulated::resident(threads, shared_bytes), cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {

@@ -130,7 +130,7 @@ extern "C" cudaError_t planted(const char* name, float* x, bool right) {  // x [
   PLANTED(before_the_first, 1, 1)  // read of 4 bytes out of bounds
   PLANTED(beyond_shared, 1, 1)  // read of 4 bytes out of bounds
   PLANTED(beyond_the_launch, 1, 1)  // write of 4 bytes out of bounds
-  PLANTED(odd_vector, 1, 1)  // misaligned read
+  PLANTED(odd_vector, 1, 1)  // read of 16 bytes misaligned
   PLANTED(copy_in_flight, 1, 1)  // race
   PLANTED(copy_forgotten, 1, 1)  // copies are not waited for
   PLANTED(other_block_of_cluster, 2, 2)  // race

@@ -130,8 +130,8 @@ def of_matrix(op, shape, dtype):
     return op(shape, dtype), shape[0] * shape[1] * BYTES[dtype]
 
 
-# The bytes that benchmarks/NOTES.md calls the floor; at most how many times as many are moved, each once however often it is asked
-# for, and asked for; how many sectors for the least; and how many turns of shared memory for the least.
+# Beside the bytes that benchmarks/NOTES.md calls the floor: at most how many times as many are moved, each once however often it
+# is asked for, and asked for; how many sectors for the least; and how many turns of shared memory's banks for the least.
 FLOORS = {
     "weighted_sum, T = 8, fp32": (lambda: of_vectors(weighted_sum, 8, FP32, 2), 1.001, 1.02, 1.0, 1.0),
     "weighted_sum, T = 20, fp32": (lambda: of_vectors(weighted_sum, 20, FP32, 2), 1.001, 1.02, 1.0, 1.0),
@@ -139,7 +139,7 @@ FLOORS = {
     "weighted_sum, T = 8, int8": (lambda: of_vectors(weighted_sum, 8, INT8, 2), 1.001, 1.02, 2.1, 1.0),
     "weighted_sum, T = 8, int4": (lambda: of_vectors(weighted_sum, 8, INT4, 2), 1.001, 1.02, 2.1, 1.0),
     "coefficient_grad, T = 8, fp32": (lambda: of_vectors(coefficient_grad, 8, FP32, 1), 1.01, 1.02, 1.1, 1.0),
-    "coefficient_grad, T = 20, fp32": (lambda: of_vectors(coefficient_grad, 20, FP32, 1), 1.01, 1.02, 1.1, 1.0),
+    "coefficient_grad, T = 20, fp32": (lambda: of_vectors(coefficient_grad, 20, FP32, 1), 1.01, 1.11, 1.1, 1.0),
     "coefficient_grad, T = 8, bf16": (lambda: of_vectors(coefficient_grad, 8, BF16, 1), 1.02, 1.03, 1.1, 1.0),
     "softmax_kl (32, 1000) fp32": (lambda: of_rows(32, 1000, FP32), 1.01, 1.7, 1.01, 1.0),
     "softmax_kl (3, 32000) fp32": (lambda: of_rows(3, 32000, FP32), 1.001, 1.001, 1.0, 1.1),
@@ -148,7 +148,7 @@ FLOORS = {
     "gram_product 768 x 768 fp32": (lambda: of_matrix(gram_product, (768, 768), FP32), 1.3, 4.4, 1.0, 1.0),
     "gram_product 768 x 768 bf16": (lambda: of_matrix(gram_product, (768, 768), BF16), 1.6, 6.6, 1.0, 1.0),
     "gram_product 300 x 768 fp32": (lambda: of_matrix(gram_product, (300, 768), FP32), 1.3, 4.4, 1.1, 1.0),
-    "moments 768 x 768 fp32": (lambda: of_matrix(moments, (768, 768), FP32), 1.01, 1.01, 1.0, 1.0),
+    "moments 768 x 768 fp32": (lambda: of_matrix(moments, (768, 768), FP32), 1.01, 1.01, 1.001, 1.0),
 }
 
 
