@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import include_paths
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "emulated_cuda"
-CXX = os.environ.get("CXX", "g++")
+CXX = "g++"
 TORCH = Path(torch.__file__).parent / "lib"
 # Accesses stay what they are in the source: a vector is not taken apart, and no two become one.
 KERNEL = "-x c++ -std=c++17 -O2 -g1 -fPIC -w -fno-strict-aliasing -fno-tree-sra -fno-store-merging -fno-tree-vectorize".split()
@@ -53,12 +53,12 @@ def ptx(match: re.Match) -> str:
     return f"{target} = ptx::{instruction.replace('.', '_')}({operands});"
 
 
-def compiled(source: Path, flags: list[str], folder: Path, target: Path = CACHE) -> Path:
-    """The object of a source in a folder, which names of files in messages begin at."""
+def compiled(source: Path, flags: list[str], folder: Path) -> Path:
+    """The object of a source; names of files are relative to the folder, so that copies elsewhere have the same object."""
     flags = [*flags, "-I.", f"-I{HERE}"]
     preprocess = [CXX, *(flag for flag in flags if flag != "-g1"), "-E", source]
     text = subprocess.run(preprocess, cwd=folder, capture_output=True, check=True).stdout
-    made = target / f"{source.stem}-{hashlib.sha256(text + repr(flags).encode()).hexdigest()[:16]}.o"
+    made = CACHE / f"{source.stem}-{hashlib.sha256(text + repr(flags).encode()).hexdigest()[:16]}.o"
     if not made.exists():
         unfinished = made.with_suffix(f".{os.getpid()}")
         command = [CXX, *flags, "-fpreprocessed", "-c", "-", "-o", unfinished]
@@ -80,11 +80,12 @@ def library(csrc: Path = ROOT / "csrc", name: str = "whole") -> Path:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_text(rewritten(path.read_text()))
         (tree / "cuda" / "planted.cu").write_text(rewritten((HERE / "planted.cu").read_text()))
-        parts = [HERE / "device.cpp", *sorted((tree / "cuda").glob("*_cuda.cpp")), tree / "bindings.cpp"]
+        in_tree = lambda pattern: [path.relative_to(tree) for path in sorted(tree.glob(pattern))]
+        parts = ["device.cpp", *in_tree("cuda/*_cuda.cpp"), "bindings.cpp"]
         (tree / "torch.cpp").write_text("".join(f'#include "{part}"\n' for part in parts))
-        objects = [compiled(path.relative_to(tree), KERNEL, tree) for path in sorted((tree / "cuda").glob("*.cu"))]
-        objects += [compiled(HERE / name, RUNTIME, HERE) for name in ("threads.cpp", "memory.cpp")]
-        of_torch = compiled(tree / "torch.cpp", [*OF_TORCH, *INCLUDES], tree)
+        objects = [compiled(path, KERNEL, tree) for path in in_tree("cuda/*.cu")]
+        objects += [compiled(Path(half), RUNTIME, HERE) for half in ("threads.cpp", "memory.cpp")]
+        of_torch = compiled(Path("torch.cpp"), [*OF_TORCH, *INCLUDES], tree)
         made = CACHE / f"{name}.so"
         # Of what bindings.cpp names, the CPU's operators are not here, and not called.
         subprocess.run(["objcopy", "--wildcard", "--weaken-symbol=*samerge*", of_torch, tree / "torch.o"], check=True)

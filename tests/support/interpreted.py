@@ -57,12 +57,13 @@ def _touch(pointers, mask, writes: bool):
     for memory in _memories:
         offsets = places - memory.begin
         inside = (offsets >= 0) & (offsets + size <= memory.bytes)
-        if not inside.any():
-            continue
         touched, places = offsets[inside], places[~inside]
+        if not len(touched):
+            continue
         assert not (touched % size).any(), f"program {x, y, z}: misaligned"
-        assert np.isin(memory.written[touched], (NO_ONE, program)).all(), f"program {x, y, z} touches what another has written"
-        read = np.isin(memory.read[touched], (NO_ONE, program))
+        written, read = memory.written[touched], memory.read[touched]
+        assert ((written == NO_ONE) | (written == program)).all(), f"program {x, y, z} touches what another has written"
+        read = (read == NO_ONE) | (read == program)
         if writes:
             assert read.all(), f"program {x, y, z} writes what another has read"
             assert len(np.unique(touched)) == len(touched), f"program {x, y, z} writes one place twice at once"
