@@ -26,13 +26,9 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-#define EMULATED_VECTORS(type, name)        \
-  struct alignas(2 * sizeof(type)) name##2 {  \
-    type x, y;                              \
-  };                                        \
-  struct alignas(16) name##4 {              \
-    type x, y, z, w;                        \
-  };
+#define EMULATED_VECTORS(type, name)                       \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; }; \
+  struct alignas(16) name##4 { type x, y, z, w; };
 EMULATED_VECTORS(int, int)
 EMULATED_VECTORS(unsigned, uint)
 EMULATED_VECTORS(float, float)
@@ -40,7 +36,12 @@ struct alignas(16) double2 {
   double x, y;
 };
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct CUstream_st*;
 
 namespace emulated {
@@ -119,12 +120,18 @@ inline EMULATED_UNSEEN T atomically(T* place, Change change) {
 
 // ------------------------------------------------------------------------------------------------------- device functions
 inline void __syncthreads(EMULATED_SITE) { emulated::meet(emulated::kBlock, file, line); }
-inline void __syncwarp(unsigned mask = ~0u, EMULATED_SITE) { emulated::exchange(mask, 0, emulated::kBarrier, file, line); }
+inline void __syncwarp(unsigned mask = ~0u, EMULATED_SITE) {
+  emulated::exchange(mask, 0, emulated::kBarrier, file, line);
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_SITE) {
   return emulated::exchange(mask, predicate != 0, emulated::kBallot, file, line);
 }
-inline int __any_sync(unsigned mask, int predicate, EMULATED_SITE) { return __ballot_sync(mask, predicate, file, line) != 0; }
-inline int __all_sync(unsigned mask, int predicate, EMULATED_SITE) { return __ballot_sync(mask, !predicate, file, line) == 0; }
+inline int __any_sync(unsigned mask, int predicate, EMULATED_SITE) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, EMULATED_SITE) {
+  return __ballot_sync(mask, !predicate, file, line) == 0;
+}
 template <class T>
 inline T __shfl_sync(unsigned mask, T x, int lane, EMULATED_SITE) {
   return emulated::from_lane(mask, x, lane % 32, file, line);
@@ -250,7 +257,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   return *value = emulated::attribute(which), cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return memset(to, value, bytes), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return memset(to, value, bytes), cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
   return *blocks = emulated::resident(threads, shared_bytes), cudaSuccess;
@@ -264,7 +273,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   dim3 cluster;
   if (config->numAttrs) cluster.x = config->attrs[0].val.clusterDim.x;
   const void* const address = reinterpret_cast<const void*>(kernel);
-  return emulated::run({address, config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster}, kernel, arguments...);
+  return emulated::run({address, config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster}, kernel,
+                       arguments...);
 }
 
 // What the wrappers use of torch's CUDA headers.
@@ -276,7 +286,7 @@ struct CUDAGuard {
 using OptionalCUDAGuard = CUDAGuard;
 inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
 }  // namespace c10::cuda
-#define C10_CUDA_CHECK(call)                                                                                \
-  do {                                                                                                      \
+#define C10_CUDA_CHECK(call)                                                                                    \
+  do {                                                                                                          \
     if (const cudaError_t error = call) TORCH_CHECK(false, "CUDA error ", int(error), ": ", emulated::fault()); \
   } while (0)

@@ -69,7 +69,8 @@ std::string source_line(const void* pc) {
 }
 
 std::string name(const Stamp& s) {
-  return text("block %lu thread %lu%s", s.thread / sizes[kBlock], s.thread % sizes[kBlock], s.scope ? " and others" : "");
+  return text("block %lu thread %lu%s", s.thread / sizes[kBlock], s.thread % sizes[kBlock],
+              s.scope ? " and others" : "");
 }
 
 // ------------------------------------------------------------------------------------------------------------------- races
@@ -108,7 +109,8 @@ struct Access {
 struct Traffic {
   const void* kernel;
   bool shared, write;
-  size_t requests, asked, unique, units, least;  // units: sectors of 32 bytes, or turns that the banks of shared memory take
+  size_t requests, asked, unique, units,
+      least;  // units: sectors of 32 bytes, or turns that the banks of shared memory take
 };
 std::map<std::pair<uint64_t, const void*>, Traffic> traffic;  // by launch and place in the program
 
@@ -128,11 +130,13 @@ void note(const Region& region, uintptr_t at, size_t bytes, bool write, const vo
 }
 
 // ---------------------------------------------------------------------------------------------------------------- accesses
-void access(const void* place, size_t bytes, bool write, bool whole, const void* pc, uint64_t time = 0, bool atomic = false) {
+void access(const void* place, size_t bytes, bool write, bool whole, const void* pc, uint64_t time = 0,
+            bool atomic = false) {
   const char* const at = static_cast<const char*>(place);
   if (!current || (at >= stacks && at < stacks + kStacks)) return;
   const auto refuse = [&](const char* what, const std::string& detail = "") {
-    fail(text("%s of %zu bytes %s at %s: %s", write ? "write" : "read", bytes, what, source_line(pc).c_str(), name(*current).c_str()) +
+    fail(text("%s of %zu bytes %s at %s: %s", write ? "write" : "read", bytes, what, source_line(pc).c_str(),
+              name(*current).c_str()) +
          detail);
   };
   if (whole && uintptr_t(at) % bytes) refuse("misaligned");
@@ -157,7 +161,8 @@ namespace emulated {
 
 void* allocated(size_t bytes, bool shared) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
-  char* const data = static_cast<char*>(std::aligned_alloc(512, (bytes + 1023) / 512 * 512));  // at least 512 bytes apart
+  char* const data =
+      static_cast<char*>(std::aligned_alloc(512, (bytes + 1023) / 512 * 512));  // at least 512 bytes apart
   if (data) regions[data] = {data, bytes, shared};
   return data;
 }
@@ -226,8 +231,8 @@ const char* emulated_traffic() {
   static std::string lines;
   lines.clear();
   for (const auto& [key, t] : std::exchange(traffic, {}))
-    lines += text("%lu\t%lx\t%lx\t%d\t%d\t%zu\t%zu\t%zu\t%zu\t%zu\n", key.first, in_library(t.kernel), in_library(key.second), t.shared,
-                  t.write, t.requests, t.asked, t.unique, t.units, t.least);
+    lines += text("%lu\t%lx\t%lx\t%d\t%d\t%zu\t%zu\t%zu\t%zu\t%zu\n", key.first, in_library(t.kernel),
+                  in_library(key.second), t.shared, t.write, t.requests, t.asked, t.unique, t.units, t.least);
   return lines.c_str();
 }
 

@@ -112,28 +112,28 @@ __global__ void torn_sum(float* x, bool right) {
 }  // namespace
 
 extern "C" cudaError_t planted(const char* name, float* x, bool right) {  // x [64]
-#define PLANTED(kernel, blocks, cluster_blocks)                                              \
-  if (!strcmp(name, #kernel)) {                                                              \
-    cudaLaunchAttribute attribute = {cudaLaunchAttributeClusterDimension};                   \
-    attribute.val.clusterDim = {cluster_blocks, 1, 1};                                       \
+#define PLANTED(kernel, blocks, cluster_blocks)                                                 \
+  if (!strcmp(name, #kernel)) {                                                                 \
+    cudaLaunchAttribute attribute = {cudaLaunchAttributeClusterDimension};                      \
+    attribute.val.clusterDim = {cluster_blocks, 1, 1};                                          \
     cudaLaunchConfig_t config = {blocks, kThreads, kThreads * sizeof(float), 0, &attribute, 1}; \
-    return cudaLaunchKernelEx(&config, kernel, x, right);                                    \
+    return cudaLaunchKernelEx(&config, kernel, x, right);                                       \
   }
-  PLANTED(no_barrier, 1, 1)  // race
-  PLANTED(no_syncwarp, 1, 1)  // race
-  PLANTED(two_blocks_write, 2, 1)  // race
-  PLANTED(read_then_written, 1, 1)  // race
-  PLANTED(unequal_barriers, 1, 1)  // threads part
-  PLANTED(shuffle_apart, 1, 1)  // threads part
-  PLANTED(foreign_lane, 1, 1)  // shuffle
-  PLANTED(a_byte_too_far, 1, 1)  // write of 1 bytes out of bounds
-  PLANTED(before_the_first, 1, 1)  // read of 4 bytes out of bounds
-  PLANTED(beyond_shared, 1, 1)  // read of 4 bytes out of bounds
-  PLANTED(beyond_the_launch, 1, 1)  // write of 4 bytes out of bounds
-  PLANTED(odd_vector, 1, 1)  // read of 16 bytes misaligned
-  PLANTED(copy_in_flight, 1, 1)  // race
-  PLANTED(copy_forgotten, 1, 1)  // copies are not waited for
+  PLANTED(no_barrier, 1, 1)              // race
+  PLANTED(no_syncwarp, 1, 1)             // race
+  PLANTED(two_blocks_write, 2, 1)        // race
+  PLANTED(read_then_written, 1, 1)       // race
+  PLANTED(unequal_barriers, 1, 1)        // threads part
+  PLANTED(shuffle_apart, 1, 1)           // threads part
+  PLANTED(foreign_lane, 1, 1)            // shuffle
+  PLANTED(a_byte_too_far, 1, 1)          // write of 1 bytes out of bounds
+  PLANTED(before_the_first, 1, 1)        // read of 4 bytes out of bounds
+  PLANTED(beyond_shared, 1, 1)           // read of 4 bytes out of bounds
+  PLANTED(beyond_the_launch, 1, 1)       // write of 4 bytes out of bounds
+  PLANTED(odd_vector, 1, 1)              // read of 16 bytes misaligned
+  PLANTED(copy_in_flight, 1, 1)          // race
+  PLANTED(copy_forgotten, 1, 1)          // copies are not waited for
   PLANTED(other_block_of_cluster, 2, 2)  // race
-  PLANTED(torn_sum, 2, 1)  // race
+  PLANTED(torn_sum, 2, 1)                // race
   return cudaErrorInvalidValue;
 }

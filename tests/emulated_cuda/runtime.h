@@ -51,7 +51,7 @@ struct Fibre {
   int lane() const { return id % kLanes; }
 };
 
-extern Fibre* current;     // null while no thread of a kernel runs
+extern Fibre* current;      // null while no thread of a kernel runs
 extern const char* stacks;  // of all fibres
 extern Launch launch_now;
 extern uint64_t sizes[kGrid];  // how many threads a scope has

@@ -145,7 +145,8 @@ void begin(uint64_t cluster) {
     const unsigned b = f.id / sizes[kBlock], t = f.id % sizes[kBlock];
     f.block = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     f.thread = {t % block.x, t / block.x % block.y, t / block.x / block.y};
-    for (int scope = kThread; scope < kGrid; ++scope) f.first[scope] = f.id / sizes[scope] * sizes[scope], f.since[scope] = now;
+    for (int scope = kThread; scope < kGrid; ++scope)
+      f.first[scope] = f.id / sizes[scope] * sizes[scope], f.since[scope] = now;
     f.since[kThread] = kNever;
     f.waits = kThread, f.copies.clear(), f.group = 0;
   }
@@ -185,7 +186,9 @@ uint3 gridDim() { return {launch_now.grid.x, launch_now.grid.y, launch_now.grid.
 unsigned block_rank() { return current->rank; }
 unsigned cluster_blocks() { return launch_now.cluster.x; }
 
-void* shared(const void* key, size_t bytes) { return variable(current->rank, key, key ? bytes : launch_now.shared_bytes); }
+void* shared(const void* key, size_t bytes) {
+  return variable(current->rank, key, key ? bytes : launch_now.shared_bytes);
+}
 void* shared_of(const void* mine, int rank) {
   for (const auto& [key, bytes, data] : variables[current->rank]) {
     const size_t offset = static_cast<const char*>(mine) - data;
@@ -210,14 +213,16 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, const char* file, i
 cudaError_t run(const Launch& launch, void (*call)(const void*), const void* closure) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
   const dim3 grid = launch.grid, block = launch.block;
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, threads = block.x * block.y * block.z, cluster = launch.cluster.x;
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, threads = block.x * block.y * block.z,
+                 cluster = launch.cluster.x;
   const size_t allowed = shared_limits.count(launch.kernel) ? shared_limits[launch.kernel] : 48 << 10;
   fault_now.clear();
   if (!blocks || !threads || threads > kMostThreads || threads % kLanes || grid.y > 65535 || grid.z > 65535)
     fail(text("a grid of (%u, %u, %u) blocks of %lu threads", grid.x, grid.y, grid.z, threads));
   if (cluster > 1 && (emulated_device.generation < 9 || cluster > kMostBlocks || grid.x % cluster))
     fail(text("clusters of %lu blocks in a grid of %u", cluster, grid.x));
-  if (launch.shared_bytes > allowed) fail(text("%zu bytes of shared memory, allowed are %zu", launch.shared_bytes, allowed));
+  if (launch.shared_bytes > allowed)
+    fail(text("%zu bytes of shared memory, allowed are %zu", launch.shared_bytes, allowed));
   if (!fault_now.empty()) return last_error = cudaErrorInvalidConfiguration;
 
   launch_now = launch, call_now = call, closure_now = closure;
@@ -234,7 +239,8 @@ cudaError_t run(const Launch& launch, void (*call)(const void*), const void* clo
   if (!fault_now.empty()) fibres.clear();  // some are in the middle of a kernel
   size_t shared_bytes = launch.shared_bytes;
   for (const Variable& one : variables[0]) shared_bytes += one.key ? one.bytes : 0;
-  if (shared_bytes > size_t(emulated_device.shared_bytes)) fail(text("%zu bytes of shared memory for a block", shared_bytes));
+  if (shared_bytes > size_t(emulated_device.shared_bytes))
+    fail(text("%zu bytes of shared memory for a block", shared_bytes));
   for (auto& of_block : variables)
     for (const Variable& one : std::exchange(of_block, {})) released(one.data);
   return last_error = fault_now.empty() ? cudaSuccess : cudaErrorLaunchFailure;

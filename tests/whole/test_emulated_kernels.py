@@ -167,7 +167,7 @@ def test_bytes_are_the_floor(case, record_property):
     assert all(a <= b for a, b in zip(found, most)), (found, most, worst)
 
 
-PLANTED = dict(re.findall(r"PLANTED\((\w+), \d, \d\)  // (.+)", (ROOT / "tests" / "emulated_cuda" / "planted.cu").read_text()))
+PLANTED = dict(re.findall(r"PLANTED\((\w+), \d, \d\) +// (.+)", (ROOT / "tests" / "emulated_cuda" / "planted.cu").read_text()))
 
 
 @pytest.mark.parametrize("fault", PLANTED)
