@@ -22,7 +22,7 @@ def packed_twice(tmp_path):
 
 # With --dist loadfile a worker takes one file after another, and makes a module's fixtures once: the longest first, so that the
 # workers end together.
-LONGEST = ("cuda_build", "plan", "triton", "demo_studies", "benchmarks", "emulated_gpu", "sanitized_loops", "families", "soak")
+LONGEST = ("cuda_build", "emulated_gpu", "plan", "triton", "demo_studies", "benchmarks", "sanitized_loops", "families", "soak")
 
 
 def pytest_collection_modifyitems(items):
