@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import compiled
 import pytest
@@ -91,11 +90,11 @@ def test_kernels_and_methods_run_on_the_device(emulated, record_property):
     done = emulated("-m", "pytest", "-q", "-p", "emulated_cuda", *marked, *tests)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "SKIPPED" not in done.stdout, done.stdout
-    *_, table, counts = done.stdout.split("= measured =")[-1].splitlines(), done.stdout.splitlines()[-1]
-    for line in table:
-        if " MB" in line:
+    lines = done.stdout.splitlines()
+    for line in lines:
+        if " MB, moved " in line:
             record_property("measured", line)
-    record_property("measured", f"on the emulated device: {counts}; left to a GPU: {', '.join(LEFT_TO_A_GPU)}")
+    record_property("measured", f"on the emulated device: {lines[-1]}; left to a GPU: {', '.join(LEFT_TO_A_GPU)}")
 
 
 def without_the_first_barrier(text):
