@@ -60,7 +60,7 @@ LEFT_TO_A_GPU = (
     *("triton",),  # interpreted, by test_triton.py
     *("opcheck", "compile", "captured", "do_not_wait"),  # torch's own, for a device that it knows
     *("large_output", "more_than_2_to_the_31", "many_blocks", "262144", "stays_within_its_plan"),  # minutes and gigabytes
-    *("threads", "(lanczos and 20000)"),  # minutes, which test_emulated_kernels.py spends better
+    *("threads", "20000", "100003"),  # minutes, which test_emulated_kernels.py spends better
     *("sanitized",),  # the emulated device looks for the same
 )
 
