@@ -22,7 +22,7 @@ def packed_twice(tmp_path):
 
 # With --dist loadfile a worker takes one file after another, and makes a module's fixtures once: the longest first, so that the
 # workers end together.
-LONGEST = ("cuda_build", "plan", "triton", "demo_studies", "benchmarks", "emulated_gpu", "sanitized_loops", "families", "soak")
+LONGEST = ("cuda_build", "emulated_gpu", "plan", "triton", "demo_studies", "benchmarks", "sanitized_loops", "families", "soak")
 
 
 def pytest_collection_modifyitems(items):
@@ -32,6 +32,15 @@ def pytest_collection_modifyitems(items):
 
 def pytest_report_header():
     return "tests marked gpu are deselected unless -m names them: make test-gpu"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests have measured and recorded, of which a passed one would otherwise say nothing."""
+    passed = terminalreporter.stats.get("passed", ())
+    lines = [line for report in passed for name, line in report.user_properties if name == "measured"]
+    if lines:
+        terminalreporter.write_sep("=", "measured")
+        terminalreporter.write_line("\n".join(lines))
 
 
 # Under TRITON_INTERPRET=1 operator tests run on the interpreted kernels alone; test_triton.py starts such a run.

@@ -1,29 +1,33 @@
-"""What of the GPU's code is not kernels, without a GPU: where tensors lie, what is copied and read, and plans.
+"""The GPU's code without a GPU: CUDA kernels, where tensors lie, what is copied and read, and plans.
 
-A device is emulated on the CPU (emulated_cuda.cpp): its tensors mix with the CPU's as little as a GPU's do.
+A device is emulated on the CPU (tests/emulated_cuda): its tensors mix with the CPU's as little as a GPU's do, and it runs every
+thread of the CUDA kernels and watches what they do.
 """
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import compiled
 import pytest
 import streaming
 import torch
-from torch.utils.cpp_extension import include_paths
+from helpers import ROOT
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import plan
 
+MISSING = [program for program in (compiled.CXX, "objcopy", "addr2line") if shutil.which(program) is None]
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA; only one without it can be given another"),
     pytest.mark.skipif(sys.platform != "linux", reason="the emulated device is preloaded, as Linux does it"),
+    pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="needs the source tree"),
+    pytest.mark.skipif(bool(MISSING), reason=f"the CUDA kernels are compiled for the CPU: {', '.join(MISSING)} is not installed"),
 ]
 
-SUPPORT = Path(streaming.__file__).parent
-TORCH = Path(torch.__file__).parent
 PLAN = """
 import json, os, sys
 import streaming, torch
@@ -51,52 +55,74 @@ for name, (packed, logits, settings) in cases.items():
 print(json.dumps(found), flush=True)
 os._exit(0)  # as emulated_cuda.py's pytest_unconfigure
 """
-# Of test_gpu.py; the others are about kernels, captured graphs, or a GPU's memory.
-EMULATED = (
-    "test_samerging_follows_the_literal_loop",
-    "test_weights_from_everywhere_follow_the_literal_loop",
-    "test_quantised_task_vectors_stream_from_pinned_memory",
-    "test_a_device_without_an_index_is_the_current_one",
-    "test_adamerging_follows_the_literal_loop",
-    "test_a_run_continues_from_its_checkpoint",
-    "test_cpu_batches_are_fetched",
-    "test_a_late_read_names_the_step_that_went_wrong",
-    "test_bf16_autocast_learns",
+# Of the tests marked gpu, what is left to a GPU, by the words of their names.
+LEFT_TO_A_GPU = (
+    *("triton",),  # interpreted, by test_triton.py
+    *("opcheck", "compile", "captured", "do_not_wait"),  # torch's own, for a device that it knows
+    *("large_output", "more_than_2_to_the_31", "many_blocks", "262144", "stays_within_its_plan"),  # minutes and gigabytes
+    *("threads", "20000", "100003"),  # minutes, which test_emulated_kernels.py spends better
+    *("sanitized",),  # the emulated device looks for the same
 )
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """A function that runs Python with the device in place, and returns what it prints."""
-    library = tmp_path_factory.mktemp("emulated") / "emulated_cuda.so"
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-shared", "-fPIC", *(f"-I{path}" for path in include_paths())]
-    command += [SUPPORT / "emulated_cuda.cpp", "-o", library, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    environment = os.environ | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(TORCH / "lib")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+def library():
+    return compiled.library()
 
-    def run(*arguments):
-        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+
+@pytest.fixture(scope="module")
+def emulated(library):
+    """A function that runs Python with the device in place, and returns how that ended."""
+
+    def run(*arguments, library=library):
+        environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": os.pathsep.join([str(compiled.HERE), *sys.path])}
+        return subprocess.run([sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True)
 
     return run
 
 
-def test_methods_run_on_the_device(emulated):
-    chosen = ["-m", "gpu", "-k", f"not triton and ({' or '.join(EMULATED)})", Path(__file__).with_name("test_gpu.py")]
-    printed = emulated("-m", "pytest", "-v", "-p", "emulated_cuda", *chosen)
-    for name in EMULATED:
-        assert any(f"::{name}" in line and "PASSED" in line for line in printed.splitlines()), name
-    assert "SKIPPED" not in printed, printed
+def test_kernels_and_methods_run_on_the_device(emulated, record_property):
+    """What `make test-gpu` runs, and test_emulated_kernels.py; the summary of the run tells of both."""
+    operators = re.search(r"test_%\.py,([\w ]+)\)", (ROOT / "Makefile").read_text())[1].split()
+    tests = [*(f"tests/ops/test_{op}.py" for op in operators), "tests/whole/test_gpu.py", "tests/whole/test_emulated_kernels.py"]
+    marked = ["-m", "gpu or emulated", "-k", f"not ({' or '.join(LEFT_TO_A_GPU)})"]
+    done = emulated("-m", "pytest", "-q", "-p", "emulated_cuda", *marked, *tests)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "SKIPPED" not in done.stdout, done.stdout
+    lines = done.stdout.splitlines()
+    for line in lines:
+        if " MB, moved " in line:
+            record_property("measured", line)
+    record_property("measured", f"on the emulated device: {lines[-1]}; left to a GPU: {', '.join(LEFT_TO_A_GPU)}")
+
+
+def without_the_first_barrier(text):
+    return re.sub(r"(__syncthreads|cluster\.sync)\(\);", "", text, count=1)
+
+
+def test_a_missing_barrier_is_seen_in_every_kernel_that_has_one(emulated, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    broken = []
+    for path in sorted((tmp_path / "csrc" / "cuda").glob("*.cu*")):
+        text = path.read_text()
+        path.write_text(without_the_first_barrier(text))
+        broken += [path.name] * (path.read_text() != text)
+    library = compiled.library(tmp_path / "csrc", "without_barriers")
+    chosen = ["-m", "emulated", "-k", "test_results_depend", "tests/whole/test_emulated_kernels.py"]
+    done = emulated("-m", "pytest", "-q", "-p", "emulated_cuda", *chosen, library=library)
+    failed = re.findall(r"^FAILED .*test_results_depend\w+\[(\w+)", done.stdout, re.MULTILINE)
+    assert len(broken) >= 4 and all(any(name.startswith(op) for op in failed) for name in broken), (broken, done.stdout[-3000:])
+    assert len(re.findall(r"RuntimeError: CUDA error 719: race at", done.stdout)) >= len(failed)
 
 
 @pytest.fixture(scope="module")
 def planned(emulated, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     streaming.packed_twice(folder, streaming.make(dtype=torch.float32, width=64))
-    return json.loads(emulated("-c", PLAN, folder / "packed").splitlines()[-1])
+    done = emulated("-c", PLAN, folder / "packed")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", ["fp32", "int4", "file", "shared", "bf16"])

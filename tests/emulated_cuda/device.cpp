@@ -1,5 +1,6 @@
-// A CUDA device for a torch that is built without CUDA: its memory is the host's, its operations are the CPU's, and tensors of
-// both devices do not mix. It is preloaded, since torch asks for its device early; the Python half is emulated_cuda.py.
+// A CUDA device for a torch that is built without CUDA: its memory is the host's, known to memory.cpp; its operations are the
+// CPU's, and tensors of both devices do not mix. It is preloaded, since torch asks for its device early; the Python half is
+// emulated_cuda.py.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -13,10 +14,11 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <optional>
+
+#include "runtime.h"
 
 namespace {
 
@@ -37,11 +39,11 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* at = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
+    void* at = bytes ? emulated::allocated(bytes) : nullptr;
     if (bytes && !at) throw std::bad_alloc();
-    return {at, at, &std::free, kDevice};
+    return {at, at, &emulated::released, kDevice};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
+  c10::DeleterFnPtr raw_deleter() const override { return &emulated::released; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 } allocator;
 

@@ -1,0 +1,182 @@
+"""What only the emulated device shows of the CUDA kernels: that nothing depends on the order of threads, on the size of the
+device or on what memory held before; what they ask of memory; and that faults are seen, which would otherwise be worth nothing.
+
+Bounds, alignment, races, copies that are not waited for and threads that part are looked for in every launch, here as in the
+other tests that run on the emulated device."""
+
+import ctypes
+import re
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, packed, random_normal, running_on
+
+import samerge_ext as sm
+from samerge_ext import backend
+from samerge_ext.packing.quantised import QuantisedTaskVectors
+
+emulated_cuda = sys.modules.get("emulated_cuda")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulated_cuda is None, reason="runs on the emulated device, from tests/whole/test_emulated_gpu.py"),
+]
+OTHERWISE = (
+    {"order": 1, "poison": 0},
+    {"order": 2, "processors": 1, "per_processor": 1, "poison": 0x3F},
+    {"order": 3, "processors": 132, "per_processor": 3},
+)
+BF16, FP32, FP64, INT8, INT4 = torch.bfloat16, torch.float32, torch.float64, "int8", "int4"
+BYTES = {BF16: 2, FP32: 4, FP64: 8, INT8: 1 + 2 / 128, INT4: 0.5 + 2 / 128}
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    with running_on("cuda"):
+        yield
+
+
+def moved(tensor, offset):
+    """The same numbers `offset` numbers into memory of their own, which ends with them."""
+    place = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:].view(tensor.shape)
+    return place.copy_(tensor)
+
+
+def vectors(tasks, dtype, offset=0, layers=(3, 0, 1, 2)):
+    quantised = dtype in (INT8, INT4)
+    wide = FP64 if dtype == FP64 else FP32
+    base, values, coefficients, block_layer = packed(tasks, list(layers), base=wide if quantised else dtype, tasks=wide)
+    stored = QuantisedTaskVectors.of(values.cpu(), dtype).to("cuda") if quantised else moved(values.to(dtype), offset)
+    return moved(base, offset), stored, coefficients, block_layer
+
+
+def weighted_sum(tasks, dtype, **options):
+    base, stored, coefficients, block_layer = vectors(tasks, dtype, **options)
+    return lambda: [sm.weighted_sum(base, stored, coefficients, block_layer)]
+
+
+def coefficient_grad(tasks, dtype, **options):
+    grad, stored, coefficients, block_layer = vectors(tasks, dtype, **options)
+    return lambda: [sm.coefficient_grad(grad, stored, block_layer, coefficients.shape[1])]
+
+
+def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0):
+    student, teacher = (3 * x for x in random_normal((rows, columns), (teachers, rows, columns), seed=columns))
+    student, teacher = moved(student.to(dtype), offset), moved(teacher.to(dtype), offset)
+    scale = torch.linspace(-1, 2, rows, dtype=FP64 if dtype == FP64 else FP32) if grad else None
+    out = moved(student, offset) if grad else None
+    arguments = student, None if loss == "entropy" else teacher, None, None, scale, out, loss, 2.0, 1.5
+    return lambda: [x for x in backend._C.softmax_kl_cuda(*arguments) if x is not None]
+
+
+def gram_product(shape, dtype, width=8, base=None, offset=0, batch=1, wide=False):
+    matrices = [moved(w.to(dtype), offset) for w in random_normal(*[shape] * batch, seed=1)]
+    bases = [moved(w.to(base), offset) for w in random_normal(*[shape] * batch, seed=2)] if base else []
+    (q,) = random_normal((batch, width, min(shape)), seed=3, dtype=FP64 if wide or dtype == FP64 else FP32)
+    scale = torch.full((batch,), 0.5, dtype=FP64)
+    return lambda: [backend._C.gram_product_cuda(matrices, bases, q, scale)]
+
+
+def moments(shape, dtype, base=None, offset=0, batch=1):
+    matrices = [moved(w.to(dtype), offset) for w in random_normal(*[shape] * batch, seed=1)]
+    bases = [moved(w.to(base), offset) for w in random_normal(*[shape] * batch, seed=2)] if base else []
+    return lambda: [backend._C.moments_cuda(matrices, bases)]
+
+
+CASES = {
+    **{f"{op.__name__} {t} {d}": lambda op=op, t=t, d=d, **options: op(t, d, **options)
+       for op in (weighted_sum, coefficient_grad) for t, d in ((3, FP32), (11, BF16), (2, FP64), (3, INT8), (5, INT4))},
+    "softmax_kl warps": lambda **options: softmax_kl(40, 100, FP32, teachers=2, **options),
+    "softmax_kl odd": lambda **options: softmax_kl(5, 1001, BF16, "cross_entropy", **options),
+    "softmax_kl blocks": lambda **options: softmax_kl(3, 5000, BF16, teachers=2, **options),
+    "softmax_kl entropy": lambda **options: softmax_kl(3, 4096, FP32, "entropy", **options),
+    "softmax_kl losses": lambda **options: softmax_kl(3, 4096, FP64, grad=False, **options),
+    "softmax_kl clusters": lambda **options: softmax_kl(2, 40000, FP32, **options),
+    "gram_product tall": lambda **options: gram_product((300, 130), FP32, batch=2, **options),
+    "gram_product wide": lambda **options: gram_product((70, 300), BF16, base=FP32, width=12, **options),
+    "gram_product double": lambda **options: gram_product((90, 70), FP64, width=4, **options),
+    "moments": lambda **options: moments((65, 1030), FP32, base=BF16, batch=2, **options),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_depend_on_the_input_alone(case):
+    call = CASES[case]()
+    expected = [result.clone() for result in call()]
+    for otherwise in OTHERWISE:
+        with emulated_cuda.device(**otherwise):
+            assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True)), otherwise
+
+
+@pytest.mark.parametrize("offset", (1, 4, 8))
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_may_begin_anywhere_and_end_where_memory_ends(case, offset):
+    expected = [result.clone() for result in CASES[case]()()]
+    for a, b in zip(CASES[case](offset=offset)(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if b.dtype != BF16 else 1e-2, atol=1e-6)
+
+
+def of_vectors(op, tasks, dtype, others):
+    """Of N numbers in one layer: task vectors, and as many vectors of the base's dtype beside them."""
+    n, base = 1024 * 100, FP32 if dtype in (INT8, INT4) else dtype
+    return op(tasks, dtype, layers=(100,)), n * (tasks * BYTES[dtype] + others * BYTES[base])
+
+
+def of_rows(rows, columns, dtype):
+    return softmax_kl(rows, columns, dtype), 3 * rows * columns * BYTES[dtype]
+
+
+def of_matrix(op, shape, dtype):
+    return op(shape, dtype), shape[0] * shape[1] * BYTES[dtype]
+
+
+# Beside the bytes that benchmarks/NOTES.md calls the floor: at most how many times as many are moved, each once however often it
+# is asked for, and asked for; how many sectors for the least; and how many turns of shared memory's banks for the least.
+FLOORS = {
+    "weighted_sum, T = 8, fp32": (lambda: of_vectors(weighted_sum, 8, FP32, 2), 1.001, 1.01, 1.0, 1.0),
+    "weighted_sum, T = 20, fp32": (lambda: of_vectors(weighted_sum, 20, FP32, 2), 1.001, 1.01, 1.0, 1.0),
+    "weighted_sum, T = 8, bf16": (lambda: of_vectors(weighted_sum, 8, BF16, 2), 1.001, 1.01, 1.0, 1.0),
+    "weighted_sum, T = 8, int8": (lambda: of_vectors(weighted_sum, 8, INT8, 2), 1.001, 1.01, 1.45, 1.0),
+    "weighted_sum, T = 8, int4": (lambda: of_vectors(weighted_sum, 8, INT4, 2), 1.001, 1.01, 1.62, 1.0),
+    "coefficient_grad, T = 8, fp32": (lambda: of_vectors(coefficient_grad, 8, FP32, 1), 1.005, 1.01, 1.02, 1.0),
+    "coefficient_grad, T = 20, fp32": (lambda: of_vectors(coefficient_grad, 20, FP32, 1), 1.005, 1.11, 1.02, 1.0),
+    "coefficient_grad, T = 8, bf16": (lambda: of_vectors(coefficient_grad, 8, BF16, 1), 1.01, 1.02, 1.04, 1.0),
+    "softmax_kl (32, 1000) fp32": (lambda: of_rows(32, 1000, FP32), 1.001, 1.67, 1.0, 1.0),
+    "softmax_kl (3, 32000) fp32": (lambda: of_rows(3, 32000, FP32), 1.001, 1.001, 1.0, 1.0),
+    "softmax_kl (3, 32000) bf16": (lambda: of_rows(3, 32000, BF16), 1.001, 1.001, 1.0, 1.0),
+    "softmax_kl (1, 128256) bf16": (lambda: of_rows(1, 128256, BF16), 1.001, 1.001, 1.0, 1.0),
+    "gram_product 768 x 768 fp32": (lambda: of_matrix(gram_product, (768, 768), FP32), 1.28, 4.3, 1.0, 1.0),
+    "gram_product 768 x 768 bf16": (lambda: of_matrix(gram_product, (768, 768), BF16), 1.55, 6.6, 1.0, 1.0),
+    "gram_product 300 x 768 fp32": (lambda: of_matrix(gram_product, (300, 768), FP32), 1.09, 2.11, 1.02, 1.0),
+    "moments 768 x 768 fp32": (lambda: of_matrix(moments, (768, 768), FP32), 1.001, 1.001, 1.001, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", FLOORS)
+def test_bytes_are_the_floor(case, record_property):
+    make, *most = FLOORS[case]
+    call, floor = make()
+    rows = emulated_cuda.traffic(call)
+    globally, shared = [row for row in rows if not row.shared], [row for row in rows if row.shared]
+    add = lambda rows, name: sum(getattr(row, name) for row in rows)
+    found = [add(globally, "unique") / floor, add(globally, "asked") / floor, add(globally, "units") / add(globally, "least")]
+    found.append(add(shared, "units") / add(shared, "least") if shared else 1.0)
+    columns = zip(("moved", "asked for", "sectors", "turns of banks"), found)
+    record_property("measured", f"{case:32} {floor / 1e6:6.2f} MB" + "".join(f", {name} {x:.3f}" for name, x in columns))
+    worst = sorted((row for row in rows if row.units > row.least), key=lambda row: row.least - row.units)[:5]
+    assert all(a <= b for a, b in zip(found, most)), (found, most, worst)
+
+
+PLANTED = dict(re.findall(r"PLANTED\((\w+), \d, \d\) +// (.+)", (ROOT / "tests" / "emulated_cuda" / "planted.cu").read_text()))
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_seen(fault):
+    x = torch.zeros(64)
+    for order in (0, 1, 2):
+        with emulated_cuda.device(order=order):
+            for right in (True, False):
+                failed = emulated_cuda.runtime.planted(fault.encode(), ctypes.c_void_p(x.data_ptr()), ctypes.c_bool(right))
+                said = emulated_cuda.runtime.emulated_fault().decode()
+                assert bool(failed) != right and said.startswith("" if right else PLANTED[fault]), said
+                assert right or "planted.cu:" in said or "copies" in said, said
