@@ -36,9 +36,13 @@ class Stream:
         return Event()
 
 
+def _bytes(self):
+    return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self)
+
+
 def _on(self, device):
     """A storage's bytes on another device."""
-    return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self).to(device).untyped_storage()
+    return _bytes(self).to(device).untyped_storage()
 
 
 NOTHING = dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "set_sync_debug_mode", "check_error"), lambda *_: None)
@@ -57,6 +61,7 @@ DEVICE = {
 for name, value in (NOTHING | DEVICE).items():
     setattr(torch.cuda, name, value)
 torch.Tensor.record_stream = lambda self, stream: None
+torch.UntypedStorage.clone = lambda self: _bytes(self).clone().untyped_storage()
 torch.UntypedStorage.cpu = lambda self: _on(self, "cpu")
 torch.UntypedStorage.to = lambda self, *, device, non_blocking=False: _on(self, device)
 
