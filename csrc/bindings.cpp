@@ -57,6 +57,9 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
 at::Tensor gram_product_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
                              const at::Tensor& q, const at::Tensor& scale);
 
+at::Tensor elected_sum_cuda(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights,
+                            double scale, bool normalize);
+
 at::Tensor moments_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 #endif
 
@@ -81,6 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());
   module.def("softmax_kl_cuda", samerge::softmax_kl_cuda, without_gil());
   module.def("gram_product_cuda", samerge::gram_product_cuda, without_gil());
+  module.def("elected_sum_cuda", samerge::elected_sum_cuda, without_gil());
   module.def("moments_cuda", samerge::moments_cuda, without_gil());
 #endif
   module.def("cpu_level", samerge::cpu_level, "Name of the instruction level in force.");

@@ -1,6 +1,4 @@
-#include "../elected_sum.h"
-
-#include "../tensors.h"
+#include "../elected_sum_call.h"
 #include "levels.h"
 #include "parallel.h"
 
@@ -9,26 +7,11 @@ namespace samerge {
 at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights,
                            double scale,
                            bool normalize) {  // [N], [T, N], [T]
-  TORCH_CHECK_VALUE(
-      base.dim() == 1 && base.size(0) % kBlock == 0 && task_vectors.dim() == 2 &&
-          task_vectors.size(1) == base.size(0) && weights.dim() == 1 && weights.size(0) == task_vectors.size(0) &&
-          weights.scalar_type() == accumulator(base) && accumulator(task_vectors) == accumulator(base),
-      "elected_sum's arguments do not fit: ", base.sizes(), ", ", task_vectors.sizes(), ", ", weights.sizes());
-  TORCH_CHECK_VALUE(base.is_cpu() && task_vectors.is_cpu() && weights.is_cpu(), "this operator runs on CPU tensors");
-  const auto dense_base = base.contiguous(), tasks = dense_rows(task_vectors);
-  const auto rounded = weights.to(tasks.scalar_type()).to(weights.scalar_type()).contiguous();
+  check_elected_sum(base, task_vectors, weights, at::kCPU);
+  const auto dense_base = base.contiguous(), tasks = dense_rows(task_vectors),
+             rounded = rounded_weights(weights, tasks);
   const auto out = dense_base.new_empty(dense_base.sizes());
-  ElectedSum a;
-  a.out = out.mutable_data_ptr();
-  a.base = dense_base.const_data_ptr();
-  a.task_vectors = tasks.const_data_ptr();
-  a.weights = rounded.const_data_ptr();
-  a.scale = scale;
-  a.normalize = normalize;
-  a.num_tasks = tasks.size(0);
-  a.task_stride = tasks.stride(0);
-  a.base_dtype = dtype_of(dense_base);
-  a.task_dtype = dtype_of(tasks);
+  const ElectedSum a = elected_sum_call(out, dense_base, tasks, rounded, scale, normalize);
   const auto loop = loops().elected_sum;
   constexpr int64_t kLeastBlocks = 16;  // fewer do not pay for a thread
   constexpr int64_t kPieceBlocks = 64;

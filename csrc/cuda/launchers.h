@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../coefficient_grad.h"
+#include "../elected_sum.h"
 #include "../gram_product.h"
 #include "../moments.h"
 #include "../softmax_kl.h"
@@ -20,6 +21,9 @@ cudaError_t weighted_sum(const WeightedSum& a, int64_t num_blocks, cudaStream_t 
 // Alignment as above.
 cudaError_t coefficient_grad(const CoefficientGrad& a, void* out, const int32_t* block_layer, int64_t num_blocks,
                              int64_t num_layers, cudaStream_t stream);
+
+// Alignment as above.
+cudaError_t elected_sum(const ElectedSum& a, int64_t num_blocks, cudaStream_t stream);
 
 // A row whose num_classes is not in 1 ... V gets loss and gradient NaN.
 cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream);

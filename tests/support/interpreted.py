@@ -1,4 +1,5 @@
-"""Triton's interpreter without what it repeats, which took half of an interpreted run, and with a watch on memory.
+"""Triton's interpreter without what it repeats, which took half of an interpreted run, with a GPU's rounding, and with a watch on
+memory.
 
 Before every call of a kernel, and of a function within one, it replaces what triton.language has for a GPU, and afterwards puts
 it back. Here it stays replaced. Programs of a launch run in no order on a GPU: here, one that touches memory outside of its
@@ -9,6 +10,7 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from samerge_ext.kernels import launch
 from triton.runtime import interpreter
 
@@ -23,6 +25,19 @@ def _replace_once(kernel):
 
 
 interpreter._patch_lang = _replace_once
+
+_convert = interpreter._convert_float
+
+
+def _convert_as_a_gpu(numbers, source, target, rounding_mode):
+    """fp32 to bf16 to the nearest, ties to even; the interpreter cuts off, or loses the carry."""
+    if not (source.is_fp32() and target.is_bf16()):
+        return _convert(numbers, source, target, rounding_mode)
+    rounded = torch.from_numpy(np.array(numbers, np.float32)).bfloat16()
+    return rounded.view(torch.int16).numpy().view(np.uint16)
+
+
+interpreter._convert_float = _convert_as_a_gpu
 
 NO_ONE, SEVERAL = 0, -1
 

@@ -60,6 +60,12 @@ def coefficient_grad(tasks, dtype, **options):
     return lambda: [sm.coefficient_grad(grad, stored, block_layer, coefficients.shape[1])]
 
 
+def elected_sum(tasks, dtype, offset=0, layers=(5,)):
+    base, values, *_ = vectors(tasks, dtype, offset, layers)
+    weights = torch.linspace(0.5, 1.0, tasks, dtype=FP64 if dtype == FP64 else FP32)
+    return lambda: [sm.ops.elected_sum(base, values, weights, 0.7)]
+
+
 def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0):
     student, teacher = (3 * x for x in random_normal((rows, columns), (teachers, rows, columns), seed=columns))
     student, teacher = moved(student.to(dtype), offset), moved(teacher.to(dtype), offset)
@@ -86,6 +92,8 @@ def moments(shape, dtype, base=None, offset=0, batch=1):
 CASES = {
     **{f"{op.__name__} {t} {d}": lambda op=op, t=t, d=d, **options: op(t, d, **options)
        for op in (weighted_sum, coefficient_grad) for t, d in ((3, FP32), (11, BF16), (2, FP64), (3, INT8), (5, INT4))},
+    **{f"elected_sum {t} {d}": lambda t=t, d=d, **options: elected_sum(t, d, **options)
+       for t, d in ((3, FP32), (11, BF16), (2, FP64))},
     "softmax_kl warps": lambda **options: softmax_kl(40, 100, FP32, teachers=2, **options),
     "softmax_kl odd": lambda **options: softmax_kl(5, 1001, BF16, "cross_entropy", **options),
     "softmax_kl blocks": lambda **options: softmax_kl(3, 5000, BF16, teachers=2, **options),
@@ -142,13 +150,15 @@ FLOORS = {
     "coefficient_grad, T = 8, fp32": (lambda: of_vectors(coefficient_grad, 8, FP32, 1), 1.005, 1.01, 1.001, 1.0),
     "coefficient_grad, T = 20, fp32": (lambda: of_vectors(coefficient_grad, 20, FP32, 1), 1.005, 1.11, 1.001, 1.0),
     "coefficient_grad, T = 8, bf16": (lambda: of_vectors(coefficient_grad, 8, BF16, 1), 1.01, 1.02, 1.002, 1.0),
+    "elected_sum, T = 8, fp32": (lambda: of_vectors(elected_sum, 8, FP32, 2), 1.001, 1.02, 1.0, 1.0),
+    "elected_sum, T = 8, bf16": (lambda: of_vectors(elected_sum, 8, BF16, 2), 1.001, 1.04, 1.0, 1.0),
     "softmax_kl (32, 1000) fp32": (lambda: of_rows(32, 1000, FP32), 1.001, 1.67, 1.0, 1.0),
     "softmax_kl (3, 32000) fp32": (lambda: of_rows(3, 32000, FP32), 1.001, 1.001, 1.0, 1.0),
     "softmax_kl (3, 32000) bf16": (lambda: of_rows(3, 32000, BF16), 1.001, 1.001, 1.0, 1.0),
     "softmax_kl (1, 128256) bf16": (lambda: of_rows(1, 128256, BF16), 1.001, 1.001, 1.0, 1.0),
     "gram_product 768 x 768 fp32": (lambda: of_matrix(gram_product, (768, 768), FP32), 1.11, 1.14, 1.001, 1.0),
     "gram_product 768 x 768 bf16": (lambda: of_matrix(gram_product, (768, 768), BF16), 1.21, 1.28, 1.001, 1.0),
-    "gram_product 300 x 768 fp32": (lambda: of_matrix(gram_product, (300, 768), FP32), 1.11, 1.14, 1.9, 1.0),  # half a sector; the next lines are the rest
+    "gram_product 300 x 768 fp32": (lambda: of_matrix(gram_product, (300, 768), FP32), 1.11, 1.14, 1.9, 1.0),
     "moments 768 x 768 fp32": (lambda: of_matrix(moments, (768, 768), FP32), 1.001, 1.001, 1.001, 1.0),
 }
 

@@ -16,7 +16,7 @@ TYPES = (*FLOATS.values(), "fp64", "*i32", "*i64", "*i8", "*u8", "i32", "i64")
 
 def test_operators_interpreted():
     """All numeric operator tests, and planted faults, in a process whose kernels are interpreted from the start, and watched."""
-    operators = ("weighted_sum", "coefficient_grad", "codes", "softmax_kl", "gram_product")
+    operators = ("weighted_sum", "coefficient_grad", "codes", "elected_sum", "softmax_kl", "gram_product")
     tests = [*(f"tests/ops/test_{op}.py" for op in operators), "tests/whole/test_interpreted_triton.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton and not (opcheck or compile or gradcheck)", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -39,9 +39,13 @@ def compile_kernel(kernel, capability, num_warps=4, **arguments):
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_packed_kernels_compile(capability, dtype):
-    from samerge_ext.kernels import coefficient_grad, weighted_sum
+    from samerge_ext.kernels import coefficient_grad, elected_sum, weighted_sum
 
     numbers, wide = FLOATS[dtype], "*fp64" if dtype == "fp64" else "*fp32"
+    assert compile_kernel(
+        elected_sum._elected_sum, capability, out=numbers, base=numbers, task_vectors=numbers, weights=wide, scale=wide,
+        task_stride="i64", num_tasks=20, NORMALIZE=True, BLOCK=1024,
+    )
     shape = {"num_tasks": 20, "GROUP": 8, "BLOCK": 1024}
     assert compile_kernel(
         weighted_sum._weighted_sum.fn, capability, out=numbers, base=numbers, task_vectors=numbers, coefficients=wide,
