@@ -32,6 +32,7 @@ class RunState:
             "tasks": list(model.packed.tasks),
             "layers": list(model.packed.layout.names),
             "dtypes": [str(model.packed.base.dtype), model.packed.task_vector_form],
+            "weight files": list(model.packed.inputs.values()),
             "batches": {task: len(held) for task, held in calibration.batches.items()},
         }
         self._steps, self._finished = 0, dict[str, Any]()

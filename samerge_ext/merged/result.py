@@ -85,7 +85,7 @@ class Result:
         heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
         statistics), coefficients.json, and README.md, the model card.
         """
-        require_apart(path, [*self.packed.inputs, *([] if self.packed.folder is None else [self.packed.folder])])
+        require_apart(path, [*map(Path, self.packed.inputs), *([] if self.packed.folder is None else [self.packed.folder])])
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
         for task, head in self.packed.heads.items():
             if head:

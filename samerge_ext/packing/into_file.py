@@ -84,7 +84,7 @@ def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
         "expert_buffers": {task: small[f"buffers/{t}"] for t, task in enumerate(tasks)},
         "heads": {task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
         "folder": Path(about["folder"]),
-        "inputs": inputs_of(about["identity"]),
+        "inputs": about["identity"].get("folders", {}),
         "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
     }
 
@@ -185,11 +185,6 @@ def identity_of(folders: Sequence[str | Path], **settings: object) -> dict:
         files = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
         found[str(folder.resolve())] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     return {"folders": found, **{key: str(value) for key, value in settings.items()}}
-
-
-def inputs_of(identity: dict) -> tuple[Path, ...]:
-    """The folders and files of an identity."""
-    return tuple(map(Path, identity.get("folders", ())))
 
 
 def require_unchanged(before: dict, after: dict) -> None:

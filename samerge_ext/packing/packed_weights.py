@@ -26,7 +26,6 @@ from samerge_ext.packing.in_pieces import InPieces
 from samerge_ext.packing.into_file import (
     described,
     identity_of,
-    inputs_of,
     open_made_from,
     open_packed,
     pack_into_file,
@@ -68,7 +67,7 @@ class PackedWeights:
     expert_buffers: each expert's own float buffers (BatchNorm statistics).
     heads: each task's own head tensors, which are never merged.
     folder: the base's folder, where the weights came from one.
-    inputs: all folders and files that the weights came from, which nothing is written over.
+    inputs: every folder or file that the weights came from -> its files' sizes and times of change; nothing is written over them.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
     conversion: what makes a module's tensors of the folders' ones, where these are not the same.
 
@@ -86,7 +85,7 @@ class PackedWeights:
     expert_buffers: dict[str, Buffers] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path | None = None
-    inputs: tuple[Path, ...] = ()
+    inputs: Mapping[str, dict[str, list[int]]] = field(default_factory=dict)
     experts: dict[str, Source | Path] = field(default_factory=dict)
     conversion: Conversion | None = None
 
@@ -179,7 +178,7 @@ class PackedWeights:
                 fields = pack_into_memory(base_source, sources, *form, device, heads, keep, Path(base))
         require_unchanged(identity, identify())
         packed = cls(**fields)
-        packed.folder, packed.inputs, packed.conversion = Path(base), inputs_of(identity), conversion
+        packed.folder, packed.inputs, packed.conversion = Path(base), identity["folders"], conversion
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed

@@ -1,6 +1,7 @@
 """The learning loop: calibration, checkpoints, and what stops it early."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -102,6 +103,13 @@ def test_a_checkpoint_of_another_run_is_refused(packed, tmp_path):
         run(packed, checkpoint_dir=tmp_path, rho=0.2)
     with pytest.raises(ValueError, match="6 steps in, past the 2 asked for"):
         run(packed, checkpoint_dir=tmp_path, steps=2)
+
+
+def test_a_checkpoint_of_weights_that_have_changed_is_refused(packed, tmp_path):
+    first, later = ({"expert/": {"model.safetensors": [100, time]}} for time in (1, 2))
+    run(replace(packed, inputs=first), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="state.pt is of another run: weight files differ"):
+        run(replace(packed, inputs=later), checkpoint_dir=tmp_path)
 
 
 def test_runs_repeat_bit_for_bit(packed):
