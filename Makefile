@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum softmax_kl gram_product lanczos svd_topk layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential bench bench-quick sanitize gpu-build test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -31,6 +31,7 @@ help:
 	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
+	@echo "make first-gpu   the most telling tests and timings on a GPU, in nine minutes"
 	@echo "make test-gpu, bench-gpu   test and time the CUDA and Triton kernels, with the python that has torch and a GPU"
 	@echo "make bench-gpu-large   eight models of 1B and 7B numbers merged within 24 GiB of a GPU"
 	@echo "make clean   remove the environment and all that was built"
@@ -145,6 +146,9 @@ bench-quick: $(VENV)/bench-ready
 gpu-build:
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
 	$(PYTHON) -c "import samerge_ext as sm; a = sm.available(); assert not (a['cuda'] or a['triton']), a"
+
+first-gpu:
+	PYTHON="$(PYTHON)" sh benchmarks/first_gpu.sh
 
 test-gpu: gpu-build
 	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
