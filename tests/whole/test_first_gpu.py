@@ -1,4 +1,4 @@
-"""The script of `make first-gpu`, whose stages need a GPU: that they fit nine minutes, and that one which fails costs only itself."""
+"""The script of `make first-gpu`, whose stages need a GPU: they fit nine minutes, and one that fails costs only itself."""
 
 import os
 import re
