@@ -39,7 +39,7 @@ tests cuda-tests 80 "cuda and not (compile or opcheck or large_output or more_th
 bench weighted_sum 40 "T8 and (MiniLM or 88M or ViT-L) and not compile" bench_weighted_sum.py
 bench coefficient_grad 40 "T8 and (MiniLM or 88M or ViT-L) and not compile" bench_coefficient_grad.py
 bench softmax_kl 40 "grad and (4096 or 8192) and not compile" bench_softmax_kl.py
-bench sam-step 50 "fp32 and (samerge or bare)" bench_merging.py
+bench sam-step 50 "bf16 and (samerge or bare)" bench_merging.py
 tests triton-tests 50 "triton and not (compile or opcheck or large_output or more_than)" \
   tests/ops/test_weighted_sum.py tests/ops/test_coefficient_grad.py tests/ops/test_softmax_kl.py
 SMALL="cuda and (cancel or rows_may_lie_apart or nan)"
