@@ -196,6 +196,8 @@ def check_command(words: list[str], *, run: bool) -> None:
 
 def check_samerge(arguments: list[str]) -> None:
     """That a subcommand, its options and a study exist."""
+    if arguments == ["--help"]:
+        return
     commands = typer.main.get_command(app).commands
     assert arguments[0] in commands, f"samerge has no {arguments[0]}"
     options = {name: option for option in commands[arguments[0]].params for name in (*option.opts, *option.secondary_opts)}

@@ -22,4 +22,4 @@ def test_attacks_end_in_the_same_bytes_or_tell_what_to_do():
 
 def test_many_merges_leave_nothing_in_the_process():
     added, files, threads = in_a_process(soak.added_by, 50)
-    assert added < soak.FLAT and files == threads == 0
+    assert added < soak.FLAT and max(files, threads) <= 0
