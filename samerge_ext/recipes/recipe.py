@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_validator, model_validator
 
 from samerge_ext.checkpoints.places import find_weights, is_adapter
 from samerge_ext.checkpoints.reading import CheckpointError, cut, read_bytes, shown
@@ -63,6 +65,18 @@ class Recipe(Strict):
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
     calibration: CalibrationEntry | None = None
+    _file: Path | None = PrivateAttr(None)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """A ValueError from inside also says which file the recipe was read from."""
+        try:
+            yield
+        except ValueError as error:
+            note = f"while merging as {self._file} says"
+            if self._file is not None and note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
 
     @property
     def experts(self) -> list[ModelEntry]:
@@ -184,7 +198,9 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     try:
         for key, value in overrides.items():
             content[key] = {**mapping_of(content, key), **value} if isinstance(value, dict) else value
-        return Recipe.model_validate(as_recipe(content))
+        recipe = Recipe.model_validate(as_recipe(content))
+        recipe._file = Path(path)
+        return recipe
     except ValidationError as error:
         faults = _faults(error, "file")
     except ValueError as error:

@@ -55,15 +55,16 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     """
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
-    require_apart(target, _inputs(recipe))
-    _check_layer_ranges(recipe)
-    if recipe.merge_method in METHODS:
-        merge_files(_file_merge(recipe), out, overwrite=overwrite)
-        return None
-    require_target(target, overwrite=overwrite)
-    check_device(recipe.method_settings().device)
-    with held(state):
-        return _run_learned(recipe, target, state, overwrite)
+    with recipe.named():
+        require_apart(target, _inputs(recipe))
+        _check_layer_ranges(recipe)
+        if recipe.merge_method in METHODS:
+            merge_files(_file_merge(recipe), out, overwrite=overwrite)
+            return None
+        require_target(target, overwrite=overwrite)
+        check_device(recipe.method_settings().device)
+        with held(state):
+            return _run_learned(recipe, target, state, overwrite)
 
 
 def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool) -> Result:

@@ -33,8 +33,9 @@ def companions_of(recipe: Recipe) -> Companions:
     models = [entry.model for entry in recipe.models if os.path.exists(entry.model)]
     folder = folder_of(recipe.base_model or recipe.models[0].model)
     folders = list({os.path.realpath(place): place for place in (folder, *map(folder_of, models))}.values())
-    tokenizer = _tokenizer(recipe.tokenizer.source, folder, folders) if recipe.tokenizer else None
-    template = _template(recipe.chat_template, folder, folders) if recipe.chat_template else None
+    with recipe.named():
+        tokenizer = _tokenizer(recipe.tokenizer.source, folder, folders) if recipe.tokenizer else None
+        template = _template(recipe.chat_template, folder, folders) if recipe.chat_template else None
     if folder.is_dir():
         _tell_what_is_missing(folder, folders, tokenizer, template)
     return Companions(folder, tokenizer, template)

@@ -137,3 +137,11 @@ def _merged_under_a_limit(recipe, out, signal_number, limit):
     signal.signal(signal_number, signal.SIG_IGN)
     resource.setrlimit(limit, (100, resource.RLIM_INFINITY))
     return run("merge", recipe, out).output
+
+
+def test_what_only_the_merge_finds_wrong_names_the_recipe_too(write, tmp_path):
+    file = write(tokenizer_source="uninn")
+    result = CliRunner().invoke(app, ["merge", str(file), str(tmp_path / "out")])
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    assert "tokenizer: 'uninn' is neither base nor union" in result.output
+    assert result.output.count(f"while merging as {file} says") == 1

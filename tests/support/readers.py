@@ -53,6 +53,7 @@ class Reader:
             self.read(path)
         except (ValueError, OSError) as error:
             message = explained(error) if isinstance(error, OSError) else str(error)
+            message = "\n".join([message, *getattr(error, "__notes__", ())])
             assert path.name in message or str(folder) in message, f"names no file: {message[:300]}"
             assert len(message) < LONGEST, f"a message of {len(message)} characters: {message[:300]}"
             return False
