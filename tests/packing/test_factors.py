@@ -6,7 +6,6 @@ import json
 import pytest
 import streaming
 import torch
-from helpers import assert_close
 from safetensors.torch import save_file
 
 import samerge_ext as sm
@@ -86,15 +85,20 @@ def test_any_piece_is_that_of_the_whole(folders):
 
 @pytest.mark.parametrize("piece", [1024, None])
 def test_a_learned_merge_takes_the_same_path(folders, piece):
+    """In fp32 both are off by what a network makes of roundings: factors must not be further from the truth than twice as far."""
+
+    def path(weights, store=None):
+        module = streaming.make(1, dtype=weights.base.dtype, width=WIDTH, blocks=BLOCKS)
+        return streaming.path_of_gradients(module, weights, store).double()
+
     factored = pack(folders, task_vector_dtype="lora")
-    paths = []
-    for weights, store in ((factored.in_memory(), None), (factored, factored.store(piece=piece))):
-        module = streaming.make(1, dtype=factored.base.dtype, width=WIDTH, blocks=BLOCKS)
-        paths.append(streaming.path_of_gradients(module, weights, store))
+    dense, pieces = path(factored.in_memory()), path(factored, factored.store(piece=piece))
     if factored.base.dtype == torch.float64:
-        torch.testing.assert_close(paths[1], paths[0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(pieces, dense, rtol=1e-10, atol=1e-10)
     else:
-        assert_close(paths[1], paths[0].double(), at_least=paths[0].abs().max())
+        wide = sm.PackedWeights.from_folders(*folders, dtype=torch.float64, task_vector_dtype="lora")
+        truth = path(wide.in_memory())
+        assert (pieces - truth).norm() <= 2 * (dense - truth).norm()
 
 
 def test_a_budget_that_dense_task_vectors_exceed_is_met(folders):
