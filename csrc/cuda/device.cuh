@@ -44,6 +44,13 @@ struct Word<16> {
   using type = uint4;
 };
 
+// Of a number, not of a code.
+SAMERGE_ANYWHERE int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+SAMERGE_ANYWHERE bool on_16_bytes(const void* data, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
 // kCount numbers that one access moves, or two where they are more than 16 bytes.
 template <class Stored, int kCount>
 union Pack {

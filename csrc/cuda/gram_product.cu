@@ -96,8 +96,7 @@ struct Rows {
 };
 
 __device__ Rows rows_of(const void* data, int64_t stride, DType dtype, int rows, int columns) {
-  const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-  return {data, stride, rows, columns, dtype, reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0};
+  return {data, stride, rows, columns, dtype, on_16_bytes(data, stride * bytes_of(dtype))};
 }
 
 // The lines of W up to `end`.

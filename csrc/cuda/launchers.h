@@ -37,7 +37,7 @@ struct Addresses {
 };
 
 // a.matrices and a.bases are not read but for whether bases is null; the other members begin at the first of the matrices.
-// Chunks are of any size. out is [count, width, side].
+// Chunks are multiples of four. out is [count, width, side].
 cudaError_t gram_product(const GramProduct& a, const Addresses& at, void* out, cudaStream_t stream);
 
 // As above. out is [count, 4].

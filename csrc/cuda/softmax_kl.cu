@@ -176,18 +176,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
 
 using Kernel = void (*)(SoftmaxKl, Plan);
 
-int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 template <class Team>
 Kernel kernel_for(int student_bytes, int teacher_bytes) {
   if (student_bytes == 8) return row_losses<Team, double, double>;
   if (student_bytes == 4)
     return teacher_bytes == 4 ? row_losses<Team, float, float> : row_losses<Team, float, uint16_t>;
   return teacher_bytes == 4 ? row_losses<Team, uint16_t, float> : row_losses<Team, uint16_t, uint16_t>;
-}
-
-bool on_16_bytes(const void* data, int64_t stride_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

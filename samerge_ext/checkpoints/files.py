@@ -183,8 +183,6 @@ class SafetensorsFile:
         )
 
 
-
-
 def check_relative(name: str, what: str) -> None:
     """Refuses a file name that leads out of the folder it belongs to."""
     parts = PurePosixPath(name)

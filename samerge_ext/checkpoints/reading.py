@@ -102,8 +102,6 @@ def object_in(path: Path, data: bytes) -> dict[str, Any]:
     try:
         content = parse_json(data)
         _check_depth(content)
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it or save it again") from error
     if not isinstance(content, dict):

@@ -239,6 +239,8 @@ def replace_folder(temporary: Path, target: Path, *, overwrite: bool = False) ->
         if old.exists():
             os.rename(old, target)
         raise
+    if old.exists():
+        shutil.rmtree(old)
     sweep(target, "old")
 
 
