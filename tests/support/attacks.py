@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from processes import print_to
+from processes import heed_signals, print_to
 from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
@@ -111,6 +111,7 @@ def begun(merge, out):
     if child == 0:
         code = 2
         try:
+            heed_signals()
             print_to(Path(os.devnull), messages)
             with one_line_for_signals():
                 os.write(tell, b"1")

@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,21 @@ context.set_forkserver_preload(["torch"])
 
 def start(function, *arguments) -> multiprocessing.Process:
     """One that calls the function."""
-    process = context.Process(target=function, args=arguments)
+    process = context.Process(target=_heeding_signals, args=(function, *arguments))
     process.start()
     return process
+
+
+def _heeding_signals(function, *arguments) -> None:
+    heed_signals()
+    function(*arguments)
+
+
+def heed_signals() -> None:
+    """As in a process that a terminal starts; what runs in a shell's background or under nohup inherits that they are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
 
 
 def in_a_process(function, *arguments):
