@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kMostThreads, kWhole && sizeof(Real) == 4 ? 2 
       for (int j = 0; j < kVectors; ++j) {
         Real x[kOwn];
         load_own(q + j * side, mine, side, x);
-        store_pack(shared, j * tile + mine, narrow<Real, kOwn>(x, DType::f32));
+        auto* place = reinterpret_cast<Real*>(shared) + j * tile + mine;
+        *reinterpret_cast<Pack<Real, kOwn>*>(place) = narrow<Real, kOwn>(x, DType::f32);
       }
     }
     for (int first = begin; first < end; first += kPanel) {

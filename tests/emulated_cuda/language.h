@@ -175,6 +175,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {  // wit
   return result;
 }
 template <class T>
+inline void __stwb(T* place, T x) {
+  *place = x;
+}
+template <class T>
 inline T __ldg(const T* place) {
   return *place;
 }
