@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import reprlib
 from collections.abc import Callable, Iterator
@@ -87,9 +88,16 @@ def read_text(path: Path) -> str:
 def parse_json(data: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value of a JSON text in UTF-8. hook: of the json module. Raises ValueError for all that is none."""
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=hook)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=hook, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{cut(text, 20)} is larger than any number")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

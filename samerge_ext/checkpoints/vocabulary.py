@@ -167,7 +167,7 @@ def _tokens(path: Path) -> Tokens:
         return _fast_tokens(read_json(path))
     except CheckpointError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
         fault = cut(repr(error), 200)
         raise CheckpointError(f"{path} cannot be read as a tokenizer ({fault}); download it or save it again") from error
 

@@ -448,6 +448,10 @@ def test_files_that_cannot_be_read(make):
     assert "tokenizer.model cannot be read as a tokenizer" in line
     (line,) = warned(base, {"d": make("d", LLAMA3, tokenizer_config__json="[]")})
     assert "its tokenizer is not compared" in line and "tokenizer_config.json" in line
+    for number, fault in (("31e999", "is not valid JSON"), ("Infinity", "cannot be read as a tokenizer")):
+        content = json.dumps(fast(WORDS, ["<x>"])).replace(f'"id": {len(WORDS)}', f'"id": {number}')
+        (line,) = warned(base, {number: make(number, LLAMA3, tokenizer__json=content)})
+        assert f"tokenizer.json {fault}" in line
     with pytest.raises(CheckpointError, match="config.json is not valid JSON"):
         check_models(base, [("c", make("c", "{"))])
 

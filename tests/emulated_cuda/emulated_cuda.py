@@ -74,7 +74,8 @@ for name in dir(_kernels):
         setattr(backend._C, name, getattr(_kernels, name))
 
 runtime = ctypes.CDLL(LIBRARY)
-runtime.emulated_fault.restype = runtime.emulated_traffic.restype = ctypes.c_char_p
+for function in (runtime.emulated_fault, runtime.emulated_traffic, runtime.emulated_launches):
+    function.restype = ctypes.c_char_p
 
 
 class Device(ctypes.Structure):

@@ -67,12 +67,15 @@ void commit_copies();
 void wait_for_copies(int but_last_groups);
 void atomic(const void* place, size_t bytes, const void* pc);  // sees a read and a write that cannot be torn apart
 
+constexpr size_t kMostArguments = 4096;  // bytes
+
 struct Launch {
   const void* kernel;
   dim3 grid, block;
   size_t shared_bytes;
   dim3 cluster;
 };
+void keep(const Launch& launch, const void* arguments, size_t bytes);
 cudaError_t run(const Launch& launch, void (*call)(const void*), const void* closure);
 const char* fault();  // what went wrong in the last launch
 int attribute(int which);
@@ -81,7 +84,16 @@ cudaError_t allow_shared(const void* kernel, int bytes);
 
 template <class... P, class... A>
 EMULATED_UNSEEN cudaError_t run(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
-  static_assert((sizeof(P) + ... + 0) <= 4096, "a kernel's arguments");
+  static_assert((sizeof(P) + ... + 0) <= kMostArguments);
+  char bytes[kMostArguments];  // as the device gets them
+  size_t size = 0;
+  const auto put = [&](const auto& argument) {
+    size = (size + alignof(decltype(argument)) - 1) / alignof(decltype(argument)) * alignof(decltype(argument));
+    memcpy(bytes + size, &argument, sizeof argument);
+    size += sizeof argument;
+  };
+  (put(static_cast<P>(arguments)), ...);
+  keep(launch, bytes, size);
   const auto call = [&]() EMULATED_UNSEEN { kernel(static_cast<P>(arguments)...); };
   const auto invoke = [](const void* closure) EMULATED_UNSEEN { (*static_cast<decltype(&call)>(closure))(); };
   return run(launch, static_cast<void (*)(const void*)>(invoke), static_cast<const void*>(&call));

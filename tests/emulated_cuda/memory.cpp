@@ -113,6 +113,7 @@ struct Traffic {
       least;  // units: sectors of 32 bytes, or turns that the banks of shared memory take
 };
 std::map<std::pair<uint64_t, const void*>, Traffic> traffic;  // by launch and place in the program
+std::string launches;
 
 struct Request {  // of a warp: its lanes' n-th access at one place
   bool shared, write;
@@ -217,6 +218,14 @@ void wait_for_copies(int but_last_groups) {
   current->copies = std::move(left);
 }
 
+void keep(const Launch& l, const void* arguments, size_t bytes) {
+  if (!emulated_device.counted) return;
+  launches += text("%lx\t%u %u %u\t%u %u %u\t%zu\t", in_library(l.kernel), l.grid.x, l.grid.y, l.grid.z, l.block.x,
+                   l.block.y, l.block.z, l.shared_bytes);
+  for (size_t i = 0; i < bytes; ++i) launches += text("%02x", static_cast<const unsigned char*>(arguments)[i]);
+  launches += "\n";
+}
+
 void atomic(const void* place, size_t bytes, const void* pc) {
   access(place, bytes, false, true, pc, 0, true);
   access(place, bytes, true, true, static_cast<const char*>(pc) + 1, 0, true);
@@ -233,6 +242,13 @@ const char* emulated_traffic() {
   for (const auto& [key, t] : std::exchange(traffic, {}))
     lines += text("%lu\t%lx\t%lx\t%d\t%d\t%zu\t%zu\t%zu\t%zu\t%zu\n", key.first, in_library(t.kernel),
                   in_library(key.second), t.shared, t.write, t.requests, t.asked, t.unique, t.units, t.least);
+  return lines.c_str();
+}
+
+// Likewise, a line for each launch: kernel, grid, block, bytes of shared memory, arguments.
+const char* emulated_launches() {
+  static std::string lines;
+  lines = std::exchange(launches, {});
   return lines.c_str();
 }
 
