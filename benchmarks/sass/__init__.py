@@ -1,0 +1,1 @@
+"""Machine code of NVIDIA's GPUs, run one warp at a time to count instructions."""
