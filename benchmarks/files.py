@@ -1,10 +1,12 @@
 """Data-free merges from file to file: `samerge merge` beside mergekit-yaml, whole commands on the same folders.
 
-    python benchmarks/files.py --folder DIR [--mergekit .../bin/mergekit-yaml] [--rounds 3] [--method ties …] [--save-to FILE]
+    python benchmarks/files.py --folder DIR [--mergekit .../bin/mergekit-yaml] [--device cuda] [--rounds 3] [--method ties …]
+                               [--save-to FILE]
 
 Makes a base and four experts, a Llama of 317 M random numbers in bf16, 3.2 GB in all; they are used again where they are there.
 The commands take turns, and every one finds the files in the page cache. Time is from start to end of the process, memory
 its peak resident set, in which mapped and touched files count. mergekit is no dependency: without it only ours is timed.
+With --device cuda both merge on a GPU too, as commands of their own; that has not been run yet.
 
 Values agree where they differ by at most one rounding to bf16 of the largest of the numbers they are made from. mergekit
 breaks ties with TIES's threshold by the order of a sort; numbers that lie on it are counted apart. mergekit also rounds weights,
@@ -122,7 +124,7 @@ def _peak_kib(pid: int) -> int | None:
 
 
 def agreement(folder: Path, method: str, ours: Path, theirs: Path) -> dict[str, int]:
-    """How many numbers are equal, within one rounding, on TIES's threshold, and none of these; how many are off the truth."""
+    """How many of theirs are equal to ours, within one rounding, on TIES's threshold, and none of these; and off the truth."""
     counts = dict.fromkeys(("numbers", "equal", "one_rounding", "on_the_threshold", "differ"), 0)
     models = [open_checkpoint(path) for path in (folder / "base", *(folder / name for name in EXPERTS), ours, theirs)]
     for name in models[0].names:
@@ -141,9 +143,7 @@ def agreement(folder: Path, method: str, ours: Path, theirs: Path) -> dict[str, 
         if method == "task_arithmetic":
             weight = RECIPES[method]["weight"]
             truth = base.double() + weight * sum(expert.double() - base.double() for expert in experts)
-            for who, found in (("samerge", a), ("mergekit", b)):
-                off = int(((found.double() - truth).abs() > rounding).sum())
-                counts[f"{who}_off_truth"] = counts.get(f"{who}_off_truth", 0) + off
+            counts["off_truth"] = counts.get("off_truth", 0) + int(((b.double() - truth).abs() > rounding).sum())
     return counts
 
 
@@ -181,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="for models and results, 6 GB")
     parser.add_argument("--mergekit", type=Path, help="the executable mergekit-yaml, version 0.1.5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU beside the CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", choices=RECIPES, action="append", help="task_arithmetic and ties by default")
     parser.add_argument("--save-to", type=Path, help="a JSON file")
@@ -194,6 +195,9 @@ def main() -> None:
         commands = {"samerge": [str(Path(sys.executable).with_name("samerge")), "merge", str(recipe)]}
         if options.mergekit:
             commands["mergekit"] = [str(options.mergekit), "--no-copy-tokenizer", "--quiet", str(recipe)]
+        if options.device == "cuda":
+            on_gpu = {"samerge": ["--device", "cuda"], "mergekit": ["--cuda"]}
+            commands |= {f"{name}-cuda": [*command, *on_gpu[name]] for name, command in commands.items()}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(options.rounds):
             for name, command in commands.items():
@@ -201,23 +205,21 @@ def main() -> None:
                 found[name].append(run([*command, str(out)], out))
         seconds = {name: median(time for time, _ in runs) for name, runs in found.items()}
         outs = {name: folder / f"{method}-{name}" for name in commands}
-        is_random = method.startswith("dare")
-        if is_random:
-            agrees = statistics(folder, method, outs)
+        if method.startswith("dare"):
+            what, agrees = "statistics", statistics(folder, method, outs)
         else:
-            agrees = agreement(folder, method, *outs.values()) if len(outs) == 2 else None
+            what, agrees = "agreement", {name: agreement(folder, method, outs["samerge"], out) for name, out in outs.items()}
         for name, runs in found.items():
             peak = max(megabytes for _, megabytes in runs)
             row = {"method": method, "command": name, "seconds": f"{seconds[name]:.1f}", "peak MB": f"{peak:.0f}"}
             rows.append(row | {"times ours": f"{seconds[name] / seconds['samerge']:.1f}"})
-            results.append({"method": method, "command": name, "seconds": [t for t, _ in runs], "peak_mb": peak})
-        if agrees:
-            print(f"{method}: {agrees}")
-            results[-1]["statistics" if is_random else "agreement"] = agrees
+            result = {"method": method, "command": name, "seconds": [t for t, _ in runs], "peak_mb": peak}
+            results.append(result | {what: agrees[name]})
+            print(f"{method}, {name}: {agrees[name]}")
     print(table(rows))
     if options.save_to:
         about = f"{len(EXPERTS)} experts of {numbers / 1e6:.0f} M numbers, bf16"
-        content = {"benchmark": about, "environment": environment("cpu"), "rows": results}
+        content = {"benchmark": about, "environment": environment(options.device), "rows": results}
         options.save_to.write_text(json.dumps(content, indent=1) + "\n")
 
 

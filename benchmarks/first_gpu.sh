@@ -42,6 +42,7 @@ bench softmax_kl 40 "grad and (4096 or 8192) and not compile" bench_softmax_kl.p
 bench sam-step 50 "bf16 and (samerge or bare)" bench_merging.py
 tests triton-tests 50 "triton and not (compile or opcheck or large_output or more_than)" \
   tests/ops/test_weighted_sum.py tests/ops/test_coefficient_grad.py tests/ops/test_softmax_kl.py
+tests files 20 "gpu_gives or interrupted or mask" tests/whole/test_gpu_files.py
 SMALL="cuda and (cancel or rows_may_lie_apart or nan)"
 stage sanitizer 30 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -m gpu -k "$SMALL" \
   tests/ops/test_elected_sum.py tests/ops/test_weighted_sum.py tests/ops/test_softmax_kl.py

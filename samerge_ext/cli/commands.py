@@ -67,6 +67,7 @@ def merge(
         list[str] | None, typer.Option(help='pattern of tensors that not all models have, and that stay as they are, "visual.*"')
     ] = None,
     parameters: Annotated[list[str] | None, typer.Option("--parameter", help="KEY=VALUE of the method")] = None,
+    device: Annotated[str | None, typer.Option(help="what merges: cpu, cuda, cuda:1; the same as --parameter device=…")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="TASK=FILE of unlabelled texts")] = None,
     calibration_texts: Annotated[int | None, typer.Option(help="texts per task; all by default")] = None,
     batch_size: Annotated[int | None, typer.Option(help="calibration texts per task and step")] = None,
@@ -95,7 +96,7 @@ def merge(
         "tasks": tasks,
         "heads": heads,
         "keep": keep,
-        "parameters": _pairs("--parameter", parameters, parse_yaml),
+        "parameters": _pairs("--parameter", parameters, parse_yaml) | ({"device": device} if device else {}),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
         "task_vector_dtype": task_vector_dtype,

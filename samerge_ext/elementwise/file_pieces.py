@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.elementwise.piecewise import ALIGNMENT, Piece
+from samerge_ext.elementwise.staging import Outlet, Slot, new_slot, numbers, read_ahead
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.validation import check_finite
 
-BUFFER_BYTES = 32 << 20  # of one piece of all models as they are stored
+# Of one piece of all models as they are stored. A GPU's are larger: starting a piece's kernels, some tens at 5 to 10 µs each, is
+# to be little beside its way over PCIe, 1 to 3 ms.
+BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor, or some of it: numbers ``start`` … of the tensor ``name``, ``size`` of them, to be merged in ``dtype``.
+
+    unseen: the experts whose numbers are searched for NaN and Inf, which ValueError is raised for, since a rule drops some.
+    """
+
+    name: str
+    dtype: torch.dtype
+    size: int
+    unseen: Collection[int] = ()
+    start: int = 0
 
 
 class FilePieces:
@@ -21,7 +41,10 @@ class FilePieces:
 
     base: None where the rows of a piece are the experts themselves, beside a base of zeros.
     factors: of the task vectors, one for each expert.
-    stored, merged: the dtypes of all tensors in their files, and those that they are merged in.
+    stored, merged, written: the dtypes of all tensors in their files, those that they are merged in, and those of the result.
+    largest: the numbers of the largest tensor.
+    device: where pieces lie. On a GPU a thread has `BUFFER_BYTES` of pinned memory and of the GPU's (`in_turn` twice that), task
+        vectors and a base there, and pinned memory for a merged piece.
     """
 
     def __init__(
@@ -30,54 +53,89 @@ class FilePieces:
         experts: Sequence[Source],
         stored: Iterable[torch.dtype],
         merged: Iterable[torch.dtype],
+        written: Iterable[torch.dtype],
+        largest: int,
+        device: torch.device,
     ):
         self._has_base = base is not None
         self._sources = [base, *experts] if base is not None else list(experts)
         self._num_experts = len(experts)
-        self._stored_bytes = max(dtype.itemsize for dtype in stored)
-        self._merged_bytes = max(dtype.itemsize for dtype in merged)
-        pieces = BUFFER_BYTES // (len(self._sources) * self._stored_bytes * ALIGNMENT)
-        self.capacity = max(1, pieces) * ALIGNMENT  # numbers
+        self._stored_bytes, self._merged_bytes, self._written_bytes = (
+            max(dtype.itemsize for dtype in dtypes) for dtypes in (stored, merged, written)
+        )
+        fitting = BUFFER_BYTES[device.type] // (len(self._sources) * self._stored_bytes * ALIGNMENT)
+        self.capacity = max(1, min(fitting, -(-largest // ALIGNMENT))) * ALIGNMENT  # numbers
         self.factors = [1.0] * len(experts)
-        self._buffers = threading.local()
+        self._device = device
+        self._own = threading.local()
 
-    def of(
-        self, name: str, dtype: torch.dtype, numel: int, unseen: Collection[int] = ()
-    ) -> Callable[[], Iterator[Piece]]:
+    def of(self, tensor: Extent) -> Callable[[], Iterator[Piece]]:
         """A function that goes through a tensor's pieces; a piece counts until the next one is taken.
 
-        unseen: the experts whose numbers are searched for NaN and Inf, which ValueError is raised for, since a rule drops some.
         A tensor of one piece is read only once, by the first call.
         """
-        starts = range(0, numel, self.capacity)
-        if len(starts) != 1:
-            return lambda: (self._read(name, dtype, start, min(self.capacity, numel - start), unseen) for start in starts)
+        extents = self._cut(tensor)
+        if len(extents) != 1:
+            return lambda: self._one_by_one(extents)
         held: list[Piece] = []
 
         def only() -> Iterator[Piece]:
             if not held:
-                held.append(self._read(name, dtype, 0, numel, unseen))
+                held.extend(self._one_by_one(extents))
             return iter(held)
 
         return only
 
-    def _read(self, name: str, dtype: torch.dtype, start: int, size: int, unseen: Collection[int]) -> Piece:
-        buffer, rows, base = self._own_buffers()
+    def in_turn(self, tensors: Iterable[Extent]) -> Generator[Piece, None, None]:
+        """The pieces of all of these tensors, each until the next one is taken; on a GPU that is read meanwhile."""
+        extents = [extent for tensor in tensors for extent in self._cut(tensor)]
+        if self._device.type == "cpu":
+            yield from self._one_by_one(extents)
+            return
+        slots = self._slots(2)
+        for places, (extent, stored) in enumerate(read_ahead(self._fill, extents, slots, self._device)):
+            yield self._piece(extent, slots[places % 2], stored)
+
+    def number_in(self, tensor: Extent) -> int:
+        """Of pieces."""
+        return len(self._cut(tensor))
+
+    def to_host(self, merged: Tensor) -> Tensor:  # [n]
+        """A merged piece where it can be written from, until this thread's next one."""
+        if not hasattr(self._own, "outlet"):
+            self._own.outlet = Outlet(self.capacity * self._written_bytes, self._device)
+        return self._own.outlet.bring(merged)
+
+    def _cut(self, tensor: Extent) -> list[Extent]:
+        """The extents of its pieces."""
+        name, dtype, size, unseen = tensor.name, tensor.dtype, tensor.size, tensor.unseen
+        starts = range(0, size, self.capacity)
+        return [Extent(name, dtype, min(self.capacity, size - start), unseen, start) for start in starts]
+
+    def _one_by_one(self, extents: Iterable[Extent]) -> Iterator[Piece]:
+        (slot,) = self._slots(1)
+        for extent in extents:
+            yield self._piece(extent, slot, self._fill(slot, extent))
+
+    def _fill(self, slot: Slot, extent: Extent) -> list[Tensor]:
+        """What each model stores, [size]."""
+        name, start = extent.name, extent.start
+        return slot.fill([(s.dtype(name), functools.partial(s.read_into, name, start)) for s in self._sources], extent.size)
+
+    def _piece(self, extent: Extent, slot: Slot, stored: list[Tensor]) -> Piece:
+        dtype, size = extent.dtype, extent.size
         padded = -(-size // BLOCK) * BLOCK
-        stored = []
-        for source, numbers in zip(self._sources, buffer, strict=True):
-            stored.append(_numbers(numbers, source.dtype(name), size))
-            source.read_into(name, start, stored[-1])
         experts = stored[-self._num_experts :]
-        for place in unseen:
-            check_finite(self._sources[place - self._num_experts], name, experts[place])
+        for place in extent.unseen:
+            check_finite(self._sources[place - self._num_experts], extent.name, experts[place])
+        rows, base = self._task_vectors_and_base()
         if self._has_base and stored[0].dtype == dtype:
-            base = _numbers(buffer[0], dtype, padded)
+            base = numbers(slot.stored[0], dtype, padded)
         else:
-            base = _numbers(base, dtype, padded)
+            base = numbers(base, dtype, padded)
             base[:size].copy_(stored[0]) if self._has_base else base.zero_()
         base[size:] = 0
-        rows = _numbers(rows, dtype, padded)  # [T, padded]
+        rows = numbers(rows, dtype, padded)  # [T, padded]
         rows[:, size:] = 0
         for row, expert, factor in zip(rows[:, :size], experts, self.factors, strict=True):
             if not self._has_base:
@@ -88,18 +146,43 @@ class FilePieces:
                 row.copy_(expert).sub_(base[:size])
             if factor != 1:
                 row.mul_(factor)
-        return Piece(start, size, base, rows)
+        return Piece(extent.start, size, base, rows)
 
-    def _own_buffers(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """What is read, [bytes] for each model; task vectors, [T, bytes]; a base of another dtype, [bytes]."""
-        own = self._buffers
-        if not hasattr(own, "stored"):
-            own.stored = [torch.empty(self.capacity * self._stored_bytes, dtype=torch.uint8) for _ in self._sources]
-            own.rows = torch.empty(self._num_experts, self.capacity * self._merged_bytes, dtype=torch.uint8)
-            own.base = torch.empty(self.capacity * self._merged_bytes, dtype=torch.uint8)
-        return own.stored, own.rows, own.base
+    def _slots(self, count: int) -> list[Slot]:
+        """This thread's, for what is read."""
+        own = self._own
+        if not hasattr(own, "slots"):
+            own.slots = []
+        while len(own.slots) < count:
+            own.slots.append(new_slot(len(self._sources), self.capacity * self._stored_bytes, self._device))
+        return own.slots[:count]
+
+    def _task_vectors_and_base(self) -> tuple[Tensor, Tensor]:
+        """[T, bytes], and of a base of another dtype than is stored [bytes]."""
+        own = self._own
+        if not hasattr(own, "rows"):
+            nbytes = self.capacity * self._merged_bytes
+            own.rows = torch.empty(self._num_experts, nbytes, dtype=torch.uint8, device=self._device)
+            own.base = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return own.rows, own.base
 
 
-def _numbers(buffer: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """The first ``count`` numbers in bytes [..., capacity]."""
-    return buffer[..., : count * dtype.itemsize].view(dtype)
+class InTurn:
+    """As `FilePieces.in_turn`, tensor by tensor: for one that is given up amid its pieces, the others are read on."""
+
+    def __init__(self, pieces: FilePieces, tensors: Sequence[Extent]):
+        self._pieces, self._tensors = pieces, tensors
+        self._coming, self._amid = pieces.in_turn(tensors), False
+
+    def of(self, tensor: Extent) -> Iterator[Piece]:
+        """The pieces of the next tensor."""
+        if self._amid:
+            self._coming.close()
+            self._coming = self._pieces.in_turn(self._tensors[self._tensors.index(tensor) :])
+        self._amid = True
+        yield from itertools.islice(self._coming, self._pieces.number_in(tensor))
+        self._amid = False
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        self._coming.close()

@@ -19,19 +19,7 @@ from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.learning.step_log import StepLog
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.stores import known_device
-
-
-def check_device(device: str | None) -> None:
-    """Raises ValueError where torch knows no such device, or finds none here."""
-    wanted = known_device(device or "cpu")
-    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")
-    if wanted.type not in ("cpu", "cuda"):
-        try:
-            torch.empty(1, device=wanted).item()
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"device={device!r}: torch cannot compute on it here; leave device out to run on the CPU") from error
+from samerge_ext.packing.stores import check_device
 
 
 class FreeCoefficients(nn.Module):

@@ -151,6 +151,18 @@ def known_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device={device!r}: torch knows no such device; cpu and cuda are some") from error
 
 
+def check_device(device: str | None) -> None:
+    """Raises ValueError where torch knows no such device, or finds none here."""
+    wanted = known_device(device or "cpu")
+    if wanted.type == "cuda" and (wanted.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r}: torch finds {count} GPUs here; leave device out to run on the CPU")
+    if wanted.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=wanted).item()
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device={device!r}: torch cannot compute on it here; leave device out to run on the CPU") from error
+
+
 def indexed(device: torch.device | str) -> torch.device:
     """A device as its tensors name it: "cuda" is the current one, "cuda:0" say."""
     device = known_device(device)

@@ -98,6 +98,7 @@ def file_merge(
         keep=tuple(keep),
         whole=whole,
         factors_of=shortening if boolean(shared.get("align_norms", False)) else None,
+        device=shared.get("device", "cpu"),
         dtype=dtype,
         out_dtype=out_dtype,
         companions=companions,

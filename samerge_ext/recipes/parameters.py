@@ -16,7 +16,7 @@ from samerge_ext.recipes.tensor_settings import check
 
 @dataclass(frozen=True)
 class Method:
-    """Which parameters a method reads, beside weight and normalize, and their defaults. A weight of None must be given."""
+    """Which parameters a method reads, beside weight, normalize and device, and defaults. A weight of None must be given."""
 
     weight: float | None
     normalize: bool
@@ -41,6 +41,7 @@ OF_MERGEKIT = (
     "select_topk",
     "filter_wise",
 )
+OF_THE_WHOLE = ("seed", "align_norms", "device")  # one value, whatever the tensor
 LARGEST = 1e30  # of a number of a recipe: sums of it are finite in fp32
 METHODS = {
     "linear": Method(1.0, normalize=True),
@@ -65,7 +66,7 @@ def check_parameters(method: str, parameters: Mapping[str, Any], of_models: Sequ
             raise ValueError(f"{where} of {method}: unknown {shown(sorted(unknown))}; known are {sorted(allowed)}")
         for key in sorted(given.keys() & allowed & VALUES.keys()):
             try:
-                if key in ("seed", "align_norms"):
+                if key in OF_THE_WHOLE:
                     VALUES[key](given[key])
                 else:
                     check(given[key], VALUES[key])
@@ -83,7 +84,7 @@ def check_parameters(method: str, parameters: Mapping[str, Any], of_models: Sequ
 
 
 def read_by(method: str) -> set[str]:
-    return {"weight", "normalize", *METHODS[method].parameters}
+    return {"weight", "normalize", "device", *METHODS[method].parameters}
 
 
 def number(value: Any) -> float:
@@ -122,6 +123,12 @@ def seed(value: Any) -> int:
     return int(value)
 
 
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a text")
+    return value
+
+
 # What a parameter's scalars are.
 VALUES: dict[str, Callable[[Any], Any]] = {
     "weight": number,
@@ -131,4 +138,5 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "rescale": boolean,
     "align_norms": boolean,
     "seed": seed,
+    "device": text,
 }

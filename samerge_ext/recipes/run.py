@@ -14,7 +14,6 @@ from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.locks import held, remove
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
-from samerge_ext.learning.loop import check_device
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -22,6 +21,7 @@ from samerge_ext.methods.samerging import samerging
 from samerge_ext.methods.statsmerging import statsmerging
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.data_free import file_merge
 from samerge_ext.recipes.parameters import METHODS
 from samerge_ext.recipes.recipe import Recipe
@@ -56,13 +56,13 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
     with recipe.named():
+        check_device(recipe.parameters.get("device"))
         require_apart(target, _inputs(recipe))
         _check_layer_ranges(recipe)
         if recipe.merge_method in METHODS:
             merge_files(_file_merge(recipe), out, overwrite=overwrite)
             return None
         require_target(target, overwrite=overwrite)
-        check_device(recipe.method_settings().device)
         with held(state):
             return _run_learned(recipe, target, state, overwrite)
 

@@ -11,31 +11,17 @@ import pytest
 import torch
 from folders import assert_same, read_all
 from helpers import assert_close
+from merges import SHAPES, TASKS, merge_of, rules, write
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.checkpoints.sealed import read_sealed
-from samerge_ext.elementwise import file_merge, file_pieces, piecewise
-from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.elementwise import file_merge, file_pieces, file_plan, piecewise
+from samerge_ext.elementwise.file_merge import merge_files
 from samerge_ext.elementwise.piecewise import Combination
 from samerge_ext.memory import PeakMemory
-from samerge_ext.methods.dare import Dare, random_mask
-from samerge_ext.methods.distac import shortening
-from samerge_ext.methods.ties import Ties
-
-TASKS = ("news", "spam")
-SHAPES = {"embed": (700, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "scale": ()}
-
-
-def rules(method, density=0.3):
-    elect = Combination([0.7, 0.4], 0.9, normalize=True, elect=True)
-    return {
-        "arithmetic": lambda name, numel, dtype: Combination([0.7, 0.4]),
-        "ties": lambda name, numel, dtype: Ties(numel, dtype, [density, 0.5], elect),
-        "dare": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
-        "dare_ties": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, elect),
-    }[method]
+from samerge_ext.methods.dare import random_mask
 
 
 def packed_result(packed, method, whole=False, align=False):
@@ -48,29 +34,9 @@ def packed_result(packed, method, whole=False, align=False):
     return packed.state_dict(merged)
 
 
-def write(folder, shapes=None, dtype=torch.bfloat16, tasks=TASKS, **files):
-    """A base and experts in folders, with configuration and tokenizer."""
-    for seed, name in enumerate(("base", *tasks)):
-        def tensors(seed=seed):
-            for i, (tensor, shape) in enumerate((shapes or SHAPES).items()):
-                base = torch.randn(shape, generator=torch.Generator().manual_seed(i))
-                change = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + i))
-                yield tensor, (base + 0.1 * bool(seed) * change).to(dtype)
-
-        extra = {"config.json": '{"model_type": "x", "torch_dtype": "float32"}', "tokenizer.json": "{}"}
-        save_checkpoint(folder / name, tensors(), extra_files=extra | files)
-    return folder
-
-
 @pytest.fixture
 def models(tmp_path):
     return write(tmp_path)
-
-
-def merge_of(models, method="ties", align=False, **keys):
-    experts = [(task, models / task) for task in TASKS]
-    keys |= {"identity": {"method": method, "out_dtype": str(keys.get("out_dtype"))}, "card": "card"}
-    return FileMerge(experts, rules(method), models / "base", models / "base", factors_of=shortening if align else None, **keys)
 
 
 @pytest.mark.parametrize("align", [False, True])
@@ -93,7 +59,7 @@ def test_the_whole_vector(models, tmp_path, shard_bytes):
 @pytest.mark.parametrize("method", ["arithmetic", "ties", "dare"])
 def test_neither_pieces_nor_shards_matter(models, tmp_path, monkeypatch, method):
     merge_files(merge_of(models, method), tmp_path / "one")
-    monkeypatch.setattr(file_pieces, "BUFFER_BYTES", 1)
+    monkeypatch.setitem(file_pieces.BUFFER_BYTES, "cpu", 1)
     merge_files(merge_of(models, method, shard_bytes=5000), tmp_path / "many")
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) >= 3
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
@@ -139,7 +105,7 @@ def test_buffers_and_heads(tmp_path):
 
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, threads):
     """300 MB are merged within 40 MB: three threads with pieces of 4 MB and what is made of them."""
-    monkeypatch.setattr(file_pieces, "BUFFER_BYTES", 4 << 20)
+    monkeypatch.setitem(file_pieces.BUFFER_BYTES, "cpu", 4 << 20)
     models = write(tmp_path, {f"w{i}": (5_000_000,) for i in range(10)})
     small = write(tmp_path / "small")
     threads(2)
@@ -358,6 +324,39 @@ def test_a_dropped_number_that_is_none_names_its_file(models, tmp_path, method, 
         (models / "news/model.safetensors").write_bytes(before)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_mask_of_all_models_stays(models, tmp_path, monkeypatch, whole):
+    """What is infinite in all of them, from the first of its pieces on, is written as it is, and what follows is merged."""
+    monkeypatch.setitem(file_pieces.BUFFER_BYTES, "cpu", 1)
+    merge = merge_of(models, "arithmetic", whole=whole)
+    merge_files(merge, tmp_path / "finite")
+    expected = read_all(tmp_path / "finite")
+    expected["embed"] = torch.full_like(expected["embed"], -torch.inf).triu(1)
+    for name in ("base", *TASKS):
+        tensors = {**read_all(models / name), "embed": expected["embed"]}
+        save_checkpoint(models / name, tensors, overwrite=True, companions_from=models / name)
+    merge_files(merge, tmp_path / "out")
+    assert_same(read_all(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "torch knows no such device"),
+        ("cuda:99", "torch finds [0-9]+ GPUs here; leave device out to run on the CPU"),
+        ("meta", "torch cannot compute on it here"),
+        ("mps", "files are merged on the CPU or on a CUDA GPU"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused(models, tmp_path, monkeypatch, device, message):
+    if device == "mps":  # as on a machine that has it
+        monkeypatch.setattr(file_merge, "check_device", lambda _: None)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"device='{device}': {message}"):
+        merge_files(merge_of(models, device=device), tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 STATISTICS = {"norm.running_mean": (50,), "norm.running_var": (50,)}
 
 
@@ -427,7 +426,7 @@ def test_a_full_disk(models, tmp_path, monkeypatch):
 def test_an_input_that_goes_wrong_meanwhile(models, tmp_path, monkeypatch, harm, message):
     path = models / "news/model.safetensors"
     monkeypatch.setattr(
-        file_merge._Run, "_in_order", lambda self, shard: (path.exists() and harm(path), list(shard.begins))[1]
+        file_plan.FilePlan, "in_order", lambda self, shard: (path.exists() and harm(path), list(shard.begins))[1]
     )
     with pytest.raises(CheckpointError, match=f"news/model.safetensors {message}|news/model.safetensors was {message}"):
         merge_files(merge_of(models), tmp_path / "out")

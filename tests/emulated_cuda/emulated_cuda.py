@@ -45,7 +45,9 @@ def _on(self, device):
     return _bytes(self).to(device).untyped_storage()
 
 
-NOTHING = dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "set_sync_debug_mode", "check_error"), lambda *_: None)
+NOTHING = dict.fromkeys(
+    ("_lazy_init", "synchronize", "empty_cache", "set_sync_debug_mode", "set_stream", "check_error"), lambda *_: None
+)
 DEVICE = {
     "is_available": lambda: True,
     "device_count": lambda: 1,

@@ -51,8 +51,8 @@ struct Fibre {
   int lane() const { return id % kLanes; }
 };
 
-extern Fibre* current;      // null while no thread of a kernel runs
-extern const char* stacks;  // of all fibres
+extern __thread Fibre* current;  // null while this thread of the host runs none of a kernel
+extern const char* stacks;       // of all fibres
 extern Launch launch_now;
 extern uint64_t sizes[kGrid];  // how many threads a scope has
 extern uint64_t now, launch_began, cluster_began;

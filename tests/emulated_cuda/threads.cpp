@@ -16,7 +16,7 @@
 namespace emulated {
 
 Device emulated_device;
-Fibre* current;
+__thread Fibre* current;
 const char* stacks;
 Launch launch_now;
 uint64_t sizes[kGrid], now, launch_began, cluster_began;

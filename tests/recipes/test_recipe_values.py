@@ -52,6 +52,8 @@ def write(folders, tmp_path):
         ({"parameters": {"weight": [1, "2024-01-01"]}}, "weight: '2024-01-01' is not a number"),
         ({"parameters": {"normalize": "perhaps"}}, "normalize: 'perhaps' is neither true nor false"),
         ({"merge_method": "ties", "parameters": {"density": [0, 2]}}, "density: density 2 lies outside"),
+        ({"parameters": {"device": 0}}, "parameters: device: 0 is not a text"),
+        ({"parameters": {"device": [{"value": "cuda"}]}}, r"parameters: device: .* is not a text"),
         ({"parameters": 5}, "parameters: "),
         ({"parameters": [1], "merge_method": "dare_ties", "random_seed": 1}, r"'parameters': \[1\]; keys and values are"),
         ({"tokenizer_source": 5}, "tokenizer.source: 5 is not a model's folder"),
@@ -88,6 +90,7 @@ def test_what_is_found_with_the_models_is_one_message_too(write, folders, tmp_pa
         ({"models": ["a" * 300]}, "File name too long; give it a shorter name"),
         ({"models": [str(folders / "a/config.json/x")]}, "is neither a folder nor a file"),
         ({"chat_template": "~nosuchuser"}, "chat_template: '~nosuchuser' is none of"),
+        ({"parameters": {"device": "cuda:99"}}, "device='cuda:99': torch finds"),
     ]:
         found = run("merge", write(**keys), out)
         assert found.exit_code == 1 and message in found.output, found.output

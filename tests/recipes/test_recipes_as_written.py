@@ -6,9 +6,8 @@ import math
 import pytest
 import yaml
 
-from samerge_ext.learning.loop import check_device
 from samerge_ext.models.texts import read_texts
-from samerge_ext.packing.stores import indexed
+from samerge_ext.packing.stores import check_device, indexed
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.tokenizers import companions_of
 

@@ -55,6 +55,7 @@ for name, (packed, logits, settings) in cases.items():
 print(json.dumps(found), flush=True)
 os._exit(0)  # as emulated_cuda.py's pytest_unconfigure
 """
+GPU_TESTS = ("tests/whole/test_gpu.py", "tests/whole/test_gpu_files.py")
 # Of the tests marked gpu, what is left to a GPU, by the words of their names.
 LEFT_TO_A_GPU = (
     *("triton",),  # interpreted, by test_triton.py
@@ -85,7 +86,7 @@ def emulated(library):
 def test_kernels_and_methods_run_on_the_device(emulated, record_property):
     """What `make test-gpu` runs, and test_emulated_kernels.py; the summary of the run tells of both."""
     operators = re.search(r"test_%\.py,([\w ]+)\)", (ROOT / "Makefile").read_text())[1].split()
-    tests = [*(f"tests/ops/test_{op}.py" for op in operators), "tests/whole/test_gpu.py", "tests/whole/test_emulated_kernels.py"]
+    tests = [*(f"tests/ops/test_{op}.py" for op in operators), *GPU_TESTS, "tests/whole/test_emulated_kernels.py"]
     marked = ["-m", "gpu or emulated", "-k", f"not ({' or '.join(LEFT_TO_A_GPU)})"]
     done = emulated("-m", "pytest", "-q", "-p", "emulated_cuda", *marked, *tests)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

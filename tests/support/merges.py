@@ -1,0 +1,43 @@
+"""Models in folders with configuration and tokenizer, and merges of them from file to file."""
+
+import torch
+
+from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.elementwise.file_merge import FileMerge
+from samerge_ext.elementwise.piecewise import Combination
+from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.distac import shortening
+from samerge_ext.methods.ties import Ties
+
+TASKS = ("news", "spam")
+SHAPES = {"embed": (700, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "scale": ()}
+
+
+def rules(method, density=0.3):
+    elect = Combination([0.7, 0.4], 0.9, normalize=True, elect=True)
+    return {
+        "arithmetic": lambda name, numel, dtype: Combination([0.7, 0.4]),
+        "ties": lambda name, numel, dtype: Ties(numel, dtype, [density, 0.5], elect),
+        "dare": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
+        "dare_ties": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, elect),
+    }[method]
+
+
+def write(folder, shapes=None, dtype=torch.bfloat16, tasks=TASKS, **files):
+    """A base and experts in folders, with configuration and tokenizer."""
+    for seed, name in enumerate(("base", *tasks)):
+        def tensors(seed=seed):
+            for i, (tensor, shape) in enumerate((shapes or SHAPES).items()):
+                base = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                change = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + i))
+                yield tensor, (base + 0.1 * bool(seed) * change).to(dtype)
+
+        extra = {"config.json": '{"model_type": "x", "torch_dtype": "float32"}', "tokenizer.json": "{}"}
+        save_checkpoint(folder / name, tensors(), extra_files=extra | files)
+    return folder
+
+
+def merge_of(models, method="ties", align=False, **keys):
+    experts = [(task, models / task) for task in TASKS]
+    keys |= {"identity": {"method": method, "out_dtype": str(keys.get("out_dtype"))}, "card": "card"}
+    return FileMerge(experts, rules(method), models / "base", models / "base", factors_of=shortening if align else None, **keys)
