@@ -62,32 +62,32 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
   auto* teachers = reinterpret_cast<Teacher<Real>*>(shared) + Team::index_in_block() * a.num_teachers;  // [K]
   auto* kept = reinterpret_cast<char*>(shared) + plan.teacher_bytes;
   const Temperature<Real> of_student(a.student_temperature), of_teacher(a.teacher_temperature);
-  const bool keep = Team::kKeeps && plan.keep, is_kl = a.loss == RowLoss::kl,
-             same_temperature = a.student_temperature == a.teacher_temperature;
-  const int64_t pack_count = int64_t(plan.chunks) * Team::kThreads;
+  const bool keep = Team::kKeeps && plan.keep, is_kl = a.loss == RowLoss::kl, same_temperature = plan.same_temperature;
+  const int pack_count = plan.chunks * Team::kThreads, num_teachers = a.num_teachers;
+  auto* kept_student = reinterpret_cast<Pack<Student, kCount>*>(kept);
+  auto* kept_teachers = reinterpret_cast<Pack<Taught, kCount>*>(kept_student + pack_count);
 
   for (int64_t r = team.index(); r < a.num_rows; r += team.count()) {
     const int64_t given = a.num_classes ? a.num_classes[r] : a.num_columns;
     const bool valid = given >= 1 && given <= a.num_columns;
     const Share share = {team.block_in_cluster() * plan.chunks * Team::kThreads * kCount, plan.chunks,
                          int(a.num_columns), int(valid ? given : a.num_columns), plan.aligned};
-    const StudentRow student = {static_cast<const Student*>(a.student) + r * a.student_stride,
-                                keep ? reinterpret_cast<Pack<Student, kCount>*>(kept) : nullptr, a.student_dtype};
-    const auto teacher_row = [&](int64_t k) {
-      auto* packs = reinterpret_cast<Pack<Taught, kCount>*>(kept + pack_count * sizeof(Pack<Student, kCount>));
+    const StudentRow student = {static_cast<const Student*>(a.student) + r * a.student_stride, kept_student, keep,
+                                a.student_dtype};
+    const auto teacher_row = [&](int k) {
       return TeacherRow{static_cast<const Taught*>(a.teacher) + k * a.teacher_stride + r * a.teacher_row_stride,
-                        keep && is_kl ? packs + k * pack_count : nullptr, a.teacher_dtype};
+                        kept_teachers + k * pack_count, keep && is_kl, a.teacher_dtype};
     };
 
     student.fetch(share);
     __pipeline_commit();
-    for (int64_t k = 0; is_kl && k < a.num_teachers; ++k) teacher_row(k).fetch(share);
+    for (int k = 0; is_kl && k < num_teachers; ++k) teacher_row(k).fetch(share);
     __pipeline_commit();
     __pipeline_wait_prior(1);  // the student is there
     const auto s = normalize<Team, StudentRow, kCount>(team, student, share, of_student, a.loss == RowLoss::entropy);
     __pipeline_wait_prior(0);  // the teachers too
     Real loss = a.loss == RowLoss::entropy ? s.entropy : Real(0), total_weight = 0;
-    for (int64_t k = 0; k < a.num_teachers; ++k) {
+    for (int k = 0; k < num_teachers; ++k) {
       const TeacherRow row = teacher_row(k);
       Teacher<Real> t = {};
       t.weight = a.teacher_weights ? static_cast<const Real*>(a.teacher_weights)[k * a.num_rows + r]
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
 #pragma unroll
           for (int k = 0; k < kCount; ++k) slope[k] = 0;
 #pragma unroll 1
-          for (int64_t teacher = 0; teacher < a.num_teachers; ++teacher) {
+          for (int teacher = 0; teacher < num_teachers; ++teacher) {
             const Teacher<Real> t = teachers[teacher];
             const TeacherRow row = teacher_row(teacher);
             Real y[kCount];
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Student) == 8 ? 1 : Team::kRe
         } else {
 #pragma unroll
           for (int k = 0; k < kCount; ++k) slope[k] = q[k] * total_weight;
-          for (int64_t teacher = 0; teacher < a.num_teachers; ++teacher) {
+          for (int teacher = 0; teacher < num_teachers; ++teacher) {
             const int target = teachers[teacher].target;
 #pragma unroll
             for (int k = 0; k < kCount; ++k) slope[k] -= at[k] == target ? teachers[teacher].weight : Real(0);
@@ -212,6 +212,7 @@ cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream) {
   plan.aligned = a.num_columns % count == 0 && on_16_bytes(a.student, a.student_stride * student_bytes) &&
                  on_16_bytes(a.teacher, a.teacher_stride * teacher_bytes) &&
                  on_16_bytes(a.teacher, a.teacher_row_stride * teacher_bytes);
+  plan.same_temperature = a.student_temperature == a.teacher_temperature;
   plan.aligned_grad = plan.aligned && on_16_bytes(a.grad, a.num_columns * student_bytes);
   int64_t shared_bytes = plan.teacher_bytes, work = divide_up(a.num_rows, kWarps);
   Kernel kernel = kernel_for<WarpTeam>(student_bytes, teacher_bytes);

@@ -31,7 +31,8 @@ template <class Team, class Stored, int kCount>
 struct Row {
   using Real = real_t<Stored>;
   const Stored* numbers;
-  Pack<Stored, kCount>* kept;  // [chunks, threads], null where the second pass reads again
+  Pack<Stored, kCount>* kept;  // [chunks, threads]
+  bool keep;                   // else the second pass reads again
   DType dtype;
 
   __device__ Pack<Stored, kCount> load(const Share& share, int chunk) const {
@@ -49,7 +50,7 @@ struct Row {
 
   // Starts to bring the share into shared memory. A thread reads back only what it has brought itself.
   __device__ void fetch(const Share& share) const {
-    if (!kept) return;
+    if (!keep) return;
     for (int chunk = 0; chunk < share.chunks; ++chunk) {
       auto* target = kept + chunk * Team::kThreads + Team::rank();
       const Place<Team, kCount> at(share, chunk);
@@ -61,7 +62,7 @@ struct Row {
   }
 
   __device__ Pack<Stored, kCount> read(const Share& share, int chunk) const {
-    return kept ? kept[chunk * Team::kThreads + Team::rank()] : load(share, chunk);
+    return keep ? kept[chunk * Team::kThreads + Team::rank()] : load(share, chunk);
   }
 
   // The numbers of a pack, -inf beyond the row's classes.

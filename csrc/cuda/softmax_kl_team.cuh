@@ -24,6 +24,7 @@ struct Plan {
   bool keep;          // the share stays in shared memory between the passes
   bool aligned;       // all rows of logits begin on 16 bytes and consist of whole packs
   bool aligned_grad;  // so do those of the gradient
+  bool same_temperature;
 };
 
 struct Larger {
