@@ -12,7 +12,8 @@ the ε of the arithmetic: in fp32 this settles values down to about σ₁ / 30 t
 computed again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
 
 The steps are composed of torch's operators here, and once more in C++ (csrc/cpu/lanczos_*), where a thread can take a matrix
-through several of them while it lies in the cache. Values and bounds are found from their results, here, for every backend.
+through several of them while it lies in the cache, and in CUDA (csrc/cuda/lanczos*), a few kernels each. Values and bounds are
+found from their results, here, for every backend.
 """
 
 from __future__ import annotations
