@@ -11,9 +11,12 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, packed, random_normal, running_on
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import samerge_ext as sm
 from samerge_ext import backend
+from samerge_ext.ops import krylov
 from samerge_ext.packing.quantised import QuantisedTaskVectors
 
 emulated_cuda = sys.modules.get("emulated_cuda")
@@ -209,6 +212,32 @@ def test_bytes_are_the_floor(case, record_property):
     record_property("measured", f"{case:32} {floor / 1e6:6.2f} MB" + "".join(f", {name} {x:.3f}" for name, x in columns))
     worst = sorted((row for row in rows if row.units > row.least), key=lambda row: row.least - row.units)[:5]
     assert all(a <= b for a, b in zip(found, most)), (found, most, worst)
+
+
+class Reads(TorchDispatchMode):
+    """The names of the operators by which the host has read what lies on the device, and waited for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        result = operator(*arguments, **(options or {}))
+        on_device = lambda tree: {x.is_cuda for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+        name = operator.overloadpacket.__name__
+        if True in on_device(arguments) and (name in ("nonzero", "_local_scalar_dense") or False in on_device(result)):
+            self.names.append(name)
+        return result
+
+
+def test_a_search_waits_once_a_check_and_twice_in_the_end(monkeypatch):
+    """Beside what torch's eigendecomposition waits for: for what is searched further, for fp64, and for who is settled."""
+    checks, lanczos = [], krylov._lanczos
+    monkeypatch.setattr(krylov, "_lanczos", lambda *arguments: checks.append(1) or lanczos(*arguments))
+    matrices = random_normal((200, 190), seed=0)
+    with Reads() as reads:
+        sm.svd_topk(matrices, 3)
+    assert checks and reads.names == [*["nonzero"] * len(checks), "nonzero", "_to_copy"]
 
 
 PLANTED = dict(re.findall(r"PLANTED\((\w+), \d, \d\) +// (.+)", (ROOT / "tests" / "emulated_cuda" / "planted.cu").read_text()))
