@@ -57,6 +57,10 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
 at::Tensor gram_product_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
                              const at::Tensor& q, const at::Tensor& scale);
 
+at::Tensor lanczos_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
+                        const at::Tensor& scale, const at::Tensor& basis, const at::Tensor& projected, int64_t width,
+                        int64_t first, int64_t last);
+
 at::Tensor elected_sum_cuda(const at::Tensor& base, const at::Tensor& task_vectors, const at::Tensor& weights,
                             double scale, bool normalize);
 
@@ -84,6 +88,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("coefficient_grad_cuda", samerge::coefficient_grad_cuda, without_gil());
   module.def("softmax_kl_cuda", samerge::softmax_kl_cuda, without_gil());
   module.def("gram_product_cuda", samerge::gram_product_cuda, without_gil());
+  module.def("lanczos_cuda", samerge::lanczos_cuda, without_gil());
   module.def("elected_sum_cuda", samerge::elected_sum_cuda, without_gil());
   module.def("moments_cuda", samerge::moments_cuda, without_gil());
 #endif

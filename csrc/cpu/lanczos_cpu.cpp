@@ -2,8 +2,7 @@
 
 #include <memory>
 
-#include "../gram_product_call.h"
-#include "../lanczos.h"
+#include "../lanczos_call.h"
 #include "levels.h"
 
 namespace samerge {
@@ -29,16 +28,9 @@ at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vecto
                        const at::Tensor& basis,                       // [B, capacity, stride], float32 or float64
                        const at::Tensor& projected,                   // [B, size, size] float64
                        int64_t width, int64_t first, int64_t last) {  // -> leaving [B, width, width] float64
-  const int64_t batch = matrices.size(), side = std::min(matrices[0].size(0), matrices[0].size(1));
-  TORCH_CHECK_VALUE(basis.dim() == 3 && basis.size(0) == batch && basis.size(1) >= (last + 1) * width &&
-                        basis.size(2) >= side && basis.size(2) % kBasisLanes == 0 && basis.is_contiguous(),
-                    "basis must be [B, at least (last + 1) * width, at least the shorter side, a multiple of ",
-                    kBasisLanes, "]");
-  TORCH_CHECK_VALUE(projected.dim() == 3 && projected.size(0) == batch && projected.size(1) >= last * width &&
-                        projected.size(2) == projected.size(1) && projected.is_contiguous() &&
-                        projected.scalar_type() == at::kDouble,
-                    "projected must be [B, size, size] float64, size at least last * width");
-  const auto q = basis.narrow(1, first * width, width).narrow(2, 0, side).clone(at::MemoryFormat::Contiguous);
+  Lanczos a = lanczos_call(matrices, basis, projected, width, last);
+  const int64_t batch = matrices.size();
+  const auto q = basis.narrow(1, first * width, width).narrow(2, 0, a.side).clone(at::MemoryFormat::Contiguous);
   const auto leaving = projected.new_empty({batch, width, width});
   const auto dense_scale = scale.contiguous();
   const auto pointers = addresses(matrices, at::kCPU), base_pointers = addresses(bases, at::kCPU);
@@ -48,19 +40,10 @@ at::Tensor lanczos_cpu(const std::vector<at::Tensor>& matrices, const std::vecto
   product.matrices = pointers.data();
   product.bases = bases.empty() ? nullptr : base_pointers.data();
 
-  Lanczos a{};
-  a.basis = basis.mutable_data_ptr();
   a.q = q.mutable_data_ptr();
-  a.projected = projected.mutable_data_ptr<double>();
   a.leaving = leaving.mutable_data_ptr<double>();
   a.partials = partials.get();
-  a.capacity = basis.size(1);
-  a.stride = basis.size(2);
-  a.size = projected.size(1);
-  a.width = width;
-  a.side = side;
   a.chunks = product.chunks;
-  a.wide = product.wide;
 
   const auto& loop = loops();
   const int64_t product_bytes = loop.gram_product(product, 0, 0, nullptr), bytes = loop.orthogonalise(a, 0, 0, nullptr);

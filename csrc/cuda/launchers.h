@@ -5,6 +5,7 @@
 #include "../coefficient_grad.h"
 #include "../elected_sum.h"
 #include "../gram_product.h"
+#include "../lanczos.h"
 #include "../moments.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
@@ -37,10 +38,38 @@ struct Addresses {
 };
 
 // a.matrices and a.bases are not read but for whether bases is null; the other members begin at the first of the matrices.
-// Chunks are multiples of four. out is [count, width, side].
+// Chunks are multiples of four. out is [count, width, side], or null where the sums of chunks are all that is wanted.
 cudaError_t gram_product(const GramProduct& a, const Addresses& at, void* out, cudaStream_t stream);
 
 // As above. out is [count, 4].
 cudaError_t moments(const MomentsCall& a, const Addresses& at, double* out, cudaStream_t stream);
+
+// A step of all matrices, and what its kernels hand on. Twice is double, and two of them where Real is double.
+struct LanczosStep : Lanczos {
+  int64_t batch;
+  int64_t piece, pieces;  // places of the vectors that a block takes, and how many of these there are
+  void* x;                // [B, width, stride] Real: what becomes q'
+  void* dots;             // [B, pieces, width * known] Real
+  void* inside;           // [2, B, width * known] Real: their sums, of both rounds
+  void* gram;             // [B, pieces, width, width] Twice
+  void* eliminated;       // [B, pieces, width, width] Twice
+  double* sizes;          // [B, kLanczosWarps, width]: the squares of inside
+  double* negligible;     // [B, pieces, width]
+  void* factors;          // [2, B, pieces, width, width] Real
+};
+
+// A piece is as short as leaves 16 pieces of a vector or fewer, but no longer than 1,024 places. It depends on the length of the
+// vectors alone, and with it the order of every sum.
+constexpr int kLanczosWarps = 8;
+constexpr int64_t kPieceTile = 128, kMostPieceTiles = 8, kPieces = 16;
+
+inline int64_t lanczos_piece(int64_t stride) {
+  int64_t tiles = 1;
+  while (tiles < kMostPieceTiles && stride > kPieces * tiles * kPieceTile) tiles *= 2;
+  return tiles * kPieceTile;
+}
+
+// What follows the product; a.chunks of its partials are added up. The basis begins at a multiple of 16 bytes.
+cudaError_t orthogonalise(const LanczosStep& a, cudaStream_t stream);
 
 }  // namespace samerge::gpu

@@ -12,7 +12,8 @@ the ε of the arithmetic: in fp32 this settles values down to about σ₁ / 30 t
 computed again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
 
 The steps are composed of torch's operators here, and once more in C++ (csrc/cpu/lanczos_*), where a thread can take a matrix
-through several of them while it lies in the cache. Values and bounds are found from their results, here, for every backend.
+through several of them while it lies in the cache, and in CUDA (csrc/cuda/lanczos*), a few kernels each. Values and bounds are
+found from their results, here, for every backend.
 """
 
 from __future__ import annotations
@@ -147,12 +148,12 @@ def _krylov(
     found = Found(batch, k, device)
     rows = torch.arange(batch, device=device)  # the matrices still searched
     generator = torch.Generator("cpu").manual_seed(seed)
-    start = torch.randn(width, side, generator=generator, dtype=torch.float64).to(device, dtype)
+    start = torch.linalg.qr(torch.randn(width, side, generator=generator, dtype=torch.float64, device="cpu").mT)[0].mT
     steps = min(MAX_STEPS, side // width - 1)
     checks = [step for step in _CHECKS if step < steps] + [steps]
     blocks = min(_BASIS_BLOCKS, steps)
     basis = torch.zeros(batch, (blocks + 1) * width, -(-side // _LANES) * _LANES, dtype=dtype, device=device)
-    basis[:, :width, :side] = torch.linalg.qr(start.mT)[0].mT
+    basis[:, :width, :side] = start.to(device, dtype)
     projected = torch.zeros(batch, blocks * width, blocks * width, dtype=torch.float64, device=device)  # basis A basisᵀ
 
     for done, step in zip([0, *checks], checks):
@@ -162,22 +163,18 @@ def _krylov(
             basis = torch.nn.functional.pad(basis, (0, 0, 0, more))
             projected = torch.nn.functional.pad(projected, (0, more, 0, more))
         leaving = _lanczos(matrices, bases, scale, basis, projected, width, done, step)
+        small = projected[:, :end, :end]
         if done == 0:
-            found.in_range = _in_range(torch.cat([projected[:, :end, :end].flatten(1), leaving.flatten(1)], 1))
-            keep = found.in_range.nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) < batch:
-                rows, scale, basis, projected, leaving = (t[keep] for t in (rows, scale, basis, projected, leaving))
-                matrices, bases = _pick(matrices, keep), _pick(bases, keep)
-        values, vectors = torch.linalg.eigh(projected[:, :end, :end])  # of the lower triangle
+            found.in_range = _in_range(torch.cat([small.flatten(1), leaving.flatten(1)], 1))
+            small, leaving = (t.where(found.in_range[:, None, None], 0) for t in (small, leaving))
+        values, vectors = torch.linalg.eigh(small)  # of the lower triangle
         values, vectors = values.flip(1), vectors[:, -width:].flip(2)[:, :, :k]
         residual = (vectors.mT @ leaving).norm(dim=2)  # [B, k]
         gap = values[:, :k] - values[:, width - 1 : width]
         error = torch.where(residual < gap / 2, 4 * residual.square() / gap, 2 * residual)
         sigma, bound, settled, held_up = _judge(values[:, :k], error, dtype, rtol)
         found.sigma[rows], found.error[rows], found.settled[rows] = sigma, bound, settled
-        keep = (~(settled | held_up)).nonzero()[:, 0]
+        keep = (found.in_range[rows] & ~(settled | held_up)).nonzero()[:, 0]  # which waits for a device
         if len(keep) == 0:
             break
         if len(keep) < len(rows):

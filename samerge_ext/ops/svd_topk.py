@@ -112,7 +112,7 @@ def statistics(
         found = krylov.top_singular_values(*_select(matrices, added, rows), scale, count, rtol, seed)
         sigma[rows, :count] = found.sigma / scale[:, None]
         bound[rows, :count] = found.error / found.sigma
-        flags = list(zip(rows, found.settled.tolist(), found.in_range.tolist()))
+        flags = list(zip(rows, *torch.stack([found.settled, found.in_range]).tolist()))
         unsettled.extend(i for i, settled, in_range in flags if in_range and not settled)
         return [i for i, _, in_range in flags if not in_range]
 

@@ -10,11 +10,11 @@ from samerge_ext.ops import krylov
 WIDTH, STEPS = 8, 4
 
 
-def run(matrices, bases=(), dtype=torch.float32, capacity=STEPS, splits=(0, STEPS)):
+def run(matrices, bases=(), dtype=torch.float32, capacity=STEPS, splits=(0, STEPS), stride=0):
     """basis [B, (STEPS + 1) · WIDTH, side], projected and the last step's leaving, all of `splits` in turn."""
     batch, side = len(matrices), min(matrices[0].shape)
     (start,) = random_normal((side, WIDTH), seed=3, dtype=torch.float64)
-    padded = -(-side // krylov._LANES) * krylov._LANES
+    padded = -(-max(side, stride) // krylov._LANES) * krylov._LANES
     basis = torch.zeros(batch, (capacity + 1) * WIDTH, padded, dtype=dtype, device=start.device)
     basis[:, :WIDTH, :side] = torch.linalg.qr(start)[0].mT
     projected = torch.zeros(batch, capacity * WIDTH, capacity * WIDTH, dtype=torch.float64, device=start.device)
@@ -25,9 +25,9 @@ def run(matrices, bases=(), dtype=torch.float32, capacity=STEPS, splits=(0, STEP
     return basis[:, : (STEPS + 1) * WIDTH, :side], projected[:, : STEPS * WIDTH, : STEPS * WIDTH].tril(), leaving
 
 
-def check(matrices, bases=(), dtype=torch.float32):
+def check(matrices, bases=(), dtype=torch.float32, stride=0):
     """The vectors are orthonormal, and A times those of every step is what the results say."""
-    basis, projected, leaving = (t.double() for t in run(matrices, bases, dtype))
+    basis, projected, leaving = (t.double() for t in run(matrices, bases, dtype, stride=stride))
     room = 20 * TOLERANCE[dtype]
     assert (basis @ basis.mT - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)).abs().max() < room
     some = [w.double() for w in matrices], [w.double() for w in bases]
@@ -61,10 +61,20 @@ def test_steps_taken_one_by_one_are_the_same(each_level):
         assert all(torch.equal(a, b) for a, b in zip(whole, run(matrices, capacity=7, splits=splits)))
 
 
-def test_threads_and_the_other_matrices_do_not_matter(each_level, threads):
-    """With more threads than matrices every product is shared among them, else each takes matrices of its own."""
+@pytest.mark.parametrize("stride", (2064, 4112, 16400))
+def test_vectors_may_lie_far_apart(each_level, stride):
+    """A GPU's block takes as much of a vector as its length in memory says: 256 places here, 512 and 1,024."""
+    check(random_normal((200, 180), seed=5), stride=stride)
+
+
+@pytest.fixture
+def each_fused_level(each_level):
     if not backend.fused("lanczos", torch.empty(0)):
         pytest.skip("composed of torch's operators, the steps leave the order of sums to torch")
+
+
+def test_threads_do_not_matter(each_fused_level, threads):
+    """With more threads than matrices every product is shared among them, else each takes matrices of its own."""
     matrices = random_normal((5000, 100), (5000, 100), (5000, 100), (5000, 100), seed=2)
     results = []
     for count in (1, 2, 3, 7):
@@ -72,5 +82,21 @@ def test_threads_and_the_other_matrices_do_not_matter(each_level, threads):
         results.append(run(matrices))
     for some in zip(*results):
         assert all(torch.equal(some[0], other) for other in some)
-    alone = run(matrices[2:3])
-    assert all(torch.equal(a[2], b[0]) for a, b in zip(results[0], alone))
+
+
+def test_the_other_matrices_do_not_matter(each_fused_level):
+    """More of them than a launch on a GPU takes the addresses of."""
+    matrices = random_normal(*[(48, 43)] * 66, seed=2)
+    whole = run(matrices)
+    for i in (0, 40, 65):
+        assert all(torch.equal(a[i], b[0]) for a, b in zip(whole, run(matrices[i : i + 1])))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_block_that_hardly_leaves(each_level, dtype):
+    """What is left of a block may be far from its vectors' size and nearly dependent, down to what rounding leaves."""
+    left, right = random_normal((90, 12), (80, 12), seed=6, dtype=torch.float64)
+    left, right = torch.linalg.qr(left)[0], torch.linalg.qr(right)[0]
+    for ratio in (0.3, 1e-2, 1e-3, 1e-5):
+        spectrum = ratio ** torch.arange(12, dtype=torch.float64, device=left.device)
+        check([((left * spectrum) @ right.mT).to(dtype)], dtype=dtype)

@@ -11,9 +11,12 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, packed, random_normal, running_on
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import samerge_ext as sm
 from samerge_ext import backend
+from samerge_ext.ops import krylov
 from samerge_ext.packing.quantised import QuantisedTaskVectors
 
 emulated_cuda = sys.modules.get("emulated_cuda")
@@ -83,6 +86,25 @@ def gram_product(shape, dtype, width=8, base=None, offset=0, batch=1, wide=False
     return lambda: [backend._C.gram_product_cuda(matrices, bases, q, scale)]
 
 
+def lanczos(shape, dtype, width=8, base=None, offset=0, batch=1, wide=False, first=0, steps=2, stride=0):
+    """Steps `first` to `steps` - 1, what came before being random."""
+    side = min(shape)
+    matrices = [moved(w.to(dtype), offset) for w in random_normal(*[shape] * batch, seed=1)]
+    bases = [moved(w.to(base), offset) for w in random_normal(*[shape] * batch, seed=2)] if base else []
+    scale = torch.full((batch,), 0.5, dtype=FP64)
+    real = FP64 if wide or dtype == FP64 else FP32
+    (start,) = random_normal((side, (first + 1) * width), seed=3, dtype=FP64)
+    basis = torch.zeros(batch, (steps + 1) * width, -(-max(side, stride) // 16) * 16, dtype=real)
+    basis[:, : (first + 1) * width, :side] = torch.linalg.qr(start)[0].mT
+    projected = torch.zeros(batch, steps * width, steps * width, dtype=FP64)
+
+    def call():
+        leaving = backend._C.lanczos_cuda(matrices, bases, scale, basis, projected, width, first, steps)
+        return [leaving, basis, projected.tril()]
+
+    return call
+
+
 def moments(shape, dtype, base=None, offset=0, batch=1):
     matrices = [moved(w.to(dtype), offset) for w in random_normal(*[shape] * batch, seed=1)]
     bases = [moved(w.to(base), offset) for w in random_normal(*[shape] * batch, seed=2)] if base else []
@@ -104,6 +126,11 @@ CASES = {
     "gram_product wide": lambda **options: gram_product((70, 300), BF16, base=FP32, width=12, **options),
     "gram_product long lines": lambda **options: gram_product((1030, 1100), FP32, base=BF16, **options),
     "gram_product double": lambda **options: gram_product((90, 70), FP64, width=4, **options),
+    "lanczos tall": lambda **options: lanczos((170, 130), FP32, batch=2, **options),
+    "lanczos wide": lambda **options: lanczos((70, 300), BF16, base=FP32, width=12, **options),
+    "lanczos double": lambda **options: lanczos((90, 70), FP64, width=4, **options),
+    "lanczos many known": lambda **options: lanczos((340, 340), FP32, first=39, steps=40, **options),
+    "lanczos long vectors": lambda **options: lanczos((300, 290), FP32, stride=2100, steps=1, **options),
     "moments": lambda **options: moments((65, 1030), FP32, base=BF16, batch=2, **options),
 }  # fmt: skip
 
@@ -139,6 +166,13 @@ def of_matrix(op, shape, dtype):
     return op(shape, dtype), shape[0] * shape[1] * BYTES[dtype]
 
 
+def of_step(shape, dtype, known):
+    """The matrix, and four times the vectors that are known when the step begins or are its q."""
+    width, real = 8, FP64 if dtype == FP64 else FP32
+    step = lanczos(shape, dtype, first=known // width - 1, steps=known // width)
+    return step, shape[0] * shape[1] * BYTES[dtype] + 4 * known * min(shape) * BYTES[real]
+
+
 # Beside the bytes that benchmarks/NOTES.md calls the floor: at most how many times as many are moved, each once however often it
 # is asked for, and asked for; how many sectors for the least; and how many turns of shared memory's banks for the least.
 FLOORS = {
@@ -159,6 +193,8 @@ FLOORS = {
     "gram_product 768 x 768 fp32": (lambda: of_matrix(gram_product, (768, 768), FP32), 1.11, 1.14, 1.001, 1.0),
     "gram_product 768 x 768 bf16": (lambda: of_matrix(gram_product, (768, 768), BF16), 1.21, 1.28, 1.001, 1.0),
     "gram_product 300 x 768 fp32": (lambda: of_matrix(gram_product, (300, 768), FP32), 1.11, 1.14, 1.9, 1.0),
+    "lanczos 768 x 768 fp32, 32 known": (lambda: of_step((768, 768), FP32, 32), 1.21, 1.47, 1.03, 1.0),
+    "lanczos 768 x 768 fp32, 328 known": (lambda: of_step((768, 768), FP32, 328), 1.14, 1.35, 1.06, 1.0),
     "moments 768 x 768 fp32": (lambda: of_matrix(moments, (768, 768), FP32), 1.001, 1.001, 1.001, 1.0),
 }
 
@@ -176,6 +212,32 @@ def test_bytes_are_the_floor(case, record_property):
     record_property("measured", f"{case:32} {floor / 1e6:6.2f} MB" + "".join(f", {name} {x:.3f}" for name, x in columns))
     worst = sorted((row for row in rows if row.units > row.least), key=lambda row: row.least - row.units)[:5]
     assert all(a <= b for a, b in zip(found, most)), (found, most, worst)
+
+
+class Reads(TorchDispatchMode):
+    """The names of the operators by which the host has read what lies on the device, and waited for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        result = operator(*arguments, **(options or {}))
+        on_device = lambda tree: {x.is_cuda for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+        name = operator.overloadpacket.__name__
+        if True in on_device(arguments) and (name in ("nonzero", "_local_scalar_dense") or False in on_device(result)):
+            self.names.append(name)
+        return result
+
+
+def test_a_search_waits_once_a_check_and_twice_in_the_end(monkeypatch):
+    """Beside what torch's eigendecomposition waits for: for what is searched further, for fp64, and for who is settled."""
+    checks, lanczos = [], krylov._lanczos
+    monkeypatch.setattr(krylov, "_lanczos", lambda *arguments: checks.append(1) or lanczos(*arguments))
+    matrices = random_normal((200, 190), seed=0)
+    with Reads() as reads:
+        sm.svd_topk(matrices, 3)
+    assert checks and reads.names == [*["nonzero"] * len(checks), "nonzero", "_to_copy"]
 
 
 PLANTED = dict(re.findall(r"PLANTED\((\w+), \d, \d\) +// (.+)", (ROOT / "tests" / "emulated_cuda" / "planted.cu").read_text()))

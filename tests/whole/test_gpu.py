@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import samerge_ext as sm
 from samerge_ext import reference
+from samerge_ext.ops import krylov
 
 pytestmark = pytest.mark.gpu
 SETTINGS = ("kl", 2.0, 2.0)
@@ -232,6 +233,17 @@ def test_packed_operators_can_be_captured(on_gpu):
     base, task_vectors, coefficients, block_layer = packed(5, [3, 1, 200])
     capture_and_replay(lambda: [sm.weighted_sum(base, task_vectors, coefficients, block_layer)], coefficients)
     capture_and_replay(lambda: [sm.coefficient_grad(base, task_vectors, block_layer, 3)], base)
+
+
+def test_lanczos_steps_can_be_captured():
+    """All steps up to a check as one graph, which the composed steps of other backends are not."""
+    with running_on("cuda"):
+        matrices, (start,) = random_normal(*[(300, 200)] * 3, seed=0), random_normal((200, 8), seed=1)
+        basis, projected = torch.zeros(3, 40, 208), torch.zeros(3, 32, 32, dtype=torch.float64)
+        basis[:, :8, :200] = torch.linalg.qr(start)[0].mT
+        scale = torch.ones(3, dtype=torch.float64)
+        steps = lambda: krylov._lanczos(matrices, [], scale, basis, projected, 8, 0, 4)
+        capture_and_replay(lambda: [steps(), basis.clone(), projected.clone()], matrices[1])
 
 
 def capture_and_replay(call, input):
