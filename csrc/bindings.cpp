@@ -34,9 +34,16 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
 
 at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 
-void count_digits_cpu(const at::Tensor& counts, const at::Tensor& numbers, int64_t shift, int64_t prefix);
+void count_digits_cpu(const at::Tensor& counts, const at::Tensor& numbers, const at::Tensor& keys,
+                      const at::Tensor& ties, int64_t shift);
 
-int64_t trim_cpu(const at::Tensor& numbers, int64_t key, int64_t ties);
+void next_digit_cpu(const at::Tensor& counts, const at::Tensor& keys, const at::Tensor& ties, int64_t infinity,
+                    bool last);
+
+void trim_cpu(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& ties);
+
+void drop_cpu(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& thresholds,
+              const at::Tensor& factors);
 
 bool map_large_tensors(bool on);
 
@@ -76,7 +83,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("moments_cpu", samerge::moments_cpu, without_gil());
   module.def("elected_sum_cpu", samerge::elected_sum_cpu, without_gil());
   module.def("count_digits_cpu", samerge::count_digits_cpu, without_gil());
+  module.def("next_digit_cpu", samerge::next_digit_cpu, without_gil());
   module.def("trim_cpu", samerge::trim_cpu, without_gil());
+  module.def("drop_cpu", samerge::drop_cpu, without_gil());
   module.def("map_large_tensors", samerge::map_large_tensors,
              "Whether CPU tensors of 1 MiB and more get memory of their own from now on; returns whether they did.");
 #ifdef SAMERGE_CUDA

@@ -88,7 +88,7 @@ class FilePieces:
                 row.copy_(expert).sub_(base[:size])
             if factor != 1:
                 row.mul_(factor)
-        return Piece(start, size, base, rows)
+        return Piece(start, size, base, rows, room=rows)
 
     def _own_buffers(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """What is read, [bytes] for each model; task vectors, [T, bytes]; a base of another dtype, [bytes]."""

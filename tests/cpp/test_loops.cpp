@@ -162,8 +162,7 @@ void magnitudes_case(DType dtype, int64_t n) {
     }
     const int64_t ties[] = {5, 0, -1};
     for (int k = 0; k < 3; ++k) {
-      std::memcpy(trimmed.data(), numbers.data(), n * bytes);
-      const int64_t left = loops().trim(trimmed.data(), n, bytes, key, ties[k]);
+      const int64_t left = loops().trim(trimmed.data(), numbers.data(), n, bytes, key, ties[k]);
       CHECK(left == (k ? ties[k] : std::max<int64_t>(0, 5 - equal)));
       for (int64_t i = 0; i < n; ++i) CHECK(trimmed[i] == kept[k][i]);
     }
