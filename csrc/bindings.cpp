@@ -68,6 +68,17 @@ at::Tensor elected_sum_cuda(const at::Tensor& base, const at::Tensor& task_vecto
                             double scale, bool normalize);
 
 at::Tensor moments_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
+
+void count_digits_cuda(const at::Tensor& counts, const at::Tensor& numbers, const at::Tensor& keys,
+                       const at::Tensor& ties, int64_t shift);
+
+void next_digit_cuda(const at::Tensor& counts, const at::Tensor& keys, const at::Tensor& ties, int64_t infinity,
+                     bool last);
+
+void trim_cuda(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& ties);
+
+void drop_cuda(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& thresholds,
+               const at::Tensor& factors);
 #endif
 
 }  // namespace samerge
@@ -95,6 +106,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("gram_product_cuda", samerge::gram_product_cuda, without_gil());
   module.def("elected_sum_cuda", samerge::elected_sum_cuda, without_gil());
   module.def("moments_cuda", samerge::moments_cuda, without_gil());
+  module.def("count_digits_cuda", samerge::count_digits_cuda, without_gil());
+  module.def("next_digit_cuda", samerge::next_digit_cuda, without_gil());
+  module.def("trim_cuda", samerge::trim_cuda, without_gil());
+  module.def("drop_cuda", samerge::drop_cuda, without_gil());
 #endif
   module.def("cpu_level", samerge::cpu_level, "Name of the instruction level in force.");
   module.def("set_cpu_level", samerge::set_cpu_level, "Forces portable, avx2 or avx512; auto takes the best.");
