@@ -34,9 +34,16 @@ at::Tensor elected_sum_cpu(const at::Tensor& base, const at::Tensor& task_vector
 
 at::Tensor moments_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
 
-void count_digits_cpu(const at::Tensor& counts, const at::Tensor& numbers, int64_t shift, int64_t prefix);
+void count_digits_cpu(const at::Tensor& counts, const at::Tensor& numbers, const at::Tensor& keys,
+                      const at::Tensor& ties, int64_t shift);
 
-int64_t trim_cpu(const at::Tensor& numbers, int64_t key, int64_t ties);
+void next_digit_cpu(const at::Tensor& counts, const at::Tensor& keys, const at::Tensor& ties, int64_t infinity,
+                    bool last);
+
+void trim_cpu(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& ties);
+
+void drop_cpu(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& thresholds,
+              const at::Tensor& factors);
 
 bool map_large_tensors(bool on);
 
@@ -65,6 +72,17 @@ at::Tensor elected_sum_cuda(const at::Tensor& base, const at::Tensor& task_vecto
                             double scale, bool normalize);
 
 at::Tensor moments_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases);
+
+void count_digits_cuda(const at::Tensor& counts, const at::Tensor& numbers, const at::Tensor& keys,
+                       const at::Tensor& ties, int64_t shift);
+
+void next_digit_cuda(const at::Tensor& counts, const at::Tensor& keys, const at::Tensor& ties, int64_t infinity,
+                     bool last);
+
+void trim_cuda(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& ties);
+
+void drop_cuda(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& thresholds,
+               const at::Tensor& factors);
 #endif
 
 }  // namespace samerge
@@ -80,7 +98,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("moments_cpu", samerge::moments_cpu, without_gil());
   module.def("elected_sum_cpu", samerge::elected_sum_cpu, without_gil());
   module.def("count_digits_cpu", samerge::count_digits_cpu, without_gil());
+  module.def("next_digit_cpu", samerge::next_digit_cpu, without_gil());
   module.def("trim_cpu", samerge::trim_cpu, without_gil());
+  module.def("drop_cpu", samerge::drop_cpu, without_gil());
   module.def("map_large_tensors", samerge::map_large_tensors,
              "Whether CPU tensors of 1 MiB and more get memory of their own from now on; returns whether they did.");
 #ifdef SAMERGE_CUDA
@@ -91,6 +111,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("lanczos_cuda", samerge::lanczos_cuda, without_gil());
   module.def("elected_sum_cuda", samerge::elected_sum_cuda, without_gil());
   module.def("moments_cuda", samerge::moments_cuda, without_gil());
+  module.def("count_digits_cuda", samerge::count_digits_cuda, without_gil());
+  module.def("next_digit_cuda", samerge::next_digit_cuda, without_gil());
+  module.def("trim_cuda", samerge::trim_cuda, without_gil());
+  module.def("drop_cuda", samerge::drop_cuda, without_gil());
 #endif
   module.def("cpu_level", samerge::cpu_level, "Name of the instruction level in force.");
   module.def("set_cpu_level", samerge::set_cpu_level, "Forces portable, avx2 or avx512; auto takes the best.");

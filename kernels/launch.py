@@ -36,8 +36,9 @@ def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
 # Tiles of the block products: vectors of q, places of a panel along the longer side of a matrix, places along the shorter one.
 # Their product is the numbers that a program holds in registers, 64 a thread.
 VECTORS, PANEL, TILE = 8, 16, 64
+SPAN = 4096  # digits that a program looks at together
 if os.environ.get("TRITON_INTERPRET") == "1":
-    PANEL, TILE = 64, 256  # the interpreter's time goes by the number of tiles
+    PANEL, TILE, SPAN = 64, 256, 1 << 16  # the interpreter's time goes by the number of tiles
 SEGMENT = 128  # pieces of a row, of BLOCK numbers each, that one program takes the moments of
 
 

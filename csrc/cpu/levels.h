@@ -1,9 +1,11 @@
 #pragma once
 
 #include "../coefficient_grad.h"
+#include "../drop.h"
 #include "../elected_sum.h"
 #include "../gram_product.h"
 #include "../lanczos.h"
+#include "../magnitudes.h"
 #include "../moments.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
@@ -26,12 +28,11 @@ struct Loops {
   // Magnitudes are compared as bits, sign aside, of numbers of 2, 4 or 8 bytes. Adds to counts, [kDigits], how often every digit
   // occurs, the 16 bits from `shift` on; of numbers whose higher bits are `prefix`, or of all where that is negative.
   void (*count_digits)(const void* numbers, int64_t count, int bytes, int shift, int64_t prefix, int64_t* counts);
-  // Zeroes what is smaller than key, and what equals it after the first `ties`, or nothing of that where ties is negative.
-  // Returns what is left of ties.
-  int64_t (*trim)(void* numbers, int64_t count, int bytes, uint64_t key, int64_t ties);
+  // Copies with zeros for what is smaller than key, and for what equals it after the first `ties`, or for nothing of that where ties
+  // is negative; out may be the numbers. Returns what is left of ties.
+  int64_t (*trim)(void* out, const void* numbers, int64_t count, int bytes, uint64_t key, int64_t ties);
+  void (*drop)(const Drop&, int64_t row, int64_t stretch);
 };
-
-constexpr int64_t kDigits = 1 << 16;
 
 constexpr int64_t kSoftmaxKlChunk = 1024;
 

@@ -2,6 +2,7 @@
 // for. No standard header with inline functions is included below: the linker keeps one copy of such a function, and it
 // must not be one that was compiled for instructions this machine lacks.
 #include "coefficient_grad_loops.h"
+#include "drop_loops.h"
 #include "elected_sum_loops.h"
 #include "gram_product_loops.h"
 #include "lanczos_loops.h"
@@ -16,9 +17,10 @@
 
 namespace samerge {
 
-const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {
-    SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad, SAMERGE_LEVEL::softmax_kl,
-    SAMERGE_LEVEL::moments,      SAMERGE_LEVEL::gram_product,     SAMERGE_LEVEL::orthogonalise,
-    SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,     SAMERGE_LEVEL::trim};
+const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,
+                                                     SAMERGE_LEVEL::softmax_kl,   SAMERGE_LEVEL::moments,
+                                                     SAMERGE_LEVEL::gram_product, SAMERGE_LEVEL::orthogonalise,
+                                                     SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,
+                                                     SAMERGE_LEVEL::trim,         SAMERGE_LEVEL::drop};
 
 }  // namespace samerge

@@ -24,31 +24,35 @@ void count_digits(const void* numbers, int64_t count, int bytes, int shift, int6
 }
 
 template <class Bits>
-int64_t trim_of(Bits* numbers, int64_t count, Bits key, int64_t ties) {
+int64_t trim_of(Bits* out, const Bits* numbers, int64_t count, Bits key, int64_t ties) {
   for (int64_t first = 0; first < count; first += kBlock) {
-    Bits* block = numbers + first;
+    const Bits* block = numbers + first;
+    Bits* trimmed = out + first;
     const int64_t n = count - first < kBlock ? count - first : kBlock;
-    const Bits smallest = ties == 0 ? key + 1 : key;
-    if (ties > 0) {
-      Bits found = 0;
-      for (int64_t i = 0; i < n; ++i) found += (block[i] & kMagnitude<Bits>) == key;
-      if (found > ties) {
-        for (int64_t i = 0; i < n; ++i)
-          if ((block[i] & kMagnitude<Bits>) == key && ties-- <= 0) block[i] = 0;
-        ties = 0;
-      } else {
-        ties -= found;
-      }
+    const auto magnitude = [&](int64_t i) { return Bits(block[i] & kMagnitude<Bits>); };
+    Bits found = 0;
+    for (int64_t i = 0; ties > 0 && i < n; ++i) found += magnitude(i) == key;
+    if (ties > 0 && int64_t(found) > ties) {
+      for (int64_t i = 0; i < n; ++i)
+        trimmed[i] = magnitude(i) > key || (magnitude(i) == key && ties-- > 0) ? block[i] : Bits(0);
+      ties = 0;
+      continue;
     }
-    for (int64_t i = 0; i < n; ++i) block[i] = (block[i] & kMagnitude<Bits>) >= smallest ? block[i] : Bits(0);
+    const Bits smallest = ties == 0 ? key + 1 : key;
+    if (ties > 0) ties -= found;
+#pragma GCC ivdep  // out may be the numbers
+    for (int64_t i = 0; i < n; ++i) trimmed[i] = magnitude(i) >= smallest ? block[i] : Bits(0);
   }
   return ties;
 }
 
-int64_t trim(void* numbers, int64_t count, int bytes, uint64_t key, int64_t ties) {
-  if (bytes == 2) return trim_of(static_cast<uint16_t*>(numbers), count, uint16_t(key), ties);
-  if (bytes == 4) return trim_of(static_cast<uint32_t*>(numbers), count, uint32_t(key), ties);
-  return trim_of(static_cast<uint64_t*>(numbers), count, key, ties);
+int64_t trim(void* out, const void* numbers, int64_t count, int bytes, uint64_t key, int64_t ties) {
+  const auto of = [&](auto* bits, auto key) {
+    return trim_of(bits, static_cast<const decltype(key)*>(numbers), count, key, ties);
+  };
+  if (bytes == 2) return of(static_cast<uint16_t*>(out), uint16_t(key));
+  if (bytes == 4) return of(static_cast<uint32_t*>(out), uint32_t(key));
+  return of(static_cast<uint64_t*>(out), key);
 }
 
 }  // namespace samerge::SAMERGE_LEVEL

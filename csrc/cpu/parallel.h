@@ -37,4 +37,10 @@ void share_out(int64_t count, int64_t least, int64_t piece, const Body& body) {
   });
 }
 
+// As many rows of `count` numbers as pay for a thread where a number takes no more than a read.
+inline int64_t least_rows(int64_t count) {
+  constexpr int64_t kLeast = 1 << 17;  // numbers
+  return (kLeast + count) / (count + 1);
+}
+
 }  // namespace samerge

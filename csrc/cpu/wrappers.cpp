@@ -1,5 +1,6 @@
 // The tensor wrappers as one unit: to read ATen's headers takes the compiler three times as long as a wrapper.
 #include "coefficient_grad_cpu.cpp"
+#include "drop_cpu.cpp"
 #include "elected_sum_cpu.cpp"
 #include "gram_product_cpu.cpp"
 #include "lanczos_cpu.cpp"

@@ -3,9 +3,11 @@
 #include <cuda_runtime_api.h>
 
 #include "../coefficient_grad.h"
+#include "../drop.h"
 #include "../elected_sum.h"
 #include "../gram_product.h"
 #include "../lanczos.h"
+#include "../magnitudes.h"
 #include "../moments.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
@@ -71,5 +73,22 @@ inline int64_t lanczos_piece(int64_t stride) {
 
 // What follows the product; a.chunks of its partials are added up. The basis begins at a multiple of 16 bytes.
 cudaError_t orthogonalise(const LanczosStep& a, cudaStream_t stream);
+
+// Adds to counts, [T, kDigits], how often every digit, the 16 bits from `shift` on, occurs in the rows that have ties, among their
+// numbers that begin with the key. Zeros, which are zero kept or not, are left out. There are numbers.
+cudaError_t count_digits(const Magnitudes& a, int64_t* counts, int shift, cudaStream_t stream);
+
+// Appends the digit to the key of every row, [T], that has ties, [T], takes off these what is larger, and sets counts back to zero.
+// Where digits from `infinity` on occur the key is -1. last: no digit follows. There are rows.
+cudaError_t next_digit(int64_t* counts, int64_t* keys, int64_t* ties, int64_t num_rows, int infinity, bool last,
+                       cudaStream_t stream);
+
+// Copies numbers to out, [T, n], which may be they, with zeros for what is not kept, and takes off the ties those that were met.
+// kept is [T, trimmed_tiles(n)], to work with. There are numbers.
+int64_t trimmed_tiles(int64_t count, int bytes);
+cudaError_t trim(const Magnitudes& a, void* out, int64_t out_stride, int64_t* kept, cudaStream_t stream);
+
+// There are numbers.
+cudaError_t drop(const Drop& a, cudaStream_t stream);
 
 }  // namespace samerge::gpu

@@ -146,7 +146,7 @@ class FilePieces:
                 row.copy_(expert).sub_(base[:size])
             if factor != 1:
                 row.mul_(factor)
-        return Piece(extent.start, size, base, rows)
+        return Piece(extent.start, size, base, rows, room=rows)
 
     def _slots(self, count: int) -> list[Slot]:
         """This thread's, for what is read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import InMemory, narrow
 
-PIECE = 1 << 20  # numbers
+PIECE = 1 << 20  # numbers, on a CPU
+# Of the task vectors of a piece on a GPU: to read them takes a tenth of a millisecond at 3 TB/s, so that launches, of some
+# microseconds, do not count, and what is made of one piece is little beside the task vectors of a large model.
+GPU_PIECE_BYTES = 256 << 20
 ALIGNMENT = 1 << 16  # numbers; a piece starts at a multiple of it
 
 
@@ -24,17 +27,26 @@ class Piece:
     """Consecutive numbers of one tensor, filled up with zeros to n, a multiple of 1,024.
 
     start: of the first number in its tensor, a multiple of `ALIGNMENT`. size: numbers without the filling.
-    base: [n]. task_vectors: [T, n], which whoever merges may overwrite.
+    base: [n]. task_vectors: [T, n].
+    room: [T, n], for task vectors in the place of these; may be their own.
     """
 
     start: int
     size: int
     base: Tensor
     task_vectors: Tensor
+    room: Tensor
 
     def rows(self) -> Tensor:
         """[T, size]"""
         return self.task_vectors[:, : self.size]
+
+    def changed(self, change: Callable[[Tensor, Tensor], None]) -> Piece:
+        """The piece with task vectors, in its room, that ``change(out, rows)`` [T, size] writes."""
+        change(self.room[:, : self.size], self.rows())
+        if self.size < self.room.shape[1]:
+            self.room[:, self.size :] = 0
+        return replace(self, task_vectors=self.room)
 
 
 class Rule:
@@ -76,18 +88,25 @@ class Combination(Rule):
 
     def __init__(self, weights: Sequence[float], scale: float = 1.0, *, normalize: bool = False, elect: bool = False):
         self.weights, self.scale, self.normalize, self.elect = list(weights), scale, normalize, elect
+        self._held: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # the weights, or shares, [T]
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
         wide = torch.float64 if piece.base.dtype == torch.float64 else torch.float32
-        weights = torch.tensor(self.weights, dtype=wide)  # [T]
+        weights = self._on(piece.base.device, wide)
         if self.elect:
-            weights = weights.to(piece.base.device)
             return elected_sum(piece.base, piece.task_vectors, weights, self.scale, self.normalize)
-        total = weights.sum()
-        weights *= self.scale / (total if self.normalize and total.abs() >= 1e-8 else 1)
         one_layer = torch.zeros(piece.base.numel() // BLOCK, dtype=torch.int32, device=piece.base.device)
-        return weighted_sum(piece.base, piece.task_vectors, weights[:, None].to(piece.base.device), one_layer)
+        return weighted_sum(piece.base, piece.task_vectors, weights[:, None], one_layer)
 
+    def _on(self, device: torch.device, wide: torch.dtype) -> Tensor:  # [T]
+        """What task vectors are multiplied with, copied to a device once."""
+        if (device, wide) not in self._held:
+            weights = torch.tensor(self.weights, dtype=wide, device="cpu")
+            if not self.elect:
+                total = weights.sum()
+                weights *= self.scale / (total if self.normalize and total.abs() >= 1e-8 else 1)
+            self._held[device, wide] = weights.to(device)
+        return self._held[device, wide]
 
     @property
     def shares(self) -> list[float]:
@@ -111,26 +130,43 @@ def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, 
     merged = torch.empty_like(packed.base)
     layers = [layer for layer, offset in enumerate(layout.offsets) if offset is not None]
     numbers = [shape.numel() for shape in layout.shapes]
+    at_once = _piece(task_vectors)
+    room = _room(task_vectors, min(at_once, max((layout.extent(layer)[1] for layer in layers), default=0)))
     for group in [layers] if whole else [[layer] for layer in layers]:
         rule = rule_of("", sum(numbers)) if whole else rule_of(layout.names[group[0]], numbers[group[0]])
         places = [
-            (layout.extent(layer)[0], start, min(PIECE, numbers[layer] - start))
+            (layout.extent(layer)[0], start, min(at_once, numbers[layer] - start))
             for layer in group
-            for start in range(0, numbers[layer], PIECE)
+            for start in range(0, numbers[layer], at_once)
         ]
-        results = merge_pieces(rule, functools.partial(_packed_pieces, packed.base, task_vectors, places))
+        results = merge_pieces(rule, functools.partial(_packed_pieces, packed.base, task_vectors, room, places))
         for (offset, start, _), (_, result) in zip(places, results, strict=True):
             merged[offset + start : offset + start + result.numel()] = result
     return merged
 
 
-def _packed_pieces(base: Tensor, task_vectors: InMemory, places: Sequence[tuple[int, int, int]]) -> Iterator[Piece]:
+def _piece(task_vectors: InMemory) -> int:
+    """Numbers of a piece."""
+    if task_vectors.device.type == "cpu":
+        return PIECE
+    number = task_vectors.dtype.itemsize if isinstance(task_vectors, Tensor) else 4
+    return max(1, GPU_PIECE_BYTES // (number * max(1, len(task_vectors)) * ALIGNMENT)) * ALIGNMENT
+
+
+def _room(task_vectors: InMemory, length: int) -> Tensor | None:
+    """[T, length] for task vectors that are changed; None where they are made anew for each piece."""
+    return torch.empty_like(task_vectors[:, :length]) if isinstance(task_vectors, Tensor) else None
+
+
+def _packed_pieces(
+    base: Tensor, task_vectors: InMemory, room: Tensor | None, places: Sequence[tuple[int, int, int]]
+) -> Iterator[Piece]:
     """places: where the layer begins among all numbers, where the piece does in the layer, and its size."""
     for offset, start, size in places:
         first, length = offset + start, -(-size // BLOCK) * BLOCK
         stored = narrow(task_vectors, first, length)
-        rows = stored.clone() if isinstance(stored, Tensor) else stored.dequantise()
-        yield Piece(start, size, base[first : first + length], rows)
+        rows = stored if isinstance(stored, Tensor) else stored.dequantise()
+        yield Piece(start, size, base[first : first + length], rows, rows if room is None else room[:, :length])
 
 
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:

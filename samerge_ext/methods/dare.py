@@ -11,12 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.elementwise.magnitudes import BITS
-from samerge_ext.elementwise.piecewise import ALIGNMENT, Combination, Piece, Rule, merge_packed, per_task
+from samerge_ext import backend
+from samerge_ext.elementwise.piecewise import Combination, Piece, Rule, merge_packed, per_task
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
-
-DRAWN = ALIGNMENT  # numbers that share a key
+from samerge_ext.reference.drop import STRETCH, uniform
 
 
 class Dare(Rule):
@@ -30,47 +29,42 @@ class Dare(Rule):
         self.combination, self.rescale = combination, rescale
         self.unseen = [task for task, density in enumerate(densities) if density < 1]
 
-    def drop_(self, piece: Piece) -> None:
-        for task, (density, row) in enumerate(zip(self.densities, piece.rows(), strict=True)):
-            if density == 0:
-                row.zero_()
-            if density in (0, 1):
-                continue
-            for start, part in zip(range(piece.start, piece.start + piece.size, DRAWN), row.split(DRAWN), strict=True):
-                integers = BITS[part.dtype.itemsize]
-                key = f"{self.seed} {task} {start // DRAWN} {self.name}"
-                kept = random_mask(key, density, part.device)[: part.numel()]
-                part.view(integers).bitwise_and_(kept.to(integers))
-            if self.rescale:
-                row.mul_(1 / density)
+    def drop(self, out: Tensor, numbers: Tensor, start: int) -> None:
+        """Drops some of ``numbers`` [T, n], the tensor's from ``start`` on, and rescales the others; out may be the numbers."""
+        stretches = range(start // STRETCH, -(-(start + numbers.shape[1]) // STRETCH))
+        keys = [
+            [_key_of(self.seed, task, stretch, self.name) if 0 < density < 1 else 0 for stretch in stretches]
+            for task, density in enumerate(self.densities)
+        ]
+        thresholds = [_threshold(density) for density in self.densities]
+        factors = [1 / density if density and self.rescale else 1.0 for density in self.densities]
+        wide = torch.float64 if numbers.dtype == torch.float64 else torch.float32
+        values = ((keys, torch.int32), (thresholds, torch.int64), (factors, wide))
+        on_device = [torch.tensor(v, dtype=t, device="cpu").to(numbers.device, non_blocking=True) for v, t in values]
+        backend.kernel("drop", numbers)(out, numbers, *on_device)
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
-        self.drop_(piece)
-        return self.combination.merge(piece)
+        return self.combination.merge(piece.changed(functools.partial(self.drop, start=piece.start)))
 
     @property
     def shares(self) -> list[float]:
         return self.combination.shares
 
 
-def random_mask(key: str, density: float, device: torch.device) -> Tensor:
-    """[65536] int32, all bits set with probability ``density``, else none: the same on every device and at any time.
-
-    A number's place and the key are mixed by the finalizer of MurmurHash3, on integers that wrap around.
-    """
-    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
-    mixed = _spread(device) + int.from_bytes(digest, "little", signed=True)
-    for shift, factor in ((16, -0x7A143595), (13, -0x3D4D51CB)):
-        mixed.bitwise_xor_((mixed >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
-    mixed.bitwise_xor_((mixed >> 16).bitwise_and_(0xFFFF))
-    uniform = mixed.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
-    return uniform.sub_(round(density * 2**31)).bitwise_right_shift_(31)
+def random_mask(seed: int, task: int, stretch: int, name: str, density: float) -> Tensor:
+    """[65536] bool, true with probability ``density``: which numbers of a stretch of the tensor ``name`` are kept."""
+    key = torch.tensor(_key_of(seed, task, stretch, name), dtype=torch.int32)
+    return uniform(key) < _threshold(density)
 
 
-@functools.cache
-def _spread(device: torch.device) -> Tensor:
-    """[65536] int32, the places times 2³² over the golden ratio."""
-    return (torch.arange(DRAWN) * 0x9E3779B9).to(torch.int32).to(device)
+def _key_of(seed: int, task: int, stretch: int, name: str) -> int:
+    """32 bits, as a signed integer."""
+    digest = hashlib.blake2b(f"{seed} {task} {stretch} {name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _threshold(density: float) -> int:
+    return round(density * 2**31)
 
 
 def dare(

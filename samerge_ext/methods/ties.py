@@ -24,42 +24,35 @@ class Ties(WholeRule):
     densities, weights: one per task. combination: what follows trimming.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype, densities: Sequence[float], combination: Combination):
-        kept = [kept_count(density, numel) for density in densities]
-        self.largest = [LargestMagnitudes(count, dtype) if 0 < count < numel else None for count in kept]
-        self.unseen = [task for task, count in enumerate(kept) if count == 0]
+    def __init__(
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        densities: Sequence[float],
+        combination: Combination,
+        device: torch.device | str = "cpu",
+    ):
+        self.largest = LargestMagnitudes([kept_count(density, numel) for density in densities], numel, dtype, device)
+        self.unseen = [task for task, density in enumerate(densities) if not kept_count(density, numel)]
         self.combination = combination
-        self.rounds = max((largest.rounds for largest in self.largest if largest), default=0)
+        self.rounds = self.largest.rounds
 
     def look(self, piece: Piece) -> None:
-        for largest, row in zip(self.largest, piece.rows(), strict=True):
-            if largest:
-                largest.look(row)
+        self.largest.look(piece.rows())
 
     def next_round(self) -> None:
-        for largest in self.largest:
-            if largest:
-                largest.next_round()
+        self.largest.next_round()
 
-    def state(self) -> list[tuple[int, int | None] | None]:
-        """What decides over the numbers to come, once the rounds are over: ready for JSON."""
-        return [(largest.key, largest.ties) if largest else None for largest in self.largest]
+    def state(self) -> list[list[int]]:
+        """What decides over the numbers to come, once the rounds are over: every task's key and ties, ready for JSON."""
+        return torch.stack([self.largest.keys, self.largest.ties], 1).tolist()
 
-    def restore(self, state: Sequence[tuple[int, int | None] | None]) -> None:
-        for largest, found in zip(self.largest, state, strict=True):
-            if largest and found:
-                largest.key, largest.ties = found
-
-    def trim_(self, piece: Piece) -> None:
-        for task, (largest, row) in enumerate(zip(self.largest, piece.rows(), strict=True)):
-            if largest:
-                largest.trim_(row)
-            elif task in self.unseen:
-                row.zero_()
+    def restore(self, state: Sequence[Sequence[int]]) -> None:
+        for target, values in zip((self.largest.keys, self.largest.ties), torch.tensor(state).unbind(1), strict=True):
+            target.copy_(values)
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
-        self.trim_(piece)
-        return self.combination.merge(piece)
+        return self.combination.merge(piece.changed(self.largest.trim))
 
     @property
     def shares(self) -> list[float]:
@@ -96,7 +89,7 @@ def ties(
     stored = packed.task_vectors
     dtype = stored.dtype if isinstance(stored, Tensor) else torch.float32  # quantised ones are read as fp32
     merged = merge_packed(
-        packed, lambda name, numel: Ties(numel, dtype, densities, combination), whole=trim == "vector"
+        packed, lambda name, numel: Ties(numel, dtype, densities, combination, packed.base.device), whole=trim == "vector"
     )
     return Result.of_weights(packed, merged, "ties", module, time.perf_counter() - started)
 
@@ -111,22 +104,22 @@ def trimmed(packed: PackedWeights, density: float | Sequence[float] = 0.2, *, tr
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
     _check_scope(trim)
     task_vectors = torch.zeros_like(stored)
-    rows = [packed.layout.views(row) for row in stored]
-    kept = [packed.layout.views(row) for row in task_vectors]
+    layers = [
+        slice(offset, offset + shape.numel())
+        for offset, shape in zip(packed.layout.offsets, packed.layout.shapes, strict=True)
+        if offset is not None
+    ]
     total = sum(shape.numel() for shape in packed.layout.shapes)
-    for density, row, out in zip(densities, rows, kept, strict=True):
-        for group in [list(row)] if trim == "vector" else [[name] for name in row]:
-            count = kept_count(density, total if trim == "vector" else row[group[0]].numel())
-            if not count:
-                continue
-            largest = LargestMagnitudes(count, stored.dtype)
-            for _ in range(largest.rounds):
-                for name in group:
-                    largest.look(row[name].flatten())
-                largest.next_round()
-            for name in group:
-                out[name].copy_(row[name])
-                largest.trim_(out[name].view(-1))
+    for group in [layers] if trim == "vector" else [[layer] for layer in layers]:
+        numel = total if trim == "vector" else group[0].stop - group[0].start
+        counts = [kept_count(density, numel) for density in densities]
+        largest = LargestMagnitudes(counts, numel, stored.dtype, stored.device)
+        for _ in range(largest.rounds):
+            for layer in group:
+                largest.look(stored[:, layer])
+            largest.next_round()
+        for layer in group:
+            largest.trim(task_vectors[:, layer], stored[:, layer])
     return replace(packed, task_vectors=task_vectors)
 
 

@@ -1,10 +1,25 @@
 """Every operator in a few lines of plain PyTorch: the fallback on any device, and in fp64 the truth of the tests."""
 
 from .coefficient_grad import coefficient_grad
+from .count_digits import count_digits
+from .drop import drop
 from .elected_sum import elected_sum
 from .gram_product import gram_product
 from .moments import moments
+from .next_digit import next_digit
 from .softmax_kl import softmax_kl
+from .trim import trim
 from .weighted_sum import weighted_sum
 
-__all__ = ["coefficient_grad", "elected_sum", "gram_product", "moments", "softmax_kl", "weighted_sum"]
+__all__ = [
+    "coefficient_grad",
+    "count_digits",
+    "drop",
+    "elected_sum",
+    "gram_product",
+    "moments",
+    "next_digit",
+    "softmax_kl",
+    "trim",
+    "weighted_sum",
+]

@@ -162,10 +162,33 @@ void magnitudes_case(DType dtype, int64_t n) {
     }
     const int64_t ties[] = {5, 0, -1};
     for (int k = 0; k < 3; ++k) {
-      std::memcpy(trimmed.data(), numbers.data(), n * bytes);
-      const int64_t left = loops().trim(trimmed.data(), n, bytes, key, ties[k]);
+      const int64_t left = loops().trim(trimmed.data(), numbers.data(), n, bytes, key, ties[k]);
       CHECK(left == (k ? ties[k] : std::max<int64_t>(0, 5 - equal)));
       for (int64_t i = 0; i < n; ++i) CHECK(trimmed[i] == kept[k][i]);
+    }
+  });
+}
+
+// Of two rows one keeps half of its numbers, the other all, doubled, which no format rounds.
+void drop_case(DType dtype, int64_t n) {
+  Numbers numbers(dtype, 2 * n), dropped(dtype, 2 * n);
+  fill(numbers, 0, 2 * n);
+  const int64_t stretches = (n + kStretch - 1) / kStretch, thresholds[] = {int64_t(1) << 30, int64_t(1) << 31};
+  std::vector<int32_t> keys(2 * stretches);
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = int32_t(i * 0x12345677u);
+  const float narrow[] = {2, 2};
+  const double wide[] = {2, 2};
+  const void* factors = dtype == DType::f64 ? static_cast<const void*>(wide) : narrow;
+  const Drop a = {dropped.data(), numbers.data(), keys.data(), thresholds, factors, 2, n, n, n, dtype};
+  at_work = std::string("drop, ") + name_of(dtype) + ", n = " + std::to_string(n);
+  on_every_level([&] {
+    dropped.poison();
+    for (int64_t i = 0; i < 2 * stretches; ++i) loops().drop(a, i / stretches, i % stretches);
+    for (int64_t i = 0; i < 2 * n; ++i) {
+      const int64_t row = i / n, place = i % n;
+      const uint32_t key = keys[row * stretches + place / kStretch];
+      const bool kept = uniform(uint32_t(place % kStretch), key) < thresholds[row];
+      CHECK(dropped[i] == (kept ? 2 * numbers[i] : 0));
     }
   });
 }
@@ -292,6 +315,11 @@ void test_magnitudes() {
     for (const int64_t n : {1, 17, 1024, 2500}) magnitudes_case(dtype, n);
 }
 
+void test_drop() {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64})
+    for (const int64_t n : {1, 17, 1024, 2500, int(kStretch) + 3}) drop_case(dtype, n);
+}
+
 void test_codes() {
   for (const int64_t num_tasks : {1, 2, 3, 8, 11})
     for (const DType task : {DType::i8, DType::i4})
@@ -312,6 +340,7 @@ int main() {
   test_coefficient_grad();
   test_elected_sum();
   test_magnitudes();
+  test_drop();
   test_codes();
   test_softmax_kl();
   test_moments();

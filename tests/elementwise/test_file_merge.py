@@ -312,8 +312,8 @@ def test_a_dropped_number_that_is_none_names_its_file(models, tmp_path, method, 
     for name, place in (("layers.1.w", 7), ("embed", 131000)):
         start, within = divmod(place, piecewise.ALIGNMENT)
         if density:  # the first number of its piece, from there on, that is dropped
-            kept = random_mask(f"3 0 {start} {name}", density, torch.device("cpu"))
-            within += int((kept[within:] == 0).nonzero()[0])
+            kept = random_mask(3, 0, start, name, density)
+            within += int((~kept[within:]).nonzero()[0])
         before = (models / "news/model.safetensors").read_bytes()
         spoil(models / "news", name, value, start * piecewise.ALIGNMENT + within)
         merge = merge_of(models)

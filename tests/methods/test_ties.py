@@ -1,21 +1,13 @@
-"""TIES on packed weights against its definition, and the exact selection of the largest magnitudes."""
+"""TIES on packed weights against its definition."""
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, largest_kept
 from tiny import make, make_problem
 
 import samerge_ext as sm
 from samerge_ext.elementwise import piecewise
-from samerge_ext.elementwise.magnitudes import LargestMagnitudes, kept_count
-
-
-def kept(numbers, count):
-    """A mask of the largest magnitudes, of equal ones the first, by a stable sort."""
-    order = torch.sort(numbers.abs().double(), descending=True, stable=True).indices
-    mask = torch.zeros(numbers.numel(), dtype=torch.bool)
-    mask[order[:count]] = True
-    return mask
+from samerge_ext.elementwise.magnitudes import kept_count
 
 
 def literal_ties(base, experts, density, scale, whole):
@@ -26,54 +18,13 @@ def literal_ties(base, experts, density, scale, whole):
     trimmed = []
     for change in changes:
         parts = [change] if whole else list(change.split(sizes))
-        masks = [kept(part, kept_count(density, part.numel())) for part in parts]
+        masks = [largest_kept(part, kept_count(density, part.numel())) for part in parts]
         trimmed.append(torch.where(torch.cat(masks), change, 0))
     stacked = torch.stack(trimmed)
     sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
     agree = (stacked * sign) > 0
     mean = (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
     return {n: base[n] + scale * part.view(base[n].shape) for n, part in zip(names, mean.split(sizes))}
-
-
-def select(numbers, count, piece):
-    largest = LargestMagnitudes(count, numbers.dtype)
-    for _ in range(largest.rounds):
-        for part in numbers.split(piece):
-            largest.look(part)
-        largest.next_round()
-    trimmed = numbers.clone()
-    for part in trimmed.split(piece):
-        largest.trim_(part)
-    return trimmed
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1, 5, 1000, 300_000])
-@pytest.mark.parametrize("piece", [777, 1 << 20])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_exactly_the_largest_are_kept(dtype, size, piece, backend):
-    """Also where many are equal: rounded numbers, and one value at every seventh place."""
-    torch.manual_seed(size)
-    numbers = torch.randn(size, dtype=torch.float64).to(dtype)
-    numbers[::7] = numbers[size // 2]
-    numbers[numbers == 0] = 1
-    for density in (0.01, 0.2, 0.99):
-        count = kept_count(density, size)
-        with sm.use_backend(backend):
-            trimmed = select(numbers, count, piece)
-        assert int(trimmed.count_nonzero()) == count
-        assert torch.equal(trimmed, torch.where(kept(numbers, count), numbers, 0))
-
-
-def test_fewer_numbers_than_are_to_be_kept():
-    numbers = torch.randn(10)
-    assert torch.equal(select(numbers, 25, 4), numbers)
-
-
-def test_nan_and_inf_are_refused():
-    for bad in (torch.nan, -torch.inf):
-        with pytest.raises(ValueError, match="NaN or Inf"):
-            select(torch.tensor([1.0, bad, 2.0]), 1, 10)
 
 
 @pytest.mark.parametrize("trim", ["tensor", "vector"])

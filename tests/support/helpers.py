@@ -73,6 +73,14 @@ def random_normal(*shapes: tuple[int, ...], seed: int, dtype=torch.float32) -> l
     return [tensor.to(torch.get_default_device()) for tensor in tensors]
 
 
+def largest_kept(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """A mask [n] of the largest magnitudes, of equal ones the first, by a stable sort."""
+    order = torch.sort(numbers.abs().double(), descending=True, stable=True).indices
+    mask = torch.zeros(numbers.numel(), dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask
+
+
 def need_backend(name: str) -> None:
     if reason := backend.available()[name]:
         pytest.skip(f"backend {name}: {reason}")

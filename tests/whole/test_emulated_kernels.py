@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import samerge_ext as sm
 from samerge_ext import backend
+from samerge_ext.elementwise.magnitudes import LargestMagnitudes
 from samerge_ext.ops import krylov
 from samerge_ext.packing.quantised import QuantisedTaskVectors
+from samerge_ext.reference.count_digits import BITS
 
 emulated_cuda = sys.modules.get("emulated_cuda")
 pytestmark = [
@@ -69,6 +71,49 @@ def elected_sum(tasks, dtype, offset=0, layers=(5,)):
     return lambda: [sm.ops.elected_sum(base, values, weights, 0.7)]
 
 
+def selection(tasks, dtype, offset=0, size=20_000, rounded=True):
+    """A row's largest magnitudes, found and kept: counting, choosing and trimming, where many numbers are equal."""
+    numbers = random_normal((tasks, size), seed=4, dtype=FP64)[0]
+    numbers = moved(((4 * numbers).round() / 4 if rounded else numbers).to(dtype), offset)
+
+    def call():
+        largest = LargestMagnitudes([size // 5] * tasks, size, dtype, "cuda")
+        for _ in range(largest.rounds):
+            largest.look(numbers)
+            largest.next_round()
+        out = torch.empty_like(numbers)
+        largest.trim(out, numbers)
+        return [out, largest.keys, largest.ties]
+
+    return call
+
+
+def count_digits(tasks, dtype, size=1024 * 100):
+    numbers, counts = random_normal((tasks, size), seed=4)[0].to(dtype), torch.zeros(tasks, 1 << 16, dtype=torch.int64)
+    keys, ties, shift = torch.zeros(tasks, dtype=torch.int64), torch.ones(tasks, dtype=torch.int64), 8 * dtype.itemsize - 16
+    return lambda: [backend._C.count_digits_cuda(counts, numbers, keys, ties, shift)]
+
+
+def trim(tasks, dtype, ties=-1, size=1024 * 100):
+    """As the first of two pieces has it: what equals 1 in magnitude has some left to be kept, or all."""
+    numbers, keys = random_normal((tasks, size), seed=4)[0].to(dtype), torch.ones(tasks, dtype=dtype)
+    keys, ties, out = keys.view(BITS[dtype.itemsize]).long(), torch.full((tasks,), ties), torch.empty_like(numbers)
+    return lambda: [backend._C.trim_cuda(out, numbers, keys, ties)]
+
+
+def drop(tasks, dtype, offset=0, size=20_000):
+    numbers = moved(random_normal((tasks, size), seed=4)[0].to(dtype), offset)
+    keys = torch.arange(tasks * -(-size // (1 << 16)), dtype=torch.int32).view(tasks, -1)
+    thresholds, factors = torch.full((tasks,), 2**30), torch.full((tasks,), 2.0, dtype=FP64 if dtype == FP64 else FP32)
+    out = torch.empty_like(numbers)
+
+    def call():
+        backend._C.drop_cuda(out, numbers, keys, thresholds, factors)
+        return [out]
+
+    return call
+
+
 def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0):
     student, teacher = (3 * x for x in random_normal((rows, columns), (teachers, rows, columns), seed=columns))
     student, teacher = moved(student.to(dtype), offset), moved(teacher.to(dtype), offset)
@@ -116,6 +161,9 @@ CASES = {
        for op in (weighted_sum, coefficient_grad) for t, d in ((3, FP32), (11, BF16), (2, FP64), (3, INT8), (5, INT4))},
     **{f"elected_sum {t} {d}": lambda t=t, d=d, **options: elected_sum(t, d, **options)
        for t, d in ((3, FP32), (11, BF16), (2, FP64))},
+    **{f"magnitudes {t} {d}": lambda t=t, d=d, **options: selection(t, d, **options)
+       for t, d in ((3, FP32), (5, BF16), (2, FP64))},
+    **{f"drop {t} {d}": lambda t=t, d=d, **options: drop(t, d, **options) for t, d in ((3, FP32), (5, BF16), (2, FP64))},
     "softmax_kl warps": lambda **options: softmax_kl(40, 100, FP32, teachers=2, **options),
     "softmax_kl odd": lambda **options: softmax_kl(5, 1001, BF16, "cross_entropy", **options),
     "softmax_kl blocks": lambda **options: softmax_kl(3, 5000, BF16, teachers=2, **options),
@@ -152,10 +200,24 @@ def test_numbers_may_begin_anywhere_and_end_where_memory_ends(case, offset):
         torch.testing.assert_close(a, b, rtol=1e-5 if b.dtype != BF16 else 1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", (FP32, BF16))
+def test_digits_are_counted_without_as_much_shared_memory(dtype):
+    call = selection(3, dtype, rounded=False)
+    expected = [result.clone() for result in call()]
+    with emulated_cuda.device(shared_bytes=99 << 10):
+        assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True))
+
+
 def of_vectors(op, tasks, dtype, others):
     """Of N numbers in one layer: task vectors, and as many vectors of the base's dtype beside them."""
     n, base = 1024 * 100, FP32 if dtype in (INT8, INT4) else dtype
     return op(tasks, dtype, layers=(100,)), n * (tasks * BYTES[dtype] + others * BYTES[base])
+
+
+def of_numbers(op, tasks, dtype, moves, **options):
+    """Of T rows of N numbers, each moved so many times."""
+    n = 1024 * 100
+    return op(tasks, dtype, size=n, **options), n * tasks * moves * BYTES[dtype]
 
 
 def of_rows(rows, columns, dtype):
@@ -186,6 +248,13 @@ FLOORS = {
     "coefficient_grad, T = 8, bf16": (lambda: of_vectors(coefficient_grad, 8, BF16, 1), 1.01, 1.02, 1.002, 1.0),
     "elected_sum, T = 8, fp32": (lambda: of_vectors(elected_sum, 8, FP32, 2), 1.001, 1.02, 1.0, 1.0),
     "elected_sum, T = 8, bf16": (lambda: of_vectors(elected_sum, 8, BF16, 2), 1.001, 1.04, 1.0, 1.0),
+    "count_digits, T = 8, fp32": (lambda: of_numbers(count_digits, 8, FP32, 1), 1.07, 1.08, 1.04, 2.8),
+    "count_digits, T = 8, bf16": (lambda: of_numbers(count_digits, 8, BF16, 1), 1.13, 1.15, 1.06, 2.8),
+    "trim, T = 8, fp32": (lambda: of_numbers(trim, 8, FP32, 2), 1.01, 1.01, 1.0, 1.0),
+    "trim, T = 8, bf16": (lambda: of_numbers(trim, 8, BF16, 2), 1.01, 1.01, 1.0, 1.0),
+    "trim, ties, T = 8, bf16": (lambda: of_numbers(trim, 8, BF16, 3, ties=20), 1.01, 1.01, 1.001, 1.0),
+    "drop, T = 8, fp32": (lambda: of_numbers(drop, 8, FP32, 2), 1.01, 1.01, 1.0, 1.0),
+    "drop, T = 8, bf16": (lambda: of_numbers(drop, 8, BF16, 2), 1.01, 1.01, 1.0, 1.0),
     "softmax_kl (32, 1000) fp32": (lambda: of_rows(32, 1000, FP32), 1.001, 1.67, 1.0, 1.0),
     "softmax_kl (3, 32000) fp32": (lambda: of_rows(3, 32000, FP32), 1.001, 1.001, 1.0, 1.0),
     "softmax_kl (3, 32000) bf16": (lambda: of_rows(3, 32000, BF16), 1.001, 1.001, 1.0, 1.0),

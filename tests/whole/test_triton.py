@@ -11,12 +11,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
 
 FLOATS = {"fp32": "*fp32", "bf16": "*bf16", "fp64": "*fp64"}
-TYPES = (*FLOATS.values(), "fp64", "*i32", "*i64", "*i8", "*u8", "i32", "i64")
+TYPES = (*FLOATS.values(), "fp64", "*i16", "*i32", "*i64", "*i8", "*u8", "i32", "i64")
 
 
 def test_operators_interpreted():
     """All numeric operator tests, and planted faults, in a process whose kernels are interpreted from the start, and watched."""
-    operators = ("weighted_sum", "coefficient_grad", "codes", "elected_sum", "softmax_kl", "gram_product")
+    operators = "weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl gram_product".split()
     tests = [*(f"tests/ops/test_{op}.py" for op in operators), "tests/whole/test_interpreted_triton.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton and not (opcheck or compile or gradcheck)", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -58,6 +58,33 @@ def test_packed_kernels_compile(capability, dtype):
     assert compile_kernel(
         coefficient_grad._sum_layers, capability, out=wide, block_sums=wide, block_layer="*i32", num_blocks="i32",
         num_layers="i32", WIDTH=1024,
+    )
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("bytes", (2, 4, 8))
+def test_selecting_kernels_compile(capability, bytes):
+    from samerge_ext.kernels import count_digits, drop, launch, next_digit, trim
+
+    bits, width = {2: "*i16", 4: "*i32", 8: "*i64"}[bytes], {"WIDTH": 8 * bytes, "BLOCK": launch.BLOCK}
+    of_rows, sizes = {"keys": "*i64", "ties": "*i64"}, {"count": "i32", "tiles": "i32"}
+    for shift in {0, 8 * bytes - 16}:
+        assert compile_kernel(
+            count_digits._count_digits, capability, counts="*i64", bits=bits, **of_rows, stride="i64", **sizes, SHIFT=shift,
+            **width,
+        )
+    assert compile_kernel(
+        next_digit._next_digit, capability, counts="*i64", **of_rows, infinity="i32", LAST=True, DIGITS=1 << 16, SPAN=launch.SPAN
+    )
+    assert compile_kernel(trim._count_equal, capability, kept="*i64", bits=bits, **of_rows, stride="i64", **sizes, **width)
+    assert compile_kernel(trim._share_ties, capability, kept="*i64", ties="*i64", tiles="i32", BLOCK=launch.BLOCK)
+    assert compile_kernel(
+        trim._trim, capability, out=bits, bits=bits, keys="*i64", kept="*i64", out_stride="i64", stride="i64", **sizes, **width
+    )
+    numbers, wide = {2: "*bf16", 4: "*fp32", 8: "*fp64"}[bytes], "*fp64" if bytes == 8 else "*fp32"
+    assert compile_kernel(
+        drop._drop, capability, out=numbers, numbers=numbers, keys="*i32", thresholds="*i64", factors=wide, out_stride="i64",
+        stride="i64", key_stride="i64", **sizes, STRETCH=drop.STRETCH, BLOCK=launch.BLOCK,
     )
 
 
