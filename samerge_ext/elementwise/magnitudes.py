@@ -36,13 +36,11 @@ class LargestMagnitudes:
     ties: [T] int64, how many numbers of just that magnitude are still to be kept; -1 where all of them are. Zeros are all kept.
     """
 
-    def __init__(self, counts: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(self, counts: Sequence[int], numel: int, dtype: torch.dtype):
         above_all = torch.iinfo(BITS[dtype.itemsize]).max
         ties = [-1 if count >= numel else count for count in counts]
-        self.keys, self.ties = (
-            torch.tensor(values, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-            for values in ([0 if count else above_all for count in counts], ties)
-        )
+        self.keys = torch.tensor([0 if count else above_all for count in counts], dtype=torch.int64, device="cpu")
+        self.ties = torch.tensor(ties, dtype=torch.int64, device="cpu")
         self.rounds = dtype.itemsize // 2 if any(count > 0 for count in ties) else 0
         self._shift = 16 * (dtype.itemsize // 2 - 1)
         infinity = torch.tensor(torch.inf, dtype=dtype, device="cpu").view(BITS[dtype.itemsize])
@@ -51,6 +49,7 @@ class LargestMagnitudes:
 
     def look(self, numbers: Tensor) -> None:
         """Counts the digits of ``numbers`` [T, n]; rows may lie apart."""
+        self._follow(numbers.device)
         backend.kernel("count_digits", numbers)(self._held_counts(), numbers, self.keys, self.ties, self._shift)
 
     def next_round(self) -> None:
@@ -66,7 +65,12 @@ class LargestMagnitudes:
 
     def trim(self, out: Tensor, numbers: Tensor) -> None:
         """Copies ``numbers`` [T, n] with zeros for what is not kept; ``out`` may be the numbers. Pieces come in order."""
+        self._follow(numbers.device)
         backend.kernel("trim", numbers)(out, numbers, self.keys, self.ties)
+
+    def _follow(self, device: torch.device) -> None:
+        """What is known of the rows goes where they are."""
+        self.keys, self.ties = self.keys.to(device, non_blocking=True), self.ties.to(device, non_blocking=True)
 
     def _held_counts(self) -> Tensor:
         if self._counts is None:

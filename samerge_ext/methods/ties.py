@@ -30,9 +30,8 @@ class Ties(WholeRule):
         dtype: torch.dtype,
         densities: Sequence[float],
         combination: Combination,
-        device: torch.device | str = "cpu",
     ):
-        self.largest = LargestMagnitudes([kept_count(density, numel) for density in densities], numel, dtype, device)
+        self.largest = LargestMagnitudes([kept_count(density, numel) for density in densities], numel, dtype)
         self.unseen = [task for task, density in enumerate(densities) if not kept_count(density, numel)]
         self.combination = combination
         self.rounds = self.largest.rounds
@@ -88,9 +87,7 @@ def ties(
     _check_scope(trim)
     stored = packed.task_vectors
     dtype = stored.dtype if isinstance(stored, Tensor) else torch.float32  # quantised ones are read as fp32
-    merged = merge_packed(
-        packed, lambda name, numel: Ties(numel, dtype, densities, combination, packed.base.device), whole=trim == "vector"
-    )
+    merged = merge_packed(packed, lambda name, numel: Ties(numel, dtype, densities, combination), whole=trim == "vector")
     return Result.of_weights(packed, merged, "ties", module, time.perf_counter() - started)
 
 
@@ -113,7 +110,7 @@ def trimmed(packed: PackedWeights, density: float | Sequence[float] = 0.2, *, tr
     for group in [layers] if trim == "vector" else [[layer] for layer in layers]:
         numel = total if trim == "vector" else group[0].stop - group[0].start
         counts = [kept_count(density, numel) for density in densities]
-        largest = LargestMagnitudes(counts, numel, stored.dtype, stored.device)
+        largest = LargestMagnitudes(counts, numel, stored.dtype)
         for _ in range(largest.rounds):
             for layer in group:
                 largest.look(stored[:, layer])

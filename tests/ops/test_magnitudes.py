@@ -26,7 +26,7 @@ def bits(numbers):
 
 
 def select(numbers, counts, piece, in_place=False):
-    largest = LargestMagnitudes(counts, numbers.shape[1], numbers.dtype, numbers.device)
+    largest = LargestMagnitudes(counts, numbers.shape[1], numbers.dtype)
     for _ in range(largest.rounds):
         for part in numbers.split(piece, 1):
             largest.look(part)

@@ -77,7 +77,7 @@ def selection(tasks, dtype, offset=0, size=20_000, rounded=True):
     numbers = moved(((4 * numbers).round() / 4 if rounded else numbers).to(dtype), offset)
 
     def call():
-        largest = LargestMagnitudes([size // 5] * tasks, size, dtype, "cuda")
+        largest = LargestMagnitudes([size // 5] * tasks, size, dtype)
         for _ in range(largest.rounds):
             largest.look(numbers)
             largest.next_round()
