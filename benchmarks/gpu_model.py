@@ -81,14 +81,15 @@ def plain(mangled: str) -> str:
 
 
 def compiled_kernels(operator: str) -> dict[str, Code]:
-    """By plain name; of the sources that have the operator in theirs."""
+    """By plain name; of the operator's source, and of all where none has its name."""
     disassembler = nvdisasm()
     if disassembler is None:
         raise SystemExit("nvdisasm is neither on the path nor in Triton's package; install the CUDA toolkit")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        for source in sorted((ROOT / "csrc" / "cuda").glob(f"*{operator}*.cu")):
+        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        for source in [source for source in sources if source.stem == operator] or sources:
             command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{ARCHITECTURE}", "-Xptxas", "-v", "-cubin", source, "-o", cubin]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             text = subprocess.run([disassembler, "-c", cubin], check=True, capture_output=True, text=True).stdout
@@ -190,6 +191,7 @@ def cases() -> list[Case]:
 
     import samerge_ext as sm
     from samerge_ext import backend
+    from samerge_ext.reference.count_digits import BITS
 
     def normal(*shape: int, dtype=torch.float32):
         generator = torch.Generator().manual_seed(sum(shape))
@@ -207,6 +209,19 @@ def cases() -> list[Case]:
                 "coefficient_grad": (lambda b=base, v=vectors: sm.coefficient_grad(b, v, layers, 1), 1),
                 "elected_sum": (lambda b=base, v=vectors, w=weights: sm.ops.elected_sum(b, v, w, 1.0, False), 2),
             }
+            if tasks == 8:
+                key, ties = (
+                    torch.ones(tasks, dtype=dtype).view(BITS[dtype.itemsize]).long().cuda(),
+                    torch.full((tasks,), -1).cuda(),
+                )
+                counts, out = torch.zeros(tasks, 1 << 16, dtype=torch.int64).cuda(), torch.empty_like(vectors)
+                first = 8 * dtype.itemsize - 16
+                count_all = lambda c=counts, v=vectors, k=key, t=-ties, f=first: backend._C.count_digits_cuda(c, v, 0 * k, t, f)
+                half, twice = torch.full((tasks,), 2**30).cuda(), torch.full((tasks,), 2.0).cuda()
+                drawn = torch.zeros(tasks, 1, dtype=torch.int32).cuda()
+                calls["count_digits"] = count_all, 0
+                calls["trim"] = (lambda o=out, v=vectors, k=key, t=ties: backend._C.trim_cuda(o, v, k, t)), tasks
+                calls["drop"] = (lambda o=out, v=vectors, k=drawn, h=half, f=twice: backend._C.drop_cuda(o, v, k, h, f)), tasks
             for operator, (call, others) in calls.items():
                 moved = size * (tasks + others) * dtype.itemsize
                 found.append(Case(operator, f"N = 88 M, T = {tasks}, {name}", call, 1024 * blocks, size, moved))
