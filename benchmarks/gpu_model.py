@@ -243,7 +243,7 @@ def cases() -> list[Case]:
 
 
 COLUMNS = (
-    *("kernel", "shape", "instructions", "requests, emulated", "registers", "warps", "KB in flight, needed"),
+    *("kernel", "shape", "instructions", "by unit", "requests, emulated", "registers", "warps", "KB in flight, needed"),
     *("bytes", "issue", "busiest unit", "predicted", "of a copy"),
 )
 
@@ -257,11 +257,13 @@ def row(case: Case, kernels: dict[str, Code], gpu: Gpu) -> str:
     busiest = max(by_unit, key=by_unit.__getitem__)
     bytes_s, issue_s = case.moved / gpu.bandwidth, cycles(found.units.total(), ISSUE)
     predicted = max(bytes_s, issue_s, by_unit[busiest])
+    per_number = lambda number: number * 32 / case.numbers
     milliseconds = lambda seconds: f"{seconds * 1e3:.2f} ms"
     columns = [
         case.operator,
         case.shape,
-        f"{found.units.total() * 32 / case.numbers:.1f}",
+        f"{per_number(found.units.total()):.1f}",
+        ", ".join(f"{unit} {per_number(number):.1f}" for unit, number in found.units.most_common()),
         f"{found.requests}, {found.emulated}",
         f"{found.registers}",
         f"{found.warps}",
