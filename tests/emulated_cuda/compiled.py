@@ -89,6 +89,8 @@ def library(csrc: Path = ROOT / "csrc", name: str = "whole") -> Path:
         made = CACHE / f"{name}.so"
         # Of what bindings.cpp names, the CPU's operators are not here, and not called.
         subprocess.run(["objcopy", "--wildcard", "--weaken-symbol=*samerge*", of_torch, tree / "torch.o"], check=True)
-        link = [CXX, "-shared", "-Wl,-Bsymbolic", *objects, tree / "torch.o", "-o", made, f"-L{TORCH}"]
+        unfinished = made.with_suffix(".unfinished")  # others may be running what was made before
+        link = [CXX, "-shared", "-Wl,-Bsymbolic", *objects, tree / "torch.o", "-o", unfinished, f"-L{TORCH}"]
         subprocess.run([*link, "-lc10", "-ltorch_cpu", "-ltorch_python", f"-Wl,-rpath,{TORCH}"], check=True)
+        unfinished.rename(made)
     return made
