@@ -46,7 +46,7 @@ def test_every_operator_is_measured_beside_its_baselines(tiny_run):
     assert {row["operator"] for row in rows} == names
     for name in names:
         baseline = {"layer_stats": "torch.linalg.svdvals", "ties": "sort by layer"}.get(name, "published")
-        assert {"samerge cpu", baseline} < {row["candidate"] for row in rows if row["operator"] == name}
+        assert {"samerge cpu", baseline} <= {row["candidate"] for row in rows if row["operator"] == name}
         assert name in output.splitlines()
     assert all(0 < row["q20_s"] <= row["median_s"] <= row["q80_s"] for row in rows)
     assert all(row["share"] > 0 and row["times_ours"] > 0 for row in rows)
