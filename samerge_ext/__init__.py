@@ -28,6 +28,8 @@ _LAZY = {  # public name -> module that defines it
     "average": "methods.arithmetic",
     "ties": "methods.ties",
     "trimmed": "methods.ties",
+    "preconditioned": "methods.wudi",
+    "wudi": "methods.wudi",
     "dare": "methods.dare",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
@@ -72,6 +74,7 @@ __all__ = [
     "layer_stats",
     "models",
     "ops",
+    "preconditioned",
     "samerging",
     "softmax_kl",
     "softmax_kl_with_grad",
@@ -82,6 +85,7 @@ __all__ = [
     "trimmed",
     "use_backend",
     "weighted_sum",
+    "wudi",
 ]
 
 if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers and editors
@@ -100,6 +104,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.samerging import samerging
     from .methods.statsmerging import apply_learner, statsmerging
     from .methods.ties import ties, trimmed
+    from .methods.wudi import preconditioned, wudi
     from .ops.coefficient_grad import coefficient_grad
     from .ops.layer_stats import layer_stats
     from .ops.softmax_kl import (

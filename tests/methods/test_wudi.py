@@ -1,0 +1,133 @@
+"""WUDI in closed form against its definition."""
+
+import pytest
+import torch
+from helpers import assert_close
+from tiny import make_problem
+
+import samerge_ext as sm
+
+SHAPES = {"tall": (7, 5), "wide": (4, 9), "kernel": (6, 2, 3, 3), "bias": (7,)}
+
+
+def models(tasks=3, seed=0):
+    """Base and experts as state dicts in fp64; the last task leaves one matrix as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = lambda: {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+    base, changes = drawn(), [drawn() for _ in range(tasks)]
+    changes[-1]["wide"].zero_()
+    return base, {f"task{t}": {name: base[name] + change[name] for name in base} for t, change in enumerate(changes)}
+
+
+def packed_of(base, experts, dtype=torch.float64):
+    return sm.PackedWeights.from_state_dicts(base, experts, dtype=dtype)
+
+
+def task_vectors(base, experts, name):
+    return [expert[name].flatten(1) - base[name].flatten(1) for expert in experts.values()]
+
+
+def objective(merged, vectors, ridge):
+    """As the module's docstring has it."""
+    changed = [tau for tau in vectors if tau.square().sum() > 0]
+    gram = sum(tau.mT @ tau / tau.square().sum() for tau in changed)
+    away = sum(((merged - tau) @ tau.mT).square().sum() / tau.square().sum() for tau in changed)
+    return away + ridge * gram.diagonal().mean() * (merged - sum(vectors)).square().sum()
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.3, 10.0])
+@pytest.mark.parametrize("name", ["tall", "wide", "kernel"])
+def test_nothing_is_nearer_to_all_tasks(name, ridge):
+    base, experts = models()
+    result = sm.wudi(packed_of(base, experts), ridge)
+    merged = (result.state_dict()[name] - base[name]).flatten(1).requires_grad_()
+    vectors = task_vectors(base, experts, name)
+    objective(merged, vectors, ridge).backward()
+    scale = (merged @ vectors[0].mT @ vectors[0]).norm()
+    assert merged.grad.norm() < 1e-12 * scale
+
+
+def test_its_parts_are_one_for_each_task():
+    base, experts = models()
+    packed = packed_of(base, experts)
+    found = sm.preconditioned(packed, 0.3)
+    assert found.base is packed.base and found.tasks == packed.tasks
+    assert_close(found.merge(found.coefficients(1.0)), sm.wudi(packed, 0.3).merged, "sum")
+    parts = [found.layout.views(row) for row in found.task_vectors]
+    assert parts[-1]["wide"].count_nonzero() == 0
+    vectors = task_vectors(base, experts, "tall")
+    gram = sum(tau.mT @ tau / tau.square().sum() for tau in vectors)
+    mu = 0.3 * gram.diagonal().mean()
+    inverse = torch.linalg.inv(gram + mu * torch.eye(5, dtype=torch.float64))
+    for part, tau in zip(parts, vectors, strict=True):
+        assert_close(part["tall"], (tau @ tau.mT @ tau / tau.square().sum() + mu * tau) @ inverse, "part")
+
+
+def test_vectors_are_added_up_and_so_is_all_for_a_large_ridge():
+    base, experts = models()
+    summed = {name: base[name] + sum(expert[name] - base[name] for expert in experts.values()) for name in base}
+    assert_close(sm.wudi(packed_of(base, experts)).state_dict()["bias"], summed["bias"], "bias")
+    far = sm.wudi(packed_of(base, experts), 1e9).state_dict()
+    for name in base:
+        torch.testing.assert_close(far[name], summed[name], rtol=1e-7, atol=1e-7)
+
+
+def test_one_expert_is_itself():
+    base, experts = models(tasks=1)
+    experts = {"task0": {name: tensor + 1 for name, tensor in base.items()}}
+    merged = sm.wudi(packed_of(base, experts)).state_dict()
+    for name in base:
+        torch.testing.assert_close(merged[name], experts["task0"][name], rtol=1e-12, atol=1e-12)
+
+
+def test_matrices_may_be_stored_the_other_way_round():
+    base, experts = models()
+    turned = lambda model: {"turned": model["tall"].mT.contiguous(), "tall": model["tall"]}
+    packed = packed_of(turned(base), {task: turned(model) for task, model in experts.items()})
+    merged = sm.wudi(packed, transposed="turn*").state_dict()
+    torch.testing.assert_close(merged["turned"].mT, merged["tall"], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(sm.wudi(packed).state_dict()["turned"].mT, merged["tall"])
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_other_types_are_as_exact_as_they_can_be(dtype, rtol):
+    base, experts = models()
+    stored = packed_of(base, experts, dtype)
+    exact = sm.PackedWeights.from_state_dicts(base, experts, dtype=torch.float64)
+    exact.base.copy_(stored.base)
+    exact.task_vectors.copy_(stored.task_vectors)
+    found, truth = sm.preconditioned(stored), sm.preconditioned(exact)
+    assert found.task_vectors.dtype == dtype
+    assert (found.task_vectors.double() - truth.task_vectors).norm() < rtol * truth.task_vectors.norm()
+
+
+def test_teachers_are_the_experts_as_they_were():
+    base, experts, packed, *_ = make_problem()
+    found = sm.preconditioned(packed)
+    assert not torch.equal(found.task_vectors, packed.task_vectors)
+    model = sm.MergedModel(base, found, found.coefficients(1.0))
+    for task, expert in experts.items():
+        with model.teacher(task) as teacher:
+            for (name, parameter), tensor in zip(teacher.named_parameters(), expert.parameters(), strict=True):
+                assert_close(parameter.detach(), tensor.detach(), name)
+
+
+def test_what_it_cannot_solve_is_refused():
+    base, experts = models()
+    for ridge in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="ridge=.* must be positive and finite"):
+            sm.wudi(packed_of(base, experts), ridge)
+    broken = packed_of(base, experts)
+    broken.layout.views(broken.task_vectors[1])["tall"][2, 3] = torch.nan
+    with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
+        sm.preconditioned(broken)
+    quantised = sm.PackedWeights.from_state_dicts(base, experts, dtype=torch.float32, task_vector_dtype="int8")
+    with pytest.raises(ValueError, match="preconditioning needs task vectors that are not quantised"):
+        sm.preconditioned(quantised)
+
+
+def test_its_scale_is_that_of_the_sum():
+    packed = make_problem()[2]
+    whole, half = sm.wudi(packed), sm.wudi(packed, scale=0.5)
+    assert half.method == "wudi" and half.coefficients is None
+    assert_close(half.merged - packed.base, 0.5 * (whole.merged - packed.base), "half")
