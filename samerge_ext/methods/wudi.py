@@ -34,7 +34,7 @@ def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: s
     transposed: shell-style patterns of the matrices that are stored [inputs, outputs], GPT-2's Conv1D say ("*.c_attn.weight").
 
     Teachers are the experts as they were packed, which are held for them. One matrix is solved after the other, in some
-    8 n (n + (T + 2) m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64. In fp32 M is
+    8 n (2 n + (T + 2) m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64. In fp32 M is
     right to 2e-4 of its norm or better (that is for singular values that fall as 1/i² and n = 3,072; 1e-7 where they are equal).
 
     Raises ValueError for a ridge that is not positive, for NaN and Inf, and where task vectors are quantised; TypeError where
