@@ -1,7 +1,7 @@
 """What the CUDA kernels would take on a GPU, predicted without one: python benchmarks/gpu_model.py
 
 Every operator runs on the emulated device of the tests, which records its launches. One warp of each kernel is then run through
-the machine code that nvcc makes (sass.py), to count what it issues; bytes are what must move (NOTES.md). The predicted time is
+the machine code that nvcc makes (sass/), to count what it issues; bytes are what must move (NOTES.md). The predicted time is
 the largest of three: bytes at the pace of a copy, all instructions at four a cycle and multiprocessor, and those of the busiest
 unit at its own pace. Latency is not in it: beside it stand the bytes that a multiprocessor has in flight when its warps wait,
 and those that the bandwidth needs. Needs nvcc, nvdisasm (from the toolkit or Triton) and g++.
@@ -10,6 +10,7 @@ and those that the bandwidth needs. Needs nvcc, nvdisasm (from the toolkit or Tr
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
@@ -23,18 +24,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT / "tests" / "emulated_cuda")]
+from sass.memory import SHARED_WINDOW
+from sass.registers import Instruction
+from sass.warp import Warp, functions
 
-from sass.memory import SHARED_WINDOW  # noqa: E402
-from sass.registers import Instruction  # noqa: E402
-from sass.warp import Warp, functions  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE, PARAMETERS = "90", 0x210  # where a kernel's arguments begin in the bank of constants
 LATENCY = 700e-9  # seconds, of memory under load: published microbenchmarks of an H100 find 500 to 800
-# Warps' instructions a cycle and multiprocessor: CUDA C++ Programming Guide, arithmetic throughput, compute capability 9.0.
-PACE = {"fp32": 4, "integer": 2, "fp64": 2, "special": 0.5, "memory": 1, "uniform": 2, "control": 4}
+# Warps' instructions a cycle and multiprocessor: CUDA C++ Programming Guide, arithmetic throughput, compute capability 9.0;
+# uniform and control by estimate.
+PACE = {"fp32": 4, "integer": 2, "multiply": 2, "fp64": 2, "special": 0.5, "memory": 1, "uniform": 2, "control": 4}
 ISSUE = 4
 
 
@@ -75,9 +74,7 @@ def plain(mangled: str) -> str:
     """A name without that of its anonymous namespace, which compilers choose."""
     if not (match := re.search(r"(\d+)_GLOBAL__N_", mangled)):
         return mangled
-    length = next(n for digits in range(1, 4) if (n := int(match[1][-digits:])) >= 11)
-    begin = match.start() + len(match[1])
-    return mangled[: match.start()] + mangled[begin + length :]
+    return mangled[: match.start()] + mangled[match.end(1) + int(match[1]) :]
 
 
 def compiled_kernels(operator: str) -> dict[str, Code]:
@@ -117,7 +114,6 @@ def launches(call: Callable[[], object]) -> tuple[list[Launch], int]:
     """What a call starts on a device of one multiprocessor, which holds one block, and the requests of all warps to memory."""
     import emulated_cuda as emulated
 
-    emulated.runtime.emulated_launches()
     with emulated.device(processors=1, per_processor=1):
         requests = sum(place.requests for place in emulated.traffic(call) if not place.shared)
     rows = [line.split("\t") for line in emulated.runtime.emulated_launches().decode().splitlines()]
@@ -135,6 +131,7 @@ class Count:
     units: Counter[str]
     requests: int = 0  # to global memory
     emulated: int = 0  # as many as the emulated device counted
+    unknown: int = 0  # branches that the one warp could not know, and did not take
     registers: int = 0
     warps: int = 0
     in_flight: int = 0  # bytes of a multiprocessor
@@ -151,6 +148,7 @@ def count(call: Callable[[], object], kernels: dict[str, Code]) -> Count:
         all_warps = launch.block // 32 * launch.grid
         for unit, number in issued.units.items():
             found.units[unit] += number * all_warps
+        found.unknown += issued.unknown.total()
         found.requests += issued.requests * all_warps
         if issued.total * all_warps > longest:
             longest, found.registers, found.warps = issued.total * all_warps, code.registers, code.resident_warps(launch)
@@ -243,7 +241,17 @@ def cases() -> list[Case]:
 
 
 COLUMNS = (
-    *("kernel", "shape", "instructions", "by unit", "requests, emulated", "registers", "warps", "KB in flight, needed"),
+    *(
+        "kernel",
+        "shape",
+        "instructions",
+        "by unit",
+        "requests, emulated",
+        "unknown branches",
+        "registers",
+        "warps",
+        "KB in flight, needed",
+    ),
     *("bytes", "issue", "busiest unit", "predicted", "of a copy"),
 )
 
@@ -265,6 +273,7 @@ def row(case: Case, kernels: dict[str, Code], gpu: Gpu) -> str:
         f"{per_number(found.units.total()):.1f}",
         ", ".join(f"{unit} {per_number(number):.1f}" for unit, number in found.units.most_common()),
         f"{found.requests}, {found.emulated}",
+        f"{found.unknown}",
         f"{found.registers}",
         f"{found.warps}",
         f"{found.in_flight / 1024:.0f}, {gpu.bandwidth * LATENCY / gpu.processors / 1024:.0f}",
@@ -282,14 +291,15 @@ def main() -> None:
     parser.add_argument("--gpu", choices=[gpu.name for gpu in GPUS], default="H100")
     parser.add_argument("--operator", default="", help="this one alone")
     given = parser.parse_args()
+    sys.path.append(str(ROOT / "tests" / "emulated_cuda"))
     if "LD_PRELOAD" not in os.environ:
         import compiled
 
         os.environ |= {"LD_PRELOAD": str(compiled.library()), "OMP_NUM_THREADS": "1"}
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    import emulated_cuda  # noqa: F401
-
     from samerge_ext import backend
+
+    importlib.import_module("emulated_cuda")  # puts the device in torch's place
 
     kernels, gpu = compiled_kernels(given.operator), next(gpu for gpu in GPUS if gpu.name == given.gpu)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")

@@ -178,9 +178,31 @@ class Integers(Registers):
         self._set(one.operands[0], halves[0] << 16 | halves[1] if moved else None)
 
     def _p2r(self, one: Instruction) -> None:
-        mask = self._value(one.operands[3])
-        bits = [self._registers.get(f"P{number}") if mask >> number & 1 else False for number in range(7)]
+        mask, kind = self._value(one.operands[3]), one.operands[1].removesuffix("R")
+        bits = [self._registers.get(f"{kind}{number}") if mask >> number & 1 else False for number in range(7)]
         self._set(one.operands[0], None if None in bits else sum(bool(bit) << number for number, bit in enumerate(bits)))
+
+    _p2ur = _p2r
+
+    def _vote(self, one: Instruction) -> None:
+        *targets, source = one.operands  # of lanes that all have the same
+        value = self._predicate(source)
+        for target in targets:
+            if "R" in target:
+                self._set(target, None if value is None else (WORD - 1) * value)
+            elif target not in ("PT", "UPT"):
+                self._registers[target] = value
+
+    _voteu = _vote
+
+    def _vimnmx(self, one: Instruction) -> None:
+        target, a, b, which = one.operands
+        x, y, smaller = self._value(a), self._value(b), self._predicate(which)
+        if None in (x, y, smaller):
+            self._set(target, None)
+            return
+        key = int if "U32" in one.modifiers else signed
+        self._set(target, (min if smaller else max)(x, y, key=key))
 
     def _r2p(self, one: Instruction) -> None:
         value, mask = self._value(one.operands[1]), self._value(one.operands[2])

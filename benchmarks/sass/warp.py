@@ -18,7 +18,8 @@ from .registers import Instruction, both
 ROW = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\d|!?U?PT) +)?([\w.]+)\s*(.*?) *;")
 # What an instruction keeps busy beside its scheduler.
 UNITS = {
-    "fp32": "FADD FMUL FFMA FFMA32I HADD2 HFMA2 HMUL2 IMAD",
+    "fp32": "FADD FMUL FFMA FFMA32I HADD2 HFMA2 HMUL2",
+    "multiply": "IMAD",
     "integer": "IADD3 VIADD LEA LOP3 SHF PRMT ISETP FSETP SEL FSEL FMNMX VIMNMX VIMNMX3 VIADDMNMX PLOP3 F2FP I2FP IABS MOV "
     "P2R R2P CS2R VOTE",
     "fp64": "DADD DMUL DFMA DSETP",

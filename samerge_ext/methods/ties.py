@@ -21,16 +21,10 @@ Scope = Literal["tensor", "vector"]
 class Ties(WholeRule):
     """TIES over one vector of ``numel`` numbers in all: a `piecewise.Rule`.
 
-    densities, weights: one per task. combination: what follows trimming.
+    densities: one per task. combination: what follows trimming.
     """
 
-    def __init__(
-        self,
-        numel: int,
-        dtype: torch.dtype,
-        densities: Sequence[float],
-        combination: Combination,
-    ):
+    def __init__(self, numel: int, dtype: torch.dtype, densities: Sequence[float], combination: Combination):
         self.largest = LargestMagnitudes([kept_count(density, numel) for density in densities], numel, dtype)
         self.unseen = [task for task, density in enumerate(densities) if not kept_count(density, numel)]
         self.combination = combination

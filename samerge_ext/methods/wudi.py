@@ -14,7 +14,7 @@ one dimension are added up, which is what a matrix becomes for a large μ; a ten
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,58 +22,33 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.sources import Source, matches
 from samerge_ext.merged.result import Result
+from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
 
 
 def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: str | Sequence[str] = ()) -> PackedWeights:
-    """The same base with every τ_t in the place of which stands τ'_t: their sum is WUDI's M, and λ = 1 where they are merged.
+    """The same base with every τ'_t in the place of τ_t: their sum is WUDI's M, and λ = 1 where they are merged.
 
-    ridge: μ over the mean of G's diagonal; from 0.1 to 1 it makes little difference.
+    ridge: μ over the mean of G's diagonal.
     transposed: shell-style patterns of the matrices that are stored [inputs, outputs], GPT-2's Conv1D say ("*.c_attn.weight").
 
     Teachers are the experts as they were packed, which are held for them. One matrix is solved after the other, in some
-    8 n (2 n + (T + 2) m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64. In fp32 M is
-    right to 2e-4 of its norm or better (that is for singular values that fall as 1/i² and n = 3,072; 1e-7 where they are equal).
+    16 n (n + 2 m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64.
 
-    Raises ValueError for a ridge that is not positive, for NaN and Inf, and where task vectors are quantised; TypeError where
-    they lie in a file or are factors.
+    Raises ValueError for a ridge that is not positive, a pattern that fits nothing, NaN and Inf, and where task vectors are
+    quantised; TypeError where they lie in a file or are factors.
     """
-    _check(ridge)
     stored = packed.exact_task_vectors("preconditioning")
-    patterns = (transposed,) if isinstance(transposed, str) else tuple(transposed)
+    _check(ridge)
     task_vectors = stored.clone()
-    rows = [packed.layout.views(row) for row in task_vectors]
-    for name, first in rows[0].items():
-        if first.dim() < 2:
-            continue
-        matrices = [views[name].flatten(1) for views in rows]
-        if matches(name, patterns):
-            matrices = [matrix.mT for matrix in matrices]
-        for matrix, result in zip(matrices, _solved(matrices, ridge, name), strict=True):
-            matrix.copy_(result)
-    experts = {task: _Packed(packed, row, f"expert '{task}'") for task, row in zip(packed.tasks, stored, strict=True)}
+    for name, matrices in _matrices(packed.layout, task_vectors, transposed):
+        factor, sides = _equations(matrices, ridge, name)
+        for matrix, side in zip(matrices, sides, strict=True):
+            matrix.copy_(torch.cholesky_solve(side.mT, factor).mT)
+    experts = {task: _Expert(packed, row, f"expert '{task}'") for task, row in zip(packed.tasks, stored, strict=True)}
     return replace(packed, task_vectors=task_vectors, experts={**experts, **packed.experts})
-
-
-class _Packed(Source):
-    """An expert as it was packed: base and task vector, added up tensor by tensor."""
-
-    def __init__(self, packed: PackedWeights, task_vector: Tensor, label: str):  # [N]
-        self.label, self.names, self.aliases = label, packed.layout.names, packed.aliases
-        self._stored = frozenset(self.names)
-        self._layout, self._unchanged = packed.layout, packed.unchanged
-        self._base, self._task_vector = packed.layout.views(packed.base), packed.layout.views(task_vector)
-
-    def _shape(self, name: str) -> torch.Size:
-        return self._layout.shapes[self.names.index(name)]
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return self._read(name).dtype
-
-    def _read(self, name: str) -> Tensor:
-        return self._unchanged[name] if name in self._unchanged else self._base[name] + self._task_vector[name]
 
 
 def wudi(
@@ -89,37 +64,70 @@ def wudi(
     ridge, transposed: see `preconditioned`, whose errors are raised. scale: λ.
     """
     started = time.perf_counter()
-    found = preconditioned(packed, ridge, transposed=transposed)
-    merged = found.merge(found.coefficients(scale))
+    stored = packed.exact_task_vectors("WUDI")
+    _check(ridge)
+    merged = packed.merge(packed.coefficients(scale))
+    for name, (base, target, *matrices) in _matrices(packed.layout, [packed.base, merged, *stored], transposed):
+        factor, sides = _equations(matrices, ridge, name)
+        target.copy_(base + scale * torch.cholesky_solve(torch.stack(list(sides)).sum(0).mT, factor).mT)
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
+
+
+class _Expert(Source):
+    """An expert as it was packed: base and task vector, added up tensor by tensor."""
+
+    _stored: dict[str, Tensor]
+
+    def __init__(self, packed: PackedWeights, task_vector: Tensor, label: str):  # [N]
+        self.label, self.names, self.aliases = label, packed.layout.names, packed.aliases
+        self._stored = {**packed.unchanged, **packed.layout.views(packed.base)}
+        self._changes = packed.layout.views(task_vector)
+
+    def _shape(self, name: str) -> torch.Size:
+        return self._stored[name].shape
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].dtype
+
+    def _read(self, name: str) -> Tensor:
+        return self._stored[name] + self._changes[name] if name in self._changes else self._stored[name]
 
 
 def _check(ridge: float) -> None:
     if not 0 < ridge < torch.inf:
-        raise ValueError(f"ridge={ridge}; it must be positive and finite, 0.1 to 1 are usual")
+        raise ValueError(f"ridge={ridge}; it must be positive and finite")
 
 
-def _solved(matrices: Sequence[Tensor], ridge: float, name: str) -> list[Tensor]:
-    """τ'_t [m, n] fp64 of every τ_t [m, n]."""
+def _matrices(layout: Layout, rows: Iterable[Tensor], transposed: str | Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]."""
+    patterns = (transposed,) if isinstance(transposed, str) else tuple(transposed)
+    views = [layout.views(row) for row in rows]
+    names = [name for name, first in views[0].items() if first.dim() > 1]
+    for pattern in patterns:
+        if not any(matches(name, (pattern,)) for name in names):
+            raise ValueError(f"transposed pattern {pattern!r} fits no matrix; the last are {names[-3:]}")
+    for name in names:
+        found = [of_row[name].flatten(1) for of_row in views]
+        yield name, [matrix.mT for matrix in found] if matches(name, patterns) else found
+
+
+def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:
+    """The Cholesky factor of G + μ I [n, n], and of every τ_t [m, n] the right side τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t; fp64."""
     wide = torch.promote_types(matrices[0].dtype, torch.float32)
-    exact = [matrix.to(wide) for matrix in matrices]
-    squares = [float(matrix.double().square().sum()) for matrix in exact]
+    squares = [float(matrix.double().square().sum()) for matrix in matrices]
     if not all(square < torch.inf for square in squares):
         raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
-    changed = sum(square > 0 for square in squares)
-    m, n = exact[0].shape
-    if not changed:
-        return list(exact)
-    gram = torch.zeros(n, n, dtype=torch.float64, device=exact[0].device)
-    for matrix, square in zip(exact, squares, strict=True):
-        if square:
-            gram += (matrix.mT @ matrix).double() / square
-    mu = ridge * changed / n  # the diagonal of every term of G sums to 1
-    gram.diagonal().add_(mu)
-    factor = torch.linalg.cholesky(gram)
-    found = []
-    for matrix, square in zip(exact, squares, strict=True):
-        own = (matrix @ matrix.mT) @ matrix if m < n else matrix @ (matrix.mT @ matrix)
-        right = own.double() / (square or 1.0) + mu * matrix.double()
-        found.append(torch.cholesky_solve(right.mT, factor).mT)
-    return found
+    m, n = matrices[0].shape
+    # The diagonal of each term of G sums to 1. Where nothing changed, M is nothing for any μ.
+    mu = ridge * sum(square > 0 for square in squares) / n or 1.0
+    left = mu * torch.eye(n, dtype=torch.float64, device=matrices[0].device)
+    for matrix, square in zip(matrices, squares, strict=True):
+        exact = matrix.to(wide)
+        left += (exact.mT @ exact).double() / (square or 1.0)
+
+    def side(matrix: Tensor, square: float) -> Tensor:
+        exact = matrix.to(wide)
+        own = (exact @ exact.mT) @ exact if m < n else exact @ (exact.mT @ exact)
+        return own.double() / (square or 1.0) + mu * exact.double()
+
+    return torch.linalg.cholesky(left), map(side, matrices, squares)

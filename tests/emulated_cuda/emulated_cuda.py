@@ -120,7 +120,7 @@ class Traffic:
 
 
 def traffic(call: Callable[[], object]) -> list[Traffic]:
-    runtime.emulated_traffic()
+    runtime.emulated_forget()
     with device(counted=1):
         call()
     rows = [line.split("\t") for line in runtime.emulated_traffic().decode().splitlines()]

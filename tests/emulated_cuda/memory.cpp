@@ -114,6 +114,7 @@ struct Traffic {
 };
 std::map<std::pair<uint64_t, const void*>, Traffic> traffic;  // by launch and place in the program
 std::string launches;
+std::vector<void*> freed;  // while traffic is kept: whoever looks at a launch afterwards finds what its kernels did
 
 struct Request {  // of a warp: its lanes' n-th access at one place
   bool shared, write;
@@ -171,7 +172,10 @@ void released(void* data) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
   regions.erase(static_cast<char*>(data));
   std::fill(std::begin(recent), std::end(recent), nullptr);
-  std::free(data);
+  if (emulated_device.counted)
+    freed.push_back(data);
+  else
+    std::free(data);
 }
 
 void count() {
@@ -234,6 +238,11 @@ void atomic(const void* place, size_t bytes, const void* pc) {
 }  // namespace emulated
 
 extern "C" {
+
+void emulated_forget() {
+  traffic.clear(), launches.clear();
+  for (void* data : std::exchange(freed, {})) std::free(data);
+}
 
 // For emulated_cuda.py: since the last call, a line for each launch and place in the program, tab-separated.
 const char* emulated_traffic() {

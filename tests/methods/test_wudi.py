@@ -52,7 +52,9 @@ def test_its_parts_are_one_for_each_task():
     packed = packed_of(base, experts)
     found = sm.preconditioned(packed, 0.3)
     assert found.base is packed.base and found.tasks == packed.tasks
-    assert_close(found.merge(found.coefficients(1.0)), sm.wudi(packed, 0.3).merged, "sum")
+    summed = found.layout.views(found.merge(found.coefficients(1.0)))
+    for name, merged in found.layout.views(sm.wudi(packed, 0.3).merged).items():
+        torch.testing.assert_close(merged, summed[name], rtol=1e-12, atol=1e-12)
     parts = [found.layout.views(row) for row in found.task_vectors]
     assert parts[-1]["wide"].count_nonzero() == 0
     vectors = task_vectors(base, experts, "tall")
@@ -117,13 +119,17 @@ def test_what_it_cannot_solve_is_refused():
     for ridge in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="ridge=.* must be positive and finite"):
             sm.wudi(packed_of(base, experts), ridge)
+    with pytest.raises(ValueError, match="'c_attn' fits no matrix; the last are"):
+        sm.wudi(packed_of(base, experts), transposed=["tall", "c_attn"])
     broken = packed_of(base, experts)
     broken.layout.views(broken.task_vectors[1])["tall"][2, 3] = torch.nan
-    with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
-        sm.preconditioned(broken)
+    for method in (sm.preconditioned, sm.wudi):
+        with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
+            method(broken)
     quantised = sm.PackedWeights.from_state_dicts(base, experts, dtype=torch.float32, task_vector_dtype="int8")
-    with pytest.raises(ValueError, match="preconditioning needs task vectors that are not quantised"):
-        sm.preconditioned(quantised)
+    for method in (sm.preconditioned, sm.wudi):
+        with pytest.raises(ValueError, match="needs task vectors that are not quantised"):
+            method(quantised)
 
 
 def test_its_scale_is_that_of_the_sum():
