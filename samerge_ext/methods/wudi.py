@@ -9,19 +9,27 @@ second term makes unique and keeps near the sum of the task vectors:
 
 M is a sum of one part for each task, τ'_t = (τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t)(G + μ I)⁻¹: preconditioned task vectors. Tensors of
 one dimension are added up, which is what a matrix becomes for a large μ; a tensor [m, …] counts as [m, rest].
+
+Of LoRA experts, τ_t = A_t R_t, only what the factors span is solved for. With all R_t in one matrix R and D of the blocks
+A_tᵀA_t / ‖τ_t‖² is G = Rᵀ D R, and since R (Rᵀ D R + μ I)⁻¹ = (R Rᵀ D + μ I)⁻¹ R, τ'_t = A_t R'_t keeps its rank:
+
+    R'_t = (R_t R_tᵀ A_tᵀA_t / ‖τ_t‖² + μ I) [(R Rᵀ D + μ I)⁻¹ R]_t          [·]_t: rows of task t
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.checkpoints.lora import Change
 from samerge_ext.checkpoints.sources import Source, matches
 from samerge_ext.merged.result import Result
+from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_weights import PackedWeights
 
@@ -35,19 +43,21 @@ def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: s
     transposed: shell-style patterns of the matrices that are stored [inputs, outputs], GPT-2's Conv1D say ("*.c_attn.weight").
 
     Teachers are the experts as they were packed, which are held for them. One matrix is solved after the other, in some
-    16 n (n + 2 m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64.
+    16 n (n + 2 m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64. LoRA factors stay
+    factors of their rank, and are solved for among all tasks' R ranks, in some 16 R (n + R) bytes.
 
     Raises ValueError for a ridge that is not positive, a pattern that fits nothing, NaN and Inf, and where task vectors are
-    quantised; TypeError where they lie in a file or are factors.
+    quantised; TypeError where they lie in a file.
     """
-    stored = packed.exact_task_vectors("preconditioning")
     _check(ridge)
-    task_vectors = stored.clone()
-    for name, matrices in _matrices(packed.layout, task_vectors, transposed):
-        factor, sides = _equations(matrices, ridge, name)
-        for matrix, side in zip(matrices, sides, strict=True):
-            matrix.copy_(torch.cholesky_solve(side.mT, factor).mT)
-    experts = {task: _Expert(packed, row, f"expert '{task}'") for task, row in zip(packed.tasks, stored, strict=True)}
+    if isinstance(packed.task_vectors, FactoredTaskVectors):
+        task_vectors: Tensor | FactoredTaskVectors = _preconditioned_factors(packed.task_vectors, ridge, transposed)
+    else:
+        task_vectors = packed.exact_task_vectors("preconditioning").clone()
+        for name, matrices in _matrices(packed.layout, task_vectors, transposed):
+            for matrix, solved in zip(matrices, _solved(matrices, ridge, name), strict=True):
+                matrix.copy_(solved)
+    experts = {task: _Expert(packed, row, f"expert '{task}'") for row, task in enumerate(packed.tasks)}
     return replace(packed, task_vectors=task_vectors, experts={**experts, **packed.experts})
 
 
@@ -64,8 +74,11 @@ def wudi(
     ridge, transposed: see `preconditioned`, whose errors are raised. scale: λ.
     """
     started = time.perf_counter()
-    stored = packed.exact_task_vectors("WUDI")
     _check(ridge)
+    if isinstance(packed.task_vectors, FactoredTaskVectors):
+        merged = preconditioned(packed, ridge, transposed=transposed).merge(packed.coefficients(scale))
+        return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
+    stored = packed.exact_task_vectors("WUDI")
     merged = packed.merge(packed.coefficients(scale))
     for name, (base, target, *matrices) in _matrices(packed.layout, [packed.base, merged, *stored], transposed):
         factor, sides = _equations(matrices, ridge, name)
@@ -78,10 +91,12 @@ class _Expert(Source):
 
     _stored: dict[str, Tensor]
 
-    def __init__(self, packed: PackedWeights, task_vector: Tensor, label: str):  # [N]
+    def __init__(self, packed: PackedWeights, row: int, label: str):
         self.label, self.names, self.aliases = label, packed.layout.names, packed.aliases
         self._stored = {**packed.unchanged, **packed.layout.views(packed.base)}
-        self._changes = packed.layout.views(task_vector)
+        stored = packed.task_vectors
+        self._task_vector = stored.of_task(row) if isinstance(stored, FactoredTaskVectors) else packed.whole_task_vectors()[row]
+        self._layout = packed.layout
 
     def _shape(self, name: str) -> torch.Size:
         return self._stored[name].shape
@@ -90,7 +105,17 @@ class _Expert(Source):
         return self._stored[name].dtype
 
     def _read(self, name: str) -> Tensor:
-        return self._stored[name] + self._changes[name] if name in self._changes else self._stored[name]
+        layer = self._layout.names.index(name)
+        if self._layout.offsets[layer] is None:
+            return self._stored[name]
+        start, length = self._layout.extent(layer)
+        if isinstance(self._task_vector, Tensor):
+            change = self._task_vector[start : start + length]
+        else:
+            room = self._task_vector.empty(length, self._task_vector.device)
+            self._task_vector.read_into(start, length, room)
+            change = room[0]
+        return self._stored[name] + change[: self._layout.shapes[layer].numel()].view(self._layout.shapes[layer])
 
 
 def _check(ridge: float) -> None:
@@ -98,17 +123,29 @@ def _check(ridge: float) -> None:
         raise ValueError(f"ridge={ridge}; it must be positive and finite")
 
 
-def _matrices(layout: Layout, rows: Iterable[Tensor], transposed: str | Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]."""
+def _turned(names: Collection[str], transposed: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of the matrices that are stored [inputs, outputs], of which each fits one of the names."""
     patterns = (transposed,) if isinstance(transposed, str) else tuple(transposed)
-    views = [layout.views(row) for row in rows]
-    names = [name for name, first in views[0].items() if first.dim() > 1]
     for pattern in patterns:
         if not any(matches(name, (pattern,)) for name in names):
-            raise ValueError(f"transposed pattern {pattern!r} fits no matrix; the last are {names[-3:]}")
+            raise ValueError(f"transposed pattern {pattern!r} fits no matrix; the last are {list(names)[-3:]}")
+    return patterns
+
+
+def _matrices(layout: Layout, rows: Iterable[Tensor], transposed: str | Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]."""
+    views = [layout.views(row) for row in rows]
+    names = [name for name, first in views[0].items() if first.dim() > 1]
+    turned = _turned(names, transposed)
     for name in names:
         found = [of_row[name].flatten(1) for of_row in views]
-        yield name, [matrix.mT for matrix in found] if matches(name, patterns) else found
+        yield name, [matrix.mT for matrix in found] if matches(name, turned) else found
+
+
+def _solved(matrices: Sequence[Tensor], ridge: float, name: str) -> Iterator[Tensor]:
+    """τ'_t [m, n] for every τ_t [m, n], fp64."""
+    factor, sides = _equations(matrices, ridge, name)
+    return (torch.cholesky_solve(side.mT, factor).mT for side in sides)
 
 
 def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:
@@ -131,3 +168,56 @@ def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Ten
         return own.double() / (square or 1.0) + mu * exact.double()
 
     return torch.linalg.cholesky(left), map(side, matrices, squares)
+
+
+def _preconditioned_factors(stored: FactoredTaskVectors, ridge: float, transposed: str | Sequence[str]) -> FactoredTaskVectors:
+    layout, changes = stored.layout, dict(stored.changes)
+    names = {layer: layout.names[layer] for layer in changes if len(layout.shapes[layer]) > 1}
+    turned = _turned(names.values(), transposed)
+    for layer, name in names.items():
+        turn = _other_way_round if matches(name, turned) else lambda change: change
+        found = [turn(change) for change in changes[layer]]
+        if any(isinstance(change, Tensor) for change in found):  # an adapter's own tensor, beside factors
+            m, *rest = layout.shapes[layer][::-1] if matches(name, turned) else layout.shapes[layer]
+            dense = [_multiplied(change, (m, math.prod(rest)), stored) for change in found]
+            solved: Sequence[Change] = [part.to(stored.dtype) for part in _solved(dense, ridge, name)]
+        else:
+            solved = _solved_factors(found, ridge, name)
+        changes[layer] = tuple(turn(change) for change in solved)
+    return FactoredTaskVectors(layout, changes, stored.num_tasks, stored.dtype)
+
+
+def _solved_factors(changes: Sequence[Change], ridge: float, name: str) -> list[Change]:
+    """The factors of τ'_t for those of every τ_t; nothing stays nothing."""
+    factors = [change for change in changes if isinstance(change, tuple)]
+    if not factors:
+        return list(changes)
+    rows = torch.cat([right for _, right in factors])  # [R, n]
+    ranks = [len(right) for _, right in factors]
+    products = rows.double() @ rows.double().mT
+    columns = [left.double().mT @ left.double() for left, _ in factors]  # A_tᵀA_t
+    own = [block.split(ranks, 1)[t] for t, block in enumerate(products.split(ranks))]  # R_t R_tᵀ
+    squares = [float((c * p).sum()) for c, p in zip(columns, own, strict=True)]
+    if not all(square < torch.inf for square in squares):
+        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
+    mu = ridge * sum(square > 0 for square in squares) / rows.shape[1] or 1.0
+    scaled = [c / (square or 1.0) for c, square in zip(columns, squares, strict=True)]
+    unit = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+    system = products @ torch.block_diag(*scaled) + mu * unit
+    sides = torch.block_diag(*(p @ c for p, c in zip(own, scaled, strict=True))) + mu * unit
+    solved = (torch.linalg.solve(system, sides, left=False) @ rows.double()).to(rows).split(ranks)
+    parts = iter([(left, right) for (left, _), right in zip(factors, solved, strict=True)])
+    return [next(parts) if isinstance(change, tuple) else None for change in changes]
+
+
+def _other_way_round(change: Change) -> Change:
+    if change is None or isinstance(change, Tensor):
+        return None if change is None else change.mT
+    left, right = change
+    return right.mT, left.mT
+
+
+def _multiplied(change: Change, shape: tuple[int, int], stored: FactoredTaskVectors) -> Tensor:  # [m, n]
+    if change is None:
+        return torch.zeros(shape, dtype=stored.dtype, device=stored.device)
+    return change.reshape(shape) if isinstance(change, Tensor) else change[0] @ change[1]

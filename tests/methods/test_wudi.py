@@ -1,11 +1,14 @@
 """WUDI in closed form against its definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close
 from tiny import make_problem
 
 import samerge_ext as sm
+from samerge_ext.packing.factors import FactoredTaskVectors
 
 SHAPES = {"tall": (7, 5), "wide": (4, 9), "kernel": (6, 2, 3, 3), "bias": (7,)}
 
@@ -112,6 +115,64 @@ def test_teachers_are_the_experts_as_they_were():
         with model.teacher(task) as teacher:
             for (name, parameter), tensor in zip(teacher.named_parameters(), expert.parameters(), strict=True):
                 assert_close(parameter.detach(), tensor.detach(), name)
+
+
+RANKS = (2, 1, 3)
+
+
+def of_factors(own_tensor=False, seed=5):
+    """The same weights in fp64 as a tensor and as factors; of one matrix a task changes nothing, or has its own tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    base = {name: drawn(*shape) for name, shape in SHAPES.items()}
+    changes = {name: [] for name in SHAPES}
+    for name, shape in SHAPES.items():
+        for task, rank in enumerate(RANKS):
+            change = (drawn(shape[0], rank), drawn(rank, torch.Size(shape[1:]).numel()))
+            if len(shape) == 1:
+                change = drawn(*shape)
+            elif name == "wide" and task == 1:
+                change = drawn(*shape) if own_tensor else None
+            changes[name].append(change)
+
+    def tuned(name, change):
+        product = change[0] @ change[1] if isinstance(change, tuple) else change
+        return base[name] if change is None else base[name] + product.view(SHAPES[name])
+
+    experts = {f"task{t}": {name: tuned(name, changes[name][t]) for name in base} for t in range(len(RANKS))}
+    packed = packed_of(base, experts)
+    stored = {layer: tuple(changes[name]) for layer, name in enumerate(packed.layout.names)}
+    factors = FactoredTaskVectors(packed.layout, stored, len(RANKS), torch.float64)
+    return packed, replace(packed, task_vectors=factors)
+
+
+@pytest.mark.parametrize("transposed", [(), "*ll"])
+@pytest.mark.parametrize("own_tensor", [False, True])
+def test_factors_are_solved_for_as_factors(own_tensor, transposed):
+    packed, factored = of_factors(own_tensor)
+    expected, found = (sm.preconditioned(p, 0.2, transposed=transposed) for p in (packed, factored))
+    torch.testing.assert_close(found.in_memory().task_vectors, expected.task_vectors, rtol=1e-10, atol=1e-10)
+    for layer, name in enumerate(packed.layout.names):
+        for change, rank in zip(found.task_vectors.changes[layer], RANKS, strict=True):
+            if isinstance(change, tuple):
+                assert change[0].shape[1] == rank and name != "bias"
+    torch.testing.assert_close(
+        sm.wudi(factored, 0.2, 0.7, transposed=transposed).merged,
+        sm.wudi(packed, 0.2, 0.7, transposed=transposed).merged,
+        rtol=1e-10, atol=1e-10,
+    )  # fmt: skip
+    with found.expert_source("task1") as expert, expected.expert_source("task1") as dense:
+        for name in SHAPES:
+            torch.testing.assert_close(expert.read(name), dense.read(name), rtol=1e-12, atol=1e-12)
+
+
+def test_factors_that_hold_nan_and_patterns_that_fit_none_of_them_are_refused():
+    _, factored = of_factors()
+    with pytest.raises(ValueError, match="'c_attn' fits no matrix; the last are"):
+        sm.wudi(factored, transposed="c_attn")
+    factored.task_vectors.changes[0][1][0][1, 0] = torch.nan
+    with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
+        sm.preconditioned(factored)
 
 
 def test_what_it_cannot_solve_is_refused():
