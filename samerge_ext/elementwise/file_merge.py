@@ -211,7 +211,7 @@ class _Run:
             return buffer if plan.is_kept_buffer(name) else _narrowed(name, buffer, plan.written_dtype(name))
         if not matches(name, STATISTICS):
             return buffer
-        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.numel(), buffer.dtype).shares]
+        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.shape, buffer.dtype).shares]
         total = sum(shares)
         if total > 1 or (self._merge.base is None and total):
             shares = [share / total for share in shares]

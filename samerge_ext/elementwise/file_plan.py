@@ -29,7 +29,7 @@ class FileMerge:
     experts: tasks and folders of models, of adapters of ``names_from``, or "MODEL+ADAPTER".
     heads: patterns of tensors that are kept per task. keep: of those that not all models have, and that stay as they are; where
         they are an expert's, names, configuration and companions are that expert's.
-    rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
+    rule_of: name, shape and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
     names_from: the folder that says which tensors there are. companions: what goes along, and of keep an expert's tokenizer too
         unless companions name one; all of that folder's by default.
@@ -42,7 +42,7 @@ class FileMerge:
     """
 
     experts: list[tuple[str, Path]]
-    rule_of: Callable[[str, int, torch.dtype], Rule]
+    rule_of: Callable[[str, torch.Size, torch.dtype], Rule]
     names_from: Path
     base: Path | None = None
     heads: tuple[str, ...] = ()
@@ -107,12 +107,13 @@ class FilePlan:
         experts = [source for _, source in self.experts]
         stored = {source.dtype(name) for source in (*experts, *([self.base] if self.base else [])) for name in self.layers}
         largest = max(self._numel(name) for name in self.layers)
-        return FilePieces(self.base, experts, stored, self._dtypes.values(), self._written.values(), largest, device)
+        longest = max(rule.unit for rule in self.rules.values())
+        return FilePieces(self.base, experts, stored, self._dtypes.values(), self._written.values(), largest, longest, device)
 
     def extent(self, name: str) -> Extent:
         """All of a layer."""
         rule = self.rules["" if self._merge.whole else name]
-        return Extent(name, self._dtypes[name], self._numel(name), rule.unseen)
+        return Extent(name, self._dtypes[name], self._numel(name), rule.unseen, rule.unit)
 
     def in_order(self, shard: Shard) -> list[str]:
         """The shard's tensors in the order of the model, which decides between equal magnitudes of a whole vector."""
@@ -139,12 +140,12 @@ class FilePlan:
             configuration = {"dtype": None, **configuration}
         return with_dtype(configuration, written.pop()) if len(written) == 1 else configuration
 
-    def _rules_of(self, rule_of: Callable[[str, int, torch.dtype], Rule]) -> dict[str, Rule]:
+    def _rules_of(self, rule_of: Callable[[str, torch.Size, torch.dtype], Rule]) -> dict[str, Rule]:
         if not self._merge.whole:
-            return {name: rule_of(name, self._numel(name), dtype) for name, dtype in self._dtypes.items()}
+            return {name: rule_of(name, self.names.shape(name), dtype) for name, dtype in self._dtypes.items()}
         if len(set(self._dtypes.values())) > 1:
             raise ValueError("trimming the whole vector needs one dtype for all tensors; set dtype")
-        return {"": rule_of("", sum(map(self._numel, self.layers)), next(iter(self._dtypes.values())))}
+        return {"": rule_of("", torch.Size([sum(map(self._numel, self.layers))]), next(iter(self._dtypes.values())))}
 
     def _numel(self, name: str) -> int:
         return self.names.shape(name).numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.checkpoints.sources import CheckpointSource
 from samerge_ext.checkpoints.task_names import names_of_folders, unused
 from samerge_ext.elementwise.file_merge import FileMerge
-from samerge_ext.elementwise.piecewise import Combination, Rule
-from samerge_ext.methods.dare import Dare
+from samerge_ext.elementwise.piecewise import Rule
 from samerge_ext.methods.distac import shortening
-from samerge_ext.methods.ties import Ties
-from samerge_ext.recipes.parameters import METHODS, boolean, density, number, read_by, seed
+from samerge_ext.recipes.parameters import METHODS, VALUES, boolean, read_by, seed
+from samerge_ext.recipes.rules import RULES, Given
 from samerge_ext.recipes.tensor_settings import depths, resolve
 
 
@@ -44,17 +43,15 @@ def file_merge(
         model card and for telling whether an interrupted merge was of the same.
     """
     settings, shared = METHODS[method], {key: value for key, value in parameters.items() if key in read_by(method)}
-    of_models = [own for _, _, own in experts]
     folders = [(task, folder) for task, folder, _ in experts]
-    defaults = [settings.weight] * len(folders)
-    is_linear = method == "linear"
-    if is_linear and base_model and "weight" in shared and not _is_among(base_model, folders):
+    of_models = [{key: value for key, value in own.items() if key in settings.of_models} for _, _, own in experts]
+    needs_weight = [False] * len(folders)  # beyond what the method asks for
+    if base_model and (settings.base == "first" or _counts(method, shared)) and not _is_among(base_model, folders):
         (name,) = names_of_folders([base_model])
-        folders.append(
-            (unused(name, [task for task, _ in folders]), base_model)
-        )  # as mergekit: a weight for all is the base's too
-        of_models.append({})
-        defaults.append(None)
+        place = 0 if settings.base == "first" else len(folders)
+        folders.insert(place, (unused(name, [task for task, _ in folders]), base_model))
+        of_models.insert(place, {})
+        needs_weight.insert(place, True)
     names_from = base_model or model_of(folders[0][1])
     whole = shared.get("trim") == "vector"
 
@@ -63,37 +60,35 @@ def file_merge(
         with open_checkpoint(names_from) as checkpoint:
             return depths(CheckpointSource(checkpoint, "base").names)
 
-    def rule_of(name: str, numel: int, merged: torch.dtype) -> Rule:
+    def rule_of(name: str, shape: torch.Size, merged: torch.dtype) -> Rule:
         names = list(depth_of()) if whole else [name]
 
-        def value(key: str, default: Any, of_model: Mapping[str, Any] | None = None, convert: Callable = number) -> Any:
-            sources = [shared] if of_model is None else [of_model, shared]
-            found = {resolve(key, sources, n, depth_of()[n], convert) for n in names}
+        def value(key: str, sources: Sequence[Mapping[str, Any]], default: Any, whose: str = "") -> Any:
+            found = {resolve(key, sources, n, depth_of()[n], VALUES[key]) for n in names}
             if len(found) > 1:
                 raise ValueError(f"{key} differs between tensors; trimming the whole vector needs one value for all")
             (one,) = found
             if one is None and default is None:
-                raise ValueError(f"{method} needs '{key}' for every model; '{name or names[0]}' has none")
+                raise ValueError(f"{method} needs '{key}'{whose}; '{name or names[0]}' has none")
             return default if one is None else one
 
-        weights = [value("weight", default, of_model) for of_model, default in zip(of_models, defaults, strict=True)]
-        normalize = value("normalize", settings.normalize, convert=boolean)
-        total = sum(weights)
-        if is_linear and normalize and total == 0:
-            raise ValueError("linear divides by the sum of the weights, which is 0; set normalize to false")
-        combination = Combination(weights, value("lambda", 1.0), normalize=normalize, elect=settings.elect)
-        if settings.sparsify is None:
-            return combination
-        densities = [value("density", 1.0, of_model, density) for of_model in of_models]
-        if settings.sparsify == "ties":
-            return Ties(numel, merged, densities, combination)
-        return Dare(name, densities, seed(shared.get("seed", 0)), combination, value("rescale", True, convert=boolean))
+        def each(key: str, default: Any) -> list:
+            needed = needs_weight if key == "weight" else [False] * len(of_models)
+            return [
+                value(key, [own, shared], None if must else default, " for every model")
+                for own, must in zip(of_models, needed, strict=True)
+            ]
+
+        def one(key: str, default: Any) -> Any:
+            return value(key, [shared], default)
+
+        return RULES[method](Given(name, shape, merged, len(folders), seed(shared.get("seed", 0)), one, each))
 
     return FileMerge(
         experts=folders,
         rule_of=rule_of,
         names_from=names_from,
-        base=None if is_linear else base_model,
+        base=base_model if settings.base in ("needed", "optional") else None,
         heads=tuple(heads),
         keep=tuple(keep),
         whole=whole,
@@ -105,6 +100,11 @@ def file_merge(
         identity=identity,
         card=_card(method, len(folders), identity),
     )
+
+
+def _counts(method: str, shared: Mapping[str, Any]) -> bool:
+    """Whether a base that is not listed is one of the models; of a mean where a weight is given for it, as for all."""
+    return METHODS[method].base == "one" and (method != "linear" or "weight" in shared)
 
 
 def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:

@@ -43,7 +43,7 @@ def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
         recipe = _of_slices(recipe)
     if "random_seed" in recipe:
         seed = recipe.pop("random_seed")
-        if str(recipe.get("merge_method", "")).startswith("dare"):
+        if str(recipe.get("merge_method", "")).startswith(("dare", "della")):
             recipe["parameters"] = {"seed": seed, **without_nulls(mapping_of(recipe, "parameters"))}
     if "tokenizer_source" in recipe:
         if "tokenizer" in recipe:
