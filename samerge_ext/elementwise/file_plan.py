@@ -16,6 +16,7 @@ from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.shards import Shard, plan_shards
 from samerge_ext.checkpoints.sources import Source
+from samerge_ext.checkpoints.stacked import Stack
 from samerge_ext.elementwise.file_pieces import Extent, FilePieces
 from samerge_ext.elementwise.piecewise import Rule
 from samerge_ext.packing.validation import check_headers, check_heads, check_ties, shared_names
@@ -33,6 +34,8 @@ class FileMerge:
         `WholeRule`.
     names_from: the folder that says which tensors there are. companions: what goes along, and of keep an expert's tokenizer too
         unless companions name one; all of that folder's by default.
+    stacks: where layers of models are merged, not whole ones: the base, where there is one, and what is merged, each as a `Stack`
+        of models among the base and the experts.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
     device: where tensors are merged, "cpu" or a GPU as torch names it; on a GPU numbers may be rounded otherwise.
@@ -48,6 +51,7 @@ class FileMerge:
     heads: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     whole: bool = False
+    stacks: tuple[Stack | None, Sequence[Stack]] | None = None
     factors_of: Callable[[Sequence[float], Sequence[str]], list[float]] | None = None
     device: str = "cpu"
     dtype: torch.dtype | None = None
@@ -135,6 +139,9 @@ class FilePlan:
     def configuration(self, configuration: dict) -> dict:
         """config.json with the type that is written, in nested configurations too; as it was where several are written."""
         asked = self._merge.out_dtype or self._merge.dtype
+        if self._merge.stacks is not None:
+            base, merged = self._merge.stacks
+            configuration = (base or merged[0]).configuration(configuration)
         written = {self.written_dtype(name) for name in (*self.layers, *self.kept) if not self.is_kept_buffer(name)}
         if asked is not None:
             configuration = {"dtype": None, **configuration}

@@ -59,6 +59,7 @@ METHODS = {
     "sce": Method(("select_topk", "int8_mask")),
     "nearswap": Method(("t",), most=1),
     "arcee_fusion": Method(most=1),
+    "passthrough": Method((), ("scale",), base="one", most=1),
     "ram": Method(("epsilon",)),
     "ramplus_tl": Method(("r", "alpha", "epsilon")),
 }
@@ -189,6 +190,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "tol": positive,
     "filter_wise": boolean,
     "select_topk": number,
+    "scale": number,
     "r": number,
     "alpha": not_negative,
     "normalize": boolean,

@@ -116,6 +116,7 @@ RULES: dict[str, Callable[[Given], Rule]] = {
     "sce": lambda given: Sce(given.shape.numel(), given.dtype, given.count, given.one("select_topk", 1.0)),
     "nearswap": lambda given: NearSwap(given.one("t", None)),
     "arcee_fusion": lambda given: ArceeFusion(given.shape),
+    "passthrough": lambda given: Combination(given.each("scale", 1.0)),
     "ram": lambda given: _ram(given, 0.0),
     "ramplus_tl": lambda given: _ram(given, given.one("r", ram.R)),
 }
