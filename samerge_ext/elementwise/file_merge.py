@@ -29,7 +29,7 @@ from samerge_ext.checkpoints.saving import (
     sync,
 )
 from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of
-from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Source, matches
+from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Experts, Source, matches
 from samerge_ext.elementwise.file_pieces import InTurn
 from samerge_ext.elementwise.file_plan import FileMerge, FilePlan
 from samerge_ext.elementwise.piecewise import Piece, WholeRule, merge_pieces
@@ -66,6 +66,8 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         stored = {file: _identity(file) for source in (names, *(expert for _, expert in experts)) for file in source.files}
         require_apart(target, stored)
         identity = {**merge.identity, "device": device.type, "files": {str(file): list(found) for file, found in stored.items()}}
+        if merge.stacks is not None:
+            names, experts = _stacked(merge, names, experts)
         plan = FilePlan(merge, align(names, experts, merge.heads, merge.keep, merge.names_from))
         run = _Run(merge, plan, target, stored, device)
         record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
@@ -211,7 +213,7 @@ class _Run:
             return buffer if plan.is_kept_buffer(name) else _narrowed(name, buffer, plan.written_dtype(name))
         if not matches(name, STATISTICS):
             return buffer
-        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.numel(), buffer.dtype).shares]
+        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.shape, buffer.dtype).shares]
         total = sum(shares)
         if total > 1 or (self._merge.base is None and total):
             shares = [share / total for share in shares]
@@ -256,12 +258,22 @@ def _checked_device(device: str) -> torch.device:
     return indexed(device)
 
 
-def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, list[tuple[str, Source]]]:
+def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, Experts]:
     """What says which tensors there are, and the experts, until the stack ends."""
     checkpoint = stack.enter_context(open_checkpoint(merge.names_from, beside_adapter=merge.base is None))
     names = CheckpointSource(checkpoint, "base")
     opened = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
     return names, [(task, stack.enter_context(expert)) for task, expert in opened]
+
+
+def _stacked(merge: FileMerge, names: Source, experts: Experts) -> tuple[Source, Experts]:
+    """The models that are merged, of layers of those that were opened."""
+    assert merge.stacks is not None
+    of_base, of_others = merge.stacks
+    opened = {path: source for (_, path), (_, source) in zip(merge.experts, experts, strict=True)}
+    opened.setdefault(merge.names_from, names)
+    stacked = [(f"source-{i + 1}", stack.of(opened, f"source {i + 1} of the slices")) for i, stack in enumerate(of_others)]
+    return of_base.of(opened, "the base in the slices") if of_base else stacked[0][1], stacked
 
 
 def _narrowed(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:

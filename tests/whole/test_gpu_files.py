@@ -173,7 +173,7 @@ def test_numbers_that_are_none_name_their_file(models, tmp_path, method, density
 
 def test_an_overflow_is_told(models, tmp_path):
     merge = merge_of(models, out_dtype=torch.float16)
-    merge.rule_of = lambda name, numel, dtype: Combination([1e7, 0.0])
+    merge.rule_of = lambda name, shape, dtype: Combination([1e7, 0.0])
     with pytest.raises(ValueError, match="overflows torch.float16"):
         on("cuda", merge, tmp_path / "out")
 
