@@ -30,6 +30,9 @@ _LAZY = {  # public name -> module that defines it
     "trimmed": "methods.ties",
     "preconditioned": "methods.wudi",
     "wudi": "methods.wudi",
+    "tsv_m": "methods.tsv",
+    "iso_c": "methods.isotropic",
+    "iso_cts": "methods.isotropic",
     "dare": "methods.dare",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
@@ -71,6 +74,8 @@ __all__ = [
     "distill_expert",
     "entropy",
     "entropy_with_grad",
+    "iso_c",
+    "iso_cts",
     "layer_stats",
     "models",
     "ops",
@@ -83,6 +88,7 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "trimmed",
+    "tsv_m",
     "use_backend",
     "weighted_sum",
     "wudi",
@@ -101,9 +107,11 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.dare import dare
     from .methods.distac import align_norms
     from .methods.distillation import DistillationConfig, distill_expert
+    from .methods.isotropic import iso_c, iso_cts
     from .methods.samerging import samerging
     from .methods.statsmerging import apply_learner, statsmerging
     from .methods.ties import ties, trimmed
+    from .methods.tsv import tsv_m
     from .methods.wudi import preconditioned, wudi
     from .ops.coefficient_grad import coefficient_grad
     from .ops.layer_stats import layer_stats

@@ -14,21 +14,21 @@ one dimension are added up, which is what a matrix becomes for a large μ; a ten
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints.sources import Source, matches
+from samerge_ext.checkpoints.sources import Source
 from samerge_ext.merged.result import Result
-from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.matrices import Patterns, matrix_views
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
 
 
-def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: str | Sequence[str] = ()) -> PackedWeights:
+def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: Patterns = ()) -> PackedWeights:
     """The same base with every τ'_t in the place of τ_t: their sum is WUDI's M, and λ = 1 where they are merged.
 
     ridge: μ over the mean of G's diagonal.
@@ -43,7 +43,7 @@ def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: s
     stored = packed.exact_task_vectors("preconditioning")
     _check(ridge)
     task_vectors = stored.clone()
-    for name, matrices in _matrices(packed.layout, task_vectors, transposed):
+    for name, matrices in matrix_views(packed.layout, task_vectors, transposed=transposed):
         factor, sides = _equations(matrices, ridge, name)
         for matrix, side in zip(matrices, sides, strict=True):
             matrix.copy_(torch.cholesky_solve(side.mT, factor).mT)
@@ -56,7 +56,7 @@ def wudi(
     ridge: float = RIDGE,
     scale: float = 1.0,
     *,
-    transposed: str | Sequence[str] = (),
+    transposed: Patterns = (),
     module: nn.Module | None = None,
 ) -> Result:
     """θ₀ + λ M, M as above.
@@ -67,7 +67,7 @@ def wudi(
     stored = packed.exact_task_vectors("WUDI")
     _check(ridge)
     merged = packed.merge(packed.coefficients(scale))
-    for name, (base, target, *matrices) in _matrices(packed.layout, [packed.base, merged, *stored], transposed):
+    for name, (base, target, *matrices) in matrix_views(packed.layout, [packed.base, merged, *stored], transposed=transposed):
         factor, sides = _equations(matrices, ridge, name)
         target.copy_(base + scale * torch.cholesky_solve(torch.stack(list(sides)).sum(0).mT, factor).mT)
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
@@ -96,19 +96,6 @@ class _Expert(Source):
 def _check(ridge: float) -> None:
     if not 0 < ridge < torch.inf:
         raise ValueError(f"ridge={ridge}; it must be positive and finite")
-
-
-def _matrices(layout: Layout, rows: Iterable[Tensor], transposed: str | Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]."""
-    patterns = (transposed,) if isinstance(transposed, str) else tuple(transposed)
-    views = [layout.views(row) for row in rows]
-    names = [name for name, first in views[0].items() if first.dim() > 1]
-    for pattern in patterns:
-        if not any(matches(name, (pattern,)) for name in names):
-            raise ValueError(f"transposed pattern {pattern!r} fits no matrix; the last are {names[-3:]}")
-    for name in names:
-        found = [of_row[name].flatten(1) for of_row in views]
-        yield name, [matrix.mT for matrix in found] if matches(name, patterns) else found
 
 
 def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:

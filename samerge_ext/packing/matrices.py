@@ -1,0 +1,48 @@
+"""The matrices among a layout's tensors, for methods that look at more than one number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from samerge_ext.checkpoints.sources import matches
+from samerge_ext.packing.layout import Layout
+
+Patterns = str | Sequence[str]
+
+
+def matrix_views(
+    layout: Layout, rows: Iterable[Tensor], *, transposed: Patterns = (), averaged: Patterns = ()
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]; a tensor [m, …] counts as [m, rest].
+
+    transposed: shell-style patterns of those that are stored [inputs, outputs]. averaged: of those that are left out.
+    Raises ValueError, before the first one, for a pattern that fits nothing.
+    """
+    views = [layout.views(row) for row in rows]
+    names = [name for name, first in views[0].items() if first.dim() > 1]
+    turned, out = _fitting(names, transposed, "transposed"), _fitting(names, averaged, "averaged")
+    return ((name, [_oriented(of_row[name], name in turned) for of_row in views]) for name in names if name not in out)
+
+
+def check_finite(name: str, task_vectors: Sequence[Tensor]) -> None:
+    """Raises ValueError where a task vector's matrix holds NaN or Inf."""
+    if not torch.stack([matrix.isfinite().all() for matrix in task_vectors]).all():
+        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
+
+
+def _fitting(names: Sequence[str], patterns: Patterns, what: str) -> set[str]:
+    found: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        fitting = {name for name in names if matches(name, (pattern,))}
+        if not fitting:
+            raise ValueError(f"{what} pattern {pattern!r} fits no matrix; the last are {names[-3:]}")
+        found |= fitting
+    return found
+
+
+def _oriented(tensor: Tensor, turned: bool) -> Tensor:
+    matrix = tensor.flatten(1)
+    return matrix.mT if turned else matrix
