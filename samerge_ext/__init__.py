@@ -33,6 +33,8 @@ _LAZY = {  # public name -> module that defines it
     "tsv_m": "methods.tsv",
     "iso_c": "methods.isotropic",
     "iso_cts": "methods.isotropic",
+    "subspace_boosting": "methods.boosting",
+    "svc": "methods.svc",
     "dare": "methods.dare",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
@@ -84,6 +86,8 @@ __all__ = [
     "softmax_kl",
     "softmax_kl_with_grad",
     "statsmerging",
+    "subspace_boosting",
+    "svc",
     "svd_topk",
     "task_arithmetic",
     "ties",
@@ -103,6 +107,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .merged.result import Result
     from .methods.adamerging import adamerging
     from .methods.arithmetic import average, task_arithmetic
+    from .methods.boosting import subspace_boosting
     from .methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
     from .methods.dare import dare
     from .methods.distac import align_norms
@@ -110,6 +115,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.isotropic import iso_c, iso_cts
     from .methods.samerging import samerging
     from .methods.statsmerging import apply_learner, statsmerging
+    from .methods.svc import svc
     from .methods.ties import ties, trimmed
     from .methods.tsv import tsv_m
     from .methods.wudi import preconditioned, wudi

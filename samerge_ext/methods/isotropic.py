@@ -62,8 +62,8 @@ def iso_cts(
 
 
 def _common(task_vectors: Sequence[Tensor]) -> Tensor:
-    left, sigma, right = singular_vectors(_sum(task_vectors))
-    return sigma.mean() * left @ right.mT
+    factor, sigma = polar_factor(_sum(task_vectors))
+    return sigma.mean() * factor
 
 
 def _common_and_own(task_vectors: Sequence[Tensor], common: float) -> Tensor:
@@ -74,7 +74,7 @@ def _common_and_own(task_vectors: Sequence[Tensor], common: float) -> Tensor:
     basis = shared[0]
     parts = [shared, *(singular_vectors(tau.double() - basis @ (basis.mT @ tau.double()), own) for tau in task_vectors)]
     left, sigma, right = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-    return sigma.mean() * polar_factor(left) @ polar_factor(right).mT
+    return sigma.mean() * polar_factor(left)[0] @ polar_factor(right)[0].mT
 
 
 def _sum(task_vectors: Sequence[Tensor]) -> Tensor:

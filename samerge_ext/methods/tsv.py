@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.matrixwise import merge_matrixwise
-from samerge_ext.ops.singular import polar_factor, singular_vectors
+from samerge_ext.ops.singular import inverse_root, singular_vectors
 from samerge_ext.packing.matrices import Patterns
 from samerge_ext.packing.packed_weights import PackedWeights
 
@@ -39,5 +39,7 @@ def tsv_m(
 
 def _merged(task_vectors: Sequence[Tensor]) -> Tensor:
     kept = max(1, min(task_vectors[0].shape) // len(task_vectors))
-    left, sigma, right = zip(*(singular_vectors(tau, kept) for tau in task_vectors), strict=True)
-    return polar_factor(torch.cat(left, 1)) * torch.cat(sigma) @ polar_factor(torch.cat(right, 1)).mT
+    parts = (singular_vectors(tau, kept) for tau in task_vectors)
+    left, sigma, right = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    core = inverse_root(left)[0] * sigma @ inverse_root(right)[0]  # M = U core Vᵀ
+    return left @ core @ right.mT

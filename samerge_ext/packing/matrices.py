@@ -14,31 +14,31 @@ Patterns = str | Sequence[str]
 
 
 def matrix_views(
-    layout: Layout, rows: Iterable[Tensor], *, transposed: Patterns = (), averaged: Patterns = ()
+    layout: Layout, rows: Iterable[Tensor], *, transposed: Patterns = (), left_out: Patterns = ()
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]; a tensor [m, …] counts as [m, rest].
 
-    transposed: shell-style patterns of those that are stored [inputs, outputs]. averaged: of those that are left out.
+    transposed: shell-style patterns of those that are stored [inputs, outputs]. left_out: of those that are passed over.
     Raises ValueError, before the first one, for a pattern that fits nothing.
     """
     views = [layout.views(row) for row in rows]
     names = [name for name, first in views[0].items() if first.dim() > 1]
-    turned, out = _fitting(names, transposed, "transposed"), _fitting(names, averaged, "averaged")
+    turned, out = _fitting(names, transposed), _fitting(names, left_out)
     return ((name, [_oriented(of_row[name], name in turned) for of_row in views]) for name in names if name not in out)
 
 
-def check_finite(name: str, task_vectors: Sequence[Tensor]) -> None:
-    """Raises ValueError where a task vector's matrix holds NaN or Inf."""
-    if not torch.stack([matrix.isfinite().all() for matrix in task_vectors]).all():
-        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
+def check_finite(name: str, found: Sequence[Tensor], of: str = "a task vector") -> None:
+    """Raises ValueError where one of a tensor's matrices holds NaN or Inf."""
+    if not torch.stack([matrix.isfinite().all() for matrix in found]).all():
+        raise ValueError(f"'{name}' of {of} holds NaN or Inf")
 
 
-def _fitting(names: Sequence[str], patterns: Patterns, what: str) -> set[str]:
+def _fitting(names: Sequence[str], patterns: Patterns) -> set[str]:
     found: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         fitting = {name for name in names if matches(name, (pattern,))}
         if not fitting:
-            raise ValueError(f"{what} pattern {pattern!r} fits no matrix; the last are {names[-3:]}")
+            raise ValueError(f"pattern {pattern!r} fits no matrix; the last are {names[-3:]}")
         found |= fitting
     return found
 
