@@ -33,6 +33,7 @@ _LAZY = {  # public name -> module that defines it
     "tsv_m": "methods.tsv",
     "iso_c": "methods.isotropic",
     "iso_cts": "methods.isotropic",
+    "knots": "methods.knots",
     "subspace_boosting": "methods.boosting",
     "svc": "methods.svc",
     "dare": "methods.dare",
@@ -78,6 +79,7 @@ __all__ = [
     "entropy_with_grad",
     "iso_c",
     "iso_cts",
+    "knots",
     "layer_stats",
     "models",
     "ops",
@@ -113,6 +115,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.distac import align_norms
     from .methods.distillation import DistillationConfig, distill_expert
     from .methods.isotropic import iso_c, iso_cts
+    from .methods.knots import knots
     from .methods.samerging import samerging
     from .methods.statsmerging import apply_learner, statsmerging
     from .methods.svc import svc

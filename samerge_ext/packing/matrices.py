@@ -22,9 +22,12 @@ def matrix_views(
     Raises ValueError, before the first one, for a pattern that fits nothing.
     """
     views = [layout.views(row) for row in rows]
-    names = [name for name, first in views[0].items() if first.dim() > 1]
-    turned, out = _fitting(names, transposed), _fitting(names, left_out)
-    return ((name, [_oriented(of_row[name], name in turned) for of_row in views]) for name in names if name not in out)
+    turned, out = fitting(layout, transposed), fitting(layout, left_out)
+    return (
+        (name, [oriented(of_row[name], name in turned) for of_row in views])
+        for name, first in views[0].items()
+        if first.dim() > 1 and name not in out
+    )
 
 
 def check_finite(name: str, found: Sequence[Tensor], of: str = "a task vector") -> None:
@@ -33,8 +36,11 @@ def check_finite(name: str, found: Sequence[Tensor], of: str = "a task vector") 
         raise ValueError(f"'{name}' of {of} holds NaN or Inf")
 
 
-def _fitting(names: Sequence[str], patterns: Patterns) -> set[str]:
+def fitting(layout: Layout, patterns: Patterns) -> set[str]:
+    """The matrices that shell-style patterns fit. Raises ValueError for a pattern that fits none."""
     found: set[str] = set()
+    packed = zip(layout.names, layout.shapes, layout.offsets, strict=True)
+    names = [name for name, shape, offset in packed if offset is not None and len(shape) > 1]
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         fitting = {name for name in names if matches(name, (pattern,))}
         if not fitting:
@@ -43,6 +49,7 @@ def _fitting(names: Sequence[str], patterns: Patterns) -> set[str]:
     return found
 
 
-def _oriented(tensor: Tensor, turned: bool) -> Tensor:
-    matrix = tensor.flatten(1)
+def oriented(tensor: Tensor, turned: bool) -> Tensor:
+    """[m, …] as [m, rest], or turned as [rest, m]; a vector [n] as [1, n]."""
+    matrix = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return matrix.mT if turned else matrix
