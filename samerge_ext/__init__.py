@@ -34,6 +34,7 @@ _LAZY = {  # public name -> module that defines it
     "iso_c": "methods.isotropic",
     "iso_cts": "methods.isotropic",
     "knots": "methods.knots",
+    "regmean": "methods.regmean",
     "subspace_boosting": "methods.boosting",
     "svc": "methods.svc",
     "dare": "methods.dare",
@@ -84,6 +85,7 @@ __all__ = [
     "models",
     "ops",
     "preconditioned",
+    "regmean",
     "samerging",
     "softmax_kl",
     "softmax_kl_with_grad",
@@ -116,6 +118,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.distillation import DistillationConfig, distill_expert
     from .methods.isotropic import iso_c, iso_cts
     from .methods.knots import knots
+    from .methods.regmean import regmean
     from .methods.samerging import samerging
     from .methods.statsmerging import apply_learner, statsmerging
     from .methods.svc import svc
