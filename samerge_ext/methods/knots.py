@@ -18,9 +18,9 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.elementwise.piecewise import per_task
+from samerge_ext.elementwise.piecewise import Combination, merge_packed, per_task
 from samerge_ext.merged.result import Result
-from samerge_ext.methods.ties import ties
+from samerge_ext.methods.ties import Ties
 from samerge_ext.ops.singular import singular_vectors
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.layout import Layout
@@ -50,7 +50,9 @@ def knots(
     pattern that fits nothing, NaN and Inf, and where task vectors are quantised; TypeError where they lie in a file.
     """
     started = time.perf_counter()
-    per_task(density, packed.tasks, "density", 0.0, 1.0)
+    densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
+    shares = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
+    combination = Combination(shares, scale, normalize=True, elect=True)
     turned = fitting(packed.layout, transposed)
     wide = torch.promote_types(packed.base.dtype, torch.float32)
     bases: dict[str, Tensor] = {}
@@ -58,11 +60,12 @@ def knots(
     for name, changes in _changes(packed, turned):
         check_finite(name, [factor for change in changes for factor in change])
         bases[name], coefficients[name] = (part.to(wide) for part in _in_one_basis(changes))
-    moved = ties(_packed(packed.tasks, coefficients), density, scale, weights=weights, trim="vector")
+    rotated = _packed(packed.tasks, coefficients)
+    elected = merge_packed(rotated, lambda name, numel: Ties(numel, wide, densities, combination), whole=True)
     merged = packed.base.clone()
     targets = packed.layout.views(merged)
-    for name, elected in moved.packed.layout.views(moved.merged).items():
-        oriented(targets[name], name in turned).add_(bases[name] @ elected)
+    for name, values in rotated.layout.views(elected).items():
+        oriented(targets[name], name in turned).add_(bases[name] @ values)
     return Result.of_weights(packed, merged, "knots", module, time.perf_counter() - started)
 
 
@@ -71,7 +74,8 @@ def _changes(packed: PackedWeights, turned: Collection[str]) -> Iterator[tuple[s
     stored = packed.task_vectors
     if not isinstance(stored, FactoredTaskVectors):
         views = [packed.layout.views(row) for row in packed.exact_task_vectors("knots")]
-        yield from ((name, [(oriented(of_task[name], name in turned),) for of_task in views]) for name in views[0])
+        for name in views[0]:
+            yield name, [(oriented(of_task[name], name in turned),) for of_task in views]
         return
     bases = packed.layout.views(packed.base)
     for layer, of_tasks in stored.changes.items():

@@ -48,7 +48,7 @@ def svc(
     """
     if not 0 < alpha < torch.inf:
         raise ValueError(f"alpha={alpha}; it must be positive and finite")
-    stored = packed.exact_task_vectors("svc")
+    stored = packed.exact_task_vectors("svc").unbind()
     rule = partial(_calibrated, alpha=alpha)
     return recalibrate(packed, merge, rule, "svc", stored, transposed=transposed, left_out=left_out, module=module)
 
