@@ -30,6 +30,13 @@ _LAZY = {  # public name -> module that defines it
     "trimmed": "methods.ties",
     "preconditioned": "methods.wudi",
     "wudi": "methods.wudi",
+    "tsv_m": "methods.tsv",
+    "iso_c": "methods.isotropic",
+    "iso_cts": "methods.isotropic",
+    "knots": "methods.knots",
+    "regmean": "methods.regmean",
+    "subspace_boosting": "methods.boosting",
+    "svc": "methods.svc",
     "dare": "methods.dare",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
@@ -71,18 +78,25 @@ __all__ = [
     "distill_expert",
     "entropy",
     "entropy_with_grad",
+    "iso_c",
+    "iso_cts",
+    "knots",
     "layer_stats",
     "models",
     "ops",
     "preconditioned",
+    "regmean",
     "samerging",
     "softmax_kl",
     "softmax_kl_with_grad",
     "statsmerging",
+    "subspace_boosting",
+    "svc",
     "svd_topk",
     "task_arithmetic",
     "ties",
     "trimmed",
+    "tsv_m",
     "use_backend",
     "weighted_sum",
     "wudi",
@@ -97,13 +111,19 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .merged.result import Result
     from .methods.adamerging import adamerging
     from .methods.arithmetic import average, task_arithmetic
+    from .methods.boosting import subspace_boosting
     from .methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
     from .methods.dare import dare
     from .methods.distac import align_norms
     from .methods.distillation import DistillationConfig, distill_expert
+    from .methods.isotropic import iso_c, iso_cts
+    from .methods.knots import knots
+    from .methods.regmean import regmean
     from .methods.samerging import samerging
     from .methods.statsmerging import apply_learner, statsmerging
+    from .methods.svc import svc
     from .methods.ties import ties, trimmed
+    from .methods.tsv import tsv_m
     from .methods.wudi import preconditioned, wudi
     from .ops.coefficient_grad import coefficient_grad
     from .ops.layer_stats import layer_stats

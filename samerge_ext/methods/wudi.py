@@ -20,23 +20,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.lora import Change
-from samerge_ext.checkpoints.sources import Source, matches
+from samerge_ext.checkpoints.sources import Source
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.factors import FactoredTaskVectors
-from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.matrices import Patterns, fitting, matrix_views
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
 
 
-def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: str | Sequence[str] = ()) -> PackedWeights:
+def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: Patterns = ()) -> PackedWeights:
     """The same base with every τ'_t in the place of τ_t: their sum is WUDI's M, and λ = 1 where they are merged.
 
     ridge: μ over the mean of G's diagonal.
@@ -54,7 +54,7 @@ def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: s
         task_vectors: Tensor | FactoredTaskVectors = _preconditioned_factors(packed.task_vectors, ridge, transposed)
     else:
         task_vectors = packed.exact_task_vectors("preconditioning").clone()
-        for name, matrices in _matrices(packed.layout, task_vectors, transposed):
+        for name, matrices in matrix_views(packed.layout, task_vectors, transposed=transposed):
             for matrix, solved in zip(matrices, _solved(matrices, ridge, name), strict=True):
                 matrix.copy_(solved)
     experts = {task: _Expert(packed, row, f"expert '{task}'") for row, task in enumerate(packed.tasks)}
@@ -66,7 +66,7 @@ def wudi(
     ridge: float = RIDGE,
     scale: float = 1.0,
     *,
-    transposed: str | Sequence[str] = (),
+    transposed: Patterns = (),
     module: nn.Module | None = None,
 ) -> Result:
     """θ₀ + λ M, M as above.
@@ -80,7 +80,7 @@ def wudi(
         return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
     stored = packed.exact_task_vectors("WUDI")
     merged = packed.merge(packed.coefficients(scale))
-    for name, (base, target, *matrices) in _matrices(packed.layout, [packed.base, merged, *stored], transposed):
+    for name, (base, target, *matrices) in matrix_views(packed.layout, [packed.base, merged, *stored], transposed=transposed):
         factor, sides = _equations(matrices, ridge, name)
         target.copy_(base + scale * torch.cholesky_solve(torch.stack(list(sides)).sum(0).mT, factor).mT)
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
@@ -123,25 +123,6 @@ def _check(ridge: float) -> None:
         raise ValueError(f"ridge={ridge}; it must be positive and finite")
 
 
-def _turned(names: Collection[str], transposed: str | Sequence[str]) -> tuple[str, ...]:
-    """The patterns of the matrices that are stored [inputs, outputs], of which each fits one of the names."""
-    patterns = (transposed,) if isinstance(transposed, str) else tuple(transposed)
-    for pattern in patterns:
-        if not any(matches(name, (pattern,)) for name in names):
-            raise ValueError(f"transposed pattern {pattern!r} fits no matrix; the last are {list(names)[-3:]}")
-    return patterns
-
-
-def _matrices(layout: Layout, rows: Iterable[Tensor], transposed: str | Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]."""
-    views = [layout.views(row) for row in rows]
-    names = [name for name, first in views[0].items() if first.dim() > 1]
-    turned = _turned(names, transposed)
-    for name in names:
-        found = [of_row[name].flatten(1) for of_row in views]
-        yield name, [matrix.mT for matrix in found] if matches(name, turned) else found
-
-
 def _solved(matrices: Sequence[Tensor], ridge: float, name: str) -> Iterator[Tensor]:
     """τ'_t [m, n] for every τ_t [m, n], fp64."""
     factor, sides = _equations(matrices, ridge, name)
@@ -173,12 +154,12 @@ def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Ten
 def _preconditioned_factors(stored: FactoredTaskVectors, ridge: float, transposed: str | Sequence[str]) -> FactoredTaskVectors:
     layout, changes = stored.layout, dict(stored.changes)
     names = {layer: layout.names[layer] for layer in changes if len(layout.shapes[layer]) > 1}
-    turned = _turned(names.values(), transposed)
+    turned = fitting(layout, transposed)
     for layer, name in names.items():
-        turn = _other_way_round if matches(name, turned) else lambda change: change
+        turn = _other_way_round if name in turned else lambda change: change
         found = [turn(change) for change in changes[layer]]
         if any(isinstance(change, Tensor) for change in found):  # an adapter's own tensor, beside factors
-            m, *rest = layout.shapes[layer][::-1] if matches(name, turned) else layout.shapes[layer]
+            m, *rest = layout.shapes[layer][::-1] if name in turned else layout.shapes[layer]
             dense = [_multiplied(change, (m, math.prod(rest)), stored) for change in found]
             solved: Sequence[Change] = [part.to(stored.dtype) for part in _solved(dense, ridge, name)]
         else:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import literal
 import pytest
@@ -430,3 +431,35 @@ def test_sanitized(tool):
     if "Device not supported" in result.stdout + result.stderr:
         pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+SPECTRAL = {
+    "tsv_m": sm.tsv_m,
+    "iso_c": sm.iso_c,
+    "iso_cts": sm.iso_cts,
+    "knots": sm.knots,
+    "subspace_boosting": partial(sm.subspace_boosting, beta=0.5),
+    "svc": sm.svc,
+}
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_singular_values_are_those_of_the_cpu(on_gpu_by_name, problem, name):
+    (base, experts, *_), (on_device, *_) = problem
+    on_cpu = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64)
+    found = SPECTRAL[name](on_device).merged
+    with sm.use_backend("reference"):
+        expected = SPECTRAL[name](on_cpu).merged
+    assert found.device.type == "cuda"
+    assert (found.cpu() - expected).norm() < 1e-11 * expected.norm()
+
+
+@pytest.mark.parametrize("inputs", ("experts", "merged"))
+def test_inputs_are_collected_on_the_device(on_gpu_by_name, problem, inputs):
+    (base, experts, heads, batches), (on_device, device_heads, device_batches) = problem
+    on_cpu = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64)
+    with sm.use_backend("reference"):
+        expected = sm.regmean(tiny.make(1), on_cpu, batches, tiny.plain(heads), inputs=inputs).merged
+    found = sm.regmean(tiny.make(1), on_device, device_batches, tiny.plain(device_heads), inputs=inputs).merged
+    assert found.device.type == "cuda"
+    assert (found.cpu() - expected).norm() < 1e-11 * expected.norm()

@@ -1,0 +1,58 @@
+"""Singular vectors and polar factors by products and one symmetric eigenproblem, in fp64.
+
+The Gram of a matrix's short side has the eigenvalues σ² and the singular vectors of that side; one more product gives those of
+the long side, and a polar factor is the matrix times the inverse root of its Gram. On a GPU that is all products but for one
+eigh. Newton–Schulz, products alone, takes 40 steps for a matrix of condition 10³, ten times as long on a CPU.
+
+What it costs is accuracy at small σ: a vector is off by about ε (σ₁ / σ)² for the ε of fp64, at most 1e-4 at σ = 1e-6 σ₁.
+What lies below counts as nothing: its σ and both its vectors are zero. LAPACK's vectors there are arbitrary, and a polar factor
+would give them the weight of all others. A matrix of rank r has a polar factor of rank r.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6  # of σ₁
+_BLOCKS = 4  # columns of a Gram that are computed at a time; eigh reads its lower triangle, so that the rest is left out
+
+
+def singular_vectors(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular values, all by default, and their vectors: U [m, k], σ [k] descending, V [n, k]; fp64.
+
+    matrix: [m, n] of any float type, finite. Beyond min(m, n) columns there are none.
+    """
+    m, n = matrix.shape
+    tall = (matrix if m >= n else matrix.mT).double()
+    sigma, short = _right(tall, k)
+    long = tall @ (short / sigma.where(sigma > 0, 1))
+    return (long, sigma, short) if m >= n else (short, sigma, long)
+
+
+def inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(XᵀX)^(−1/2) [n, n] of X = matrix [m, n], which makes X's polar factor of it, and σ [n] descending; fp64."""
+    sigma, right = _right(matrix.double(), None)
+    return right / sigma.where(sigma > 0, 1) @ right.mT, sigma
+
+
+def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """U Vᵀ [m, n] of matrix [m, n] = U Σ Vᵀ, the nearest matrix with orthonormal rows or columns, and σ [min(m, n)]; fp64."""
+    if matrix.shape[0] < matrix.shape[1]:
+        turned, sigma = polar_factor(matrix.mT)
+        return turned.mT, sigma
+    root, sigma = inverse_root(matrix)
+    return matrix.double() @ root, sigma
+
+
+def _right(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """σ [k] descending and V [n, k] of a matrix [m, n], zero below the floor."""
+    n = matrix.shape[1]
+    gram = matrix.new_zeros(n, n)
+    for start in range(0, n, -(-n // _BLOCKS)):
+        end = min(n, start + -(-n // _BLOCKS))
+        gram[start:end, :end] = matrix[:, start:end].mT @ matrix[:, :end]
+    squares, vectors = torch.linalg.eigh(gram)
+    sigma = squares.flip(0)[:k].clamp(min=0).sqrt()
+    known = sigma > FLOOR * sigma[:1]
+    return sigma * known, vectors.flip(1)[:, :k] * known

@@ -1,0 +1,75 @@
+"""Singular vectors by the Gram of the short side beside LAPACK's, at small σ and low rank."""
+
+import pytest
+import torch
+
+from samerge_ext.ops.singular import FLOOR, polar_factor, singular_vectors
+
+SHAPES = [(9, 9), (40, 12), (12, 40), (1, 7), (7, 1)]
+
+
+def with_values(shape, sigma, seed=0):
+    """A matrix of given singular values, and its vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = lambda rows: torch.linalg.qr(torch.randn(rows, len(sigma), generator=generator, dtype=torch.float64))[0]
+    left, right = drawn(shape[0]), drawn(shape[1])
+    return left * sigma @ right.mT, left, right
+
+
+def drawn(shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [None, 1, 5])
+def test_values_and_vectors_are_those_of_the_svd(shape, k):
+    matrix = drawn(shape)
+    u, s, vh = (part for part in torch.linalg.svd(matrix, full_matrices=False))
+    u, s, vh = u[:, :k], s[:k], vh[:k]
+    left, sigma, right = singular_vectors(matrix, k)
+    assert left.shape == u.shape and sigma.shape == s.shape and right.shape == vh.mT.shape
+    torch.testing.assert_close(sigma, s, rtol=1e-12, atol=0)
+    torch.testing.assert_close(left * sigma @ right.mT, u * s @ vh, rtol=0, atol=1e-12)
+    torch.testing.assert_close(left.mT @ left, torch.eye(len(s), dtype=s.dtype), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_matrices_are_decomposed_as_they_are_stored(dtype):
+    matrix = drawn((30, 8), dtype=dtype)
+    for found, exact in zip(singular_vectors(matrix), singular_vectors(matrix.double()), strict=True):
+        assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_polar_factor_is_that_of_the_svd(shape):
+    matrix = drawn(shape, seed=1)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    factor, sigma = polar_factor(matrix)
+    torch.testing.assert_close(factor, u @ vh, rtol=0, atol=1e-11)
+    torch.testing.assert_close(sigma, s, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-4, 9e-6])
+def test_small_values_are_as_exact_as_is_said(small):
+    """Off by some ε (σ₁ / σ)²: the polar factor has both vectors of the smallest value."""
+    matrix, left, right = with_values((30, 12), torch.logspace(0, float(torch.tensor(small).log10()), 12, dtype=torch.float64))
+    factor, _ = polar_factor(matrix)
+    error = (factor - left @ right.mT).norm().item()
+    assert error < 20 * torch.finfo(torch.float64).eps / small**2
+    assert (torch.linalg.svdvals(factor) > 0.9).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_what_has_no_length_has_no_direction(shape):
+    sigma = torch.tensor([3.0, 2.0, 1.0, FLOOR, 1e-9], dtype=torch.float64)
+    matrix, left, right = with_values(shape, sigma)
+    found = singular_vectors(matrix)
+    assert [int(part.norm(dim=0).count_nonzero()) for part in (found[0], found[2])] == [3, 3] and found[1].count_nonzero() == 3
+    assert (polar_factor(matrix)[0] - left[:, :3] @ right[:, :3].mT).norm() < 1e-12
+    for part in singular_vectors(torch.zeros(shape)):
+        assert part.count_nonzero() == 0 and part.isfinite().all()
+
+
+def test_scale_does_not_matter():
+    matrix = drawn((20, 12), dtype=torch.float32)
+    torch.testing.assert_close(polar_factor(matrix * 2.0**-100)[0], polar_factor(matrix)[0], rtol=0, atol=1e-14)
