@@ -53,6 +53,8 @@ def make_model(
     for head in (heads or {}).values():
         head.to(indexed(config.device or packed.base.device))
     model = _held(module, packed, config, calibration, logits, teachers, heads)
+    if config.granularity == "rank":
+        model.use_components(config.rank)
     model.train_heads(config.train_heads, heads)
     return model
 

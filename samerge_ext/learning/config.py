@@ -32,7 +32,9 @@ SEEDS = range(-(2**63), 2**63)  # that torch's generators take
 class LearningConfig:
     """How coefficients are learned.
 
-    granularity: one coefficient per task and layer, or per task.
+    granularity: one coefficient per task and "layer", or per "task"; or, beside those of layers, one per singular component of a
+        task vector's matrix, "rank" (the space of AdaRank, arXiv 2503.22178; see `packing.components`).
+    rank: how many leading components of each have one; weight decay draws theirs to that of the layer.
     sam: "paper" merges the weights again at λ + ε for the second gradient; "published" behaves as the published
         code, whose second gradient is taken at unperturbed weights and so equals the first: one pass, like "off".
     rho, adaptive: radius and kind of the SAM perturbation.
@@ -64,6 +66,7 @@ class LearningConfig:
     """
 
     granularity: str = "layer"
+    rank: int = 16
     sam: str = "off"
     rho: float = 0.07
     adaptive: bool = False
@@ -95,7 +98,7 @@ class LearningConfig:
     cuda_graph: bool = False
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "granularity": ("layer", "task"),
+        "granularity": ("layer", "task", "rank"),
         "sam": ("paper", "published", "off"),
         "optimizer": ("adam", "sgd"),
         "precision": ("fp32", "bf16"),
@@ -107,7 +110,8 @@ class LearningConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         check_least(self, 0, "rho", "learning_rate", "momentum", "weight_decay", "head_learning_rate", "held_back")
-        check_least(self, 1, "steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every", "measure_every", "patience")
+        check_least(self, 1, "rank", "steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every")
+        check_least(self, 1, "measure_every", "patience")
         if self.share_held_back >= 1:
             raise ValueError(f"held_back={self.held_back!r}; expected a share < 1")
         if self.memory_budget is not None:

@@ -25,11 +25,11 @@ from samerge_ext.packing.stores import check_device
 
 
 class FreeCoefficients(nn.Module):
-    """Coefficients that are learned themselves: one per task and layer [T, L], or one per task [T, 1]."""
+    """Coefficients that are learned themselves: one per task [T, 1], or all that the model has [T, L] or [T, L + C]."""
 
-    def __init__(self, start: Tensor, granularity: str):  # [T, L]
+    def __init__(self, start: Tensor, granularity: str):  # [T, L] or [T, L + C]
         super().__init__()
-        self.values = nn.Parameter((start if granularity == "layer" else start[:, :1]).detach().clone())
+        self.values = nn.Parameter((start[:, :1] if granularity == "task" else start).detach().clone())
 
     def forward(self) -> Tensor:
         return self.values
@@ -55,6 +55,8 @@ def calibration_set(
     )
     config.weights(packed.tasks)
     check_device(config.device)
+    if config.granularity == "rank" and (config.streamed or config.memory_budget is not None):
+        raise ValueError("granularity='rank' needs merged weights that are held whole; leave out streamed and memory_budget")
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if config.cuda_graph:

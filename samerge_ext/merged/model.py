@@ -14,6 +14,7 @@ from samerge_ext.checkpoints.sources import matches
 from samerge_ext.merged.heads import TrainedHeads, find_trained
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
 from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import Buffers, PackedWeights
 from samerge_ext.packing.stores import Store
 
@@ -128,6 +129,24 @@ class MergedModel(nn.Module):
         """Takes the parameters' ``.grad`` away, so that a gradient buffer is freed with this object."""
         self.weights.unbind_gradients()
         self.trained_heads.forget_gradients()
+
+    def use_components(self, rank: int) -> None:
+        """From now on ``coefficients`` is [T, L + C]: behind λ a deviation from it for each of the ``rank`` leading singular
+        components of every matrix of a task vector (`packing.components`), 0 at first. Raises ValueError where streamed."""
+        if not isinstance(self.weights, ResidentWeights):
+            raise ValueError("coefficients of components need merged weights that are held whole, with streamed=False")
+        self.weights.components = components = Components.of(self.packed, rank)
+        deviations = self.coefficients.new_zeros(self.packed.num_tasks, components.columns)
+        self.coefficients = nn.Parameter(torch.cat([self.coefficients.detach(), deviations], 1))
+
+    def component_coefficients(self) -> dict[str, Tensor]:
+        """c = λ + deviation of every component, layer -> [T, k]; empty without components."""
+        components, layout = getattr(self.weights, "components", None), self.packed.layout
+        if components is None:
+            return {}
+        coefficients = self.coefficients.detach()
+        deviations = components.split(coefficients[:, layout.num_layers :])
+        return {name: coefficients[:, [layout.names.index(name)]] + of_layer for name, of_layer in deviations.items()}
 
     def train_heads(self, patterns: str | Sequence[str], given: Mapping[str, nn.Module] | None = None) -> None:
         """Makes ``trained_heads`` of the head tensors that shell-style patterns name.

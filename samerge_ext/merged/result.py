@@ -34,6 +34,8 @@ class Result:
     method, config, seconds: how it was made. module: the merged module, where one was given.
     history: per step of a learned method the loss, each task's loss and the gradient norm; where batches were held back, their
         loss before the steps at which it was measured.
+    component_coefficients: layer -> [T, k] of its task vectors' leading singular components, where these were learned;
+        ``coefficients`` are then those of the rest.
     heads: task -> its own tensors: those that were learned as they are now, the others as they were packed.
     learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
     """
@@ -49,6 +51,7 @@ class Result:
     learner: StatsMergeLearner | None = None
     features: Features | None = None
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    component_coefficients: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.heads = self.heads or self.packed.heads
@@ -57,9 +60,10 @@ class Result:
     def of_model(cls, model: MergedModel, method: str, config: Any, history: list[dict], seconds: float) -> Result:
         """The model as it is merged now; its gradient buffer is let go."""
         model.unbind_gradients()
-        coefficients = model.coefficients.detach().clone()
-        heads = model.heads()
-        return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module, heads=heads)
+        result = cls(model.packed, None, model.merged, method, config, history, seconds, model.module, heads=model.heads())
+        result.coefficients = model.coefficients.detach()[:, : model.packed.layout.num_layers].clone()
+        result.component_coefficients = model.component_coefficients()
+        return result
 
     @classmethod
     def of_weights(cls, packed: PackedWeights, merged: Tensor, method: str, module: nn.Module | None, seconds: float) -> Result:
@@ -126,13 +130,19 @@ class Result:
         for key in getattr(self.config, "WITHOUT_EFFECT", ()):
             del settings[key]
         names = self.packed.layout.names
-        return {
+        summary = {
             "method": self.method,
             "config": {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in settings.items()},
             "steps": len(self.history),
             "versions": {"samerge_ext": __version__, "torch": torch.__version__},
             "coefficients": {task: dict(zip(names, row.tolist(), strict=True)) for task, row in self._rows()},
         }
+        if self.component_coefficients:
+            summary["component_coefficients"] = {
+                task: {name: of_layer[row].tolist() for name, of_layer in self.component_coefficients.items()}
+                for row, task in enumerate(self.packed.tasks)
+            }
+        return summary
 
     def _configuration(self, companions: str | Path | Companions | None) -> dict | None:
         """The content of config.json, from the folder or the module that has one; the architecture is the module's."""

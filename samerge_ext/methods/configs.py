@@ -63,6 +63,7 @@ class StatsMergingConfig(LearningConfig):
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **LearningConfig.CHOICES,
+        "granularity": ("layer", "task"),
         "loss": ("cross_entropy", "kl"),
         "of": ("experts", "task_vectors"),
     }
