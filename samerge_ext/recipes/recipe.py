@@ -166,9 +166,12 @@ class Recipe(Strict):
         if any(entry.parameters for entry in self.models):
             raise ValueError(f"{self.merge_method} learns the weights; remove 'parameters' of the models")
         try:
-            self.method_settings().weights(tuple(self.tasks))
+            settings = self.method_settings()
+            settings.weights(tuple(self.tasks))
         except ValueError as error:
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
+        if settings.train_heads and not self.heads:
+            raise ValueError("train_heads needs 'heads', the patterns of the tensors that belong to a task")
         return self
 
     def _check_parameters(self) -> None:

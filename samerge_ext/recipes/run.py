@@ -16,6 +16,7 @@ from samerge_ext.checkpoints.locks import held, remove
 from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -149,6 +150,8 @@ def _model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]
     base, options = recipe.learned_from()
     experts = {task: entry.model for task, entry in recipe.named_experts}
     model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep])
-    return model, model.batches(
+    batches = model.batches(
         options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
     )
+    Calibration(batches, tuple(experts), held_back=recipe.method_settings().share_held_back)  # may refuse
+    return model, batches
