@@ -45,9 +45,10 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     """Writes the model folder ``out``: safetensors, configuration, tokenizer, heads/TASK.safetensors and the model card.
 
     Memory is bounded, whatever the models' size: that of `FilePieces` for each of one thread more than torch has, of at most
-    `GPU_WORKERS` beside a GPU, and once more where whole vectors or norms are looked at. Until the folder is whole everything
-    lies in OUT.state; the same merge called again after an interruption goes on after the last finished shard, to the same bytes.
-    What another merge left there is discarded, or the same one on another kind of device, which may round otherwise.
+    `GPU_WORKERS` beside a GPU, and once more where whole vectors or norms are looked at; of a rule that is `alone`, one thread's,
+    and what it holds of one tensor. Until the folder is whole everything lies in OUT.state; the same merge called again after an
+    interruption goes on after the last finished shard, to the same bytes. What another merge left there is discarded, or the same
+    one on another kind of device, which may round otherwise.
 
     Raises ValueError (CheckpointError for files) for a device that cannot be used and for models that do not fit together, before
     anything is written, for NaN and Inf, and for a full disk or an input that vanished or changed.
@@ -149,20 +150,25 @@ class _Run:
     def _workers(self) -> Iterator[Executor]:
         """Threads that take one tensor after the other, so that some read or write while others compute.
 
-        As one vector tensors wait for each other: which of equal magnitudes are kept is a matter of their order.
+        As one vector tensors wait for each other: which of equal magnitudes are kept is a matter of their order. Where a rule
+        wants to be alone there is one, which computes with all of torch's.
         """
         workers = self._threads + 1  # one of them waits for the disk
         if self._device.type != "cpu":
             workers = min(workers, GPU_WORKERS)
-        pool = ThreadPoolExecutor(1 if self._merge.whole else workers, initializer=self._begin_worker)
+        alone = any(rule.alone for rule in self._plan.rules.values())
+        threads = self._threads if alone else 1
+        pool = ThreadPoolExecutor(
+            1 if alone or self._merge.whole else workers, initializer=self._begin_worker, initargs=(threads,)
+        )
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)
 
-    def _begin_worker(self) -> None:
-        torch.set_num_threads(1)
+    def _begin_worker(self, threads: int) -> None:
+        torch.set_num_threads(threads)
         on_own_stream(self._device)
 
     def _merge_all(self, names: list[str], writer: ShardWriter, workers: Executor) -> None:

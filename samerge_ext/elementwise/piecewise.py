@@ -56,6 +56,7 @@ class Rule:
     """How one tensor, or the whole vector, is merged. It sees all pieces `rounds` times in order, then merges them in order."""
 
     rounds = 0
+    alone = False  # whether tensors are merged one after the other, since what a rule holds grows with its tensor
     unit = 1  # numbers of a tensor, from its first one on, that lie in one piece together
     unseen: Collection[int] = ()  # rows of a piece of which the rule drops numbers, whatever they are
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.lora import Change
 from samerge_ext.checkpoints.sources import Source
+from samerge_ext.elementwise.piecewise import Piece, Rule
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.matrices import Patterns, fitting, matrix_views
@@ -86,6 +87,62 @@ def wudi(
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
 
 
+class Wudi(Rule):
+    """WUDI over a matrix of ``shape``, for T = count task vectors: a `piecewise.Rule`.
+
+    What it holds from its round to the last piece are T Grams [n, n] in the task vectors' type, fp32 at least, and a factor in
+    fp64. A piece has whole rows; of a matrix that is stored [inputs, outputs] it has all, in fp64 once more.
+    """
+
+    rounds, alone = 1, True
+
+    def __init__(
+        self, name: str, shape: torch.Size, count: int, ridge: float = RIDGE, scale: float = 1.0, transposed: bool = False
+    ):
+        self.name, self.count, self.ridge, self.scale, self.turned = name, count, ridge, scale, transposed
+        self.inputs = shape[0] if transposed else shape[1:].numel()
+        self.unit = max(1, shape.numel() if transposed else self.inputs)
+        self._left = shape.numel()
+        self._mu = 0.0
+        self._grams: Tensor | None = None  # [T, n, n]
+        self._factor: Tensor | None = None  # [n, n]
+
+    def look(self, piece: Piece) -> None:
+        wide = self._matrices(piece.rows())
+        if self._grams is None:
+            self._grams = wide.new_zeros(self.count, self.inputs, self.inputs)
+        self._grams.baddbmm_(wide.mT, wide)
+
+    def next_round(self) -> None:
+        if self._grams is None:
+            return
+        squares = self._grams.diagonal(dim1=1, dim2=2).double().sum(1)
+        self._mu = _mu(self.ridge, squares.tolist(), self.inputs, self.name)
+        self._grams /= torch.where(squares > 0, squares, 1).to(self._grams)[:, None, None]
+        self._factor = _factor(self._grams, self._mu)
+
+    def merge(self, piece: Piece) -> Tensor:  # [n]
+        out = piece.base.clone()
+        if self._grams is None or self._factor is None:
+            return out
+        wide = self._matrices(piece.rows())
+        side = torch.einsum("tmn,tnk->mk", wide, self._grams).double() + self._mu * wide.double().sum(0)
+        solved = torch.cholesky_solve(side.mT, self._factor)  # [n, m]
+        out[: piece.size] += self.scale * (solved if self.turned else solved.mT).reshape(-1)
+        self._left -= piece.size
+        if not self._left:
+            self._grams = self._factor = None  # the rules of all tensors are held
+        return out
+
+    def _matrices(self, rows: Tensor) -> Tensor:  # [T, numbers] -> [T, m, n]
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return wide.view(len(rows), self.inputs, -1).mT if self.turned else wide.view(len(rows), -1, self.inputs)
+
+    @property
+    def shares(self) -> list[float]:
+        return [self.scale] * self.count
+
+
 class _Expert(Source):
     """An expert as it was packed: base and task vector, added up tensor by tensor."""
 
@@ -129,29 +186,44 @@ def _solved(matrices: Sequence[Tensor], ridge: float, name: str) -> Iterator[Ten
     return (torch.cholesky_solve(side.mT, factor).mT for side in sides)
 
 
+def _mu(ridge: float, squares: Sequence[float], n: int, name: str) -> float:
+    """μ, from all ‖τ_t‖²; raises ValueError where one is not finite."""
+    if not all(square < torch.inf for square in squares):
+        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
+    # The diagonal of each term of G sums to 1. Where nothing changed, M is nothing for any μ.
+    return ridge * sum(square > 0 for square in squares) / n or 1.0
+
+
+def _factor(terms: Iterable[Tensor], mu: float) -> Tensor:
+    """The Cholesky factor of G + μ I, fp64, from the terms of G [n, n]."""
+    left: Tensor | None = None
+    for term in terms:
+        left = term.double() if left is None else left.add_(term)
+    assert left is not None
+    left.diagonal().add_(mu)
+    return torch.linalg.cholesky(left)
+
+
 def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:
     """The Cholesky factor of G + μ I [n, n], and of every τ_t [m, n] the right side τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t; fp64."""
     wide = torch.promote_types(matrices[0].dtype, torch.float32)
     squares = [float(matrix.double().square().sum()) for matrix in matrices]
-    if not all(square < torch.inf for square in squares):
-        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
     m, n = matrices[0].shape
-    # The diagonal of each term of G sums to 1. Where nothing changed, M is nothing for any μ.
-    mu = ridge * sum(square > 0 for square in squares) / n or 1.0
-    left = mu * torch.eye(n, dtype=torch.float64, device=matrices[0].device)
-    for matrix, square in zip(matrices, squares, strict=True):
+    mu = _mu(ridge, squares, n, name)
+
+    def term(matrix: Tensor, square: float) -> Tensor:
         exact = matrix.to(wide)
-        left += (exact.mT @ exact).double() / (square or 1.0)
+        return (exact.mT @ exact).double() / (square or 1.0)
 
     def side(matrix: Tensor, square: float) -> Tensor:
         exact = matrix.to(wide)
         own = (exact @ exact.mT) @ exact if m < n else exact @ (exact.mT @ exact)
         return own.double() / (square or 1.0) + mu * exact.double()
 
-    return torch.linalg.cholesky(left), map(side, matrices, squares)
+    return _factor(map(term, matrices, squares), mu), map(side, matrices, squares)
 
 
-def _preconditioned_factors(stored: FactoredTaskVectors, ridge: float, transposed: str | Sequence[str]) -> FactoredTaskVectors:
+def _preconditioned_factors(stored: FactoredTaskVectors, ridge: float, transposed: Patterns) -> FactoredTaskVectors:
     layout, changes = stored.layout, dict(stored.changes)
     names = {layer: layout.names[layer] for layer in changes if len(layout.shapes[layer]) > 1}
     turned = fitting(layout, transposed)
@@ -179,9 +251,7 @@ def _solved_factors(changes: Sequence[Change], ridge: float, name: str) -> list[
     columns = [left.double().mT @ left.double() for left, _ in factors]  # A_tᵀA_t
     own = [block.split(ranks, 1)[t] for t, block in enumerate(products.split(ranks))]  # R_t R_tᵀ
     squares = [float((c * p).sum()) for c, p in zip(columns, own, strict=True)]
-    if not all(square < torch.inf for square in squares):
-        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
-    mu = ridge * sum(square > 0 for square in squares) / rows.shape[1] or 1.0
+    mu = _mu(ridge, squares, rows.shape[1], name)
     scaled = [c / (square or 1.0) for c, square in zip(columns, squares, strict=True)]
     unit = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
     system = products @ torch.block_diag(*scaled) + mu * unit

@@ -10,7 +10,7 @@ import torch
 
 from samerge_ext.elementwise.inner_products import Over
 from samerge_ext.elementwise.piecewise import Combination, Rule
-from samerge_ext.methods import della, karcher, multislerp, ram
+from samerge_ext.methods import della, karcher, multislerp, ram, wudi
 from samerge_ext.methods.arcee_fusion import ArceeFusion
 from samerge_ext.methods.breadcrumbs import GAMMA, Breadcrumbs
 from samerge_ext.methods.dare import Dare
@@ -24,6 +24,7 @@ from samerge_ext.methods.ram import Ram
 from samerge_ext.methods.sce import Sce
 from samerge_ext.methods.slerp import Slerp
 from samerge_ext.methods.ties import Ties
+from samerge_ext.methods.wudi import Wudi
 
 
 @dataclass
@@ -94,6 +95,14 @@ def _karcher(given: Given) -> Rule:
     return Karcher(given.shape, given.count, int(steps), tolerance)
 
 
+def _wudi(given: Given) -> Rule:
+    scale = given.one("lambda", 1.0)
+    if len(given.shape) < 2:
+        return Combination([scale] * given.count)
+    ridge, turned = given.one("ridge", wudi.RIDGE), given.one("transposed", False)
+    return Wudi(given.name, given.shape, given.count, ridge, scale, turned)
+
+
 def _ram(given: Given, r: float) -> Rule:
     return Ram(given.count, given.one("epsilon", ram.EPSILON), r, given.one("alpha", ram.ALPHA))
 
@@ -119,4 +128,5 @@ RULES: dict[str, Callable[[Given], Rule]] = {
     "passthrough": lambda given: Combination(given.each("scale", 1.0)),
     "ram": lambda given: _ram(given, 0.0),
     "ramplus_tl": lambda given: _ram(given, given.one("r", ram.R)),
+    "wudi": _wudi,
 }

@@ -4,11 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from folders import read_all
 from helpers import assert_close
+from merges import TASKS, write
 from tiny import make_problem
 
 import samerge_ext as sm
+from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.elementwise import file_pieces
+from samerge_ext.elementwise.file_merge import merge_files
+from samerge_ext.methods import wudi
 from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.recipes.data_free import file_merge
 
 SHAPES = {"tall": (7, 5), "wide": (4, 9), "kernel": (6, 2, 3, 3), "bias": (7,)}
 
@@ -173,6 +180,60 @@ def test_factors_that_hold_nan_and_patterns_that_fit_none_of_them_are_refused():
     factored.task_vectors.changes[0][1][0][1, 0] = torch.nan
     with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
         sm.preconditioned(factored)
+
+
+def of_files(models, out, **parameters):
+    experts = [(task, models / task, {}) for task in TASKS]
+    return read_all(merge_files(file_merge("wudi", experts, models / "base", parameters, identity={}), out))
+
+
+TURNED = {"transposed": [{"filter": "layers.1.w", "value": True}, {"value": False}]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_give_what_packed_weights_give(tmp_path, monkeypatch, dtype):
+    """Also where a matrix comes in many pieces of whole rows, and of one that is stored the other way round."""
+    monkeypatch.setitem(file_pieces.BUFFER_BYTES, "cpu", 1)
+    shapes = {"embed": (900, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "kernel": (8, 3, 5, 5)}
+    models = write(tmp_path, shapes, dtype)
+    found = of_files(models, tmp_path / "out", ridge=0.2, **{"lambda": 0.8}, **TURNED)
+    packed = sm.PackedWeights.from_folders(models / "base", {task: models / task for task in TASKS}, dtype=torch.float64)
+    expected = sm.wudi(packed, 0.2, 0.8, transposed="layers.1.w").state_dict()
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype
+        assert_close(tensor, expected[name].double(), name)
+
+
+def test_files_are_merged_one_matrix_at_a_time(tmp_path, monkeypatch):
+    """What is held of a matrix is let go when it is merged, and no two are merged at once."""
+    held, most = set(), []
+    factor = wudi.Wudi.next_round
+    merge = wudi.Wudi.merge
+
+    def next_round(rule):
+        factor(rule)
+        held.add(rule)
+        most.append(len(held))
+
+    def merged(rule, piece):
+        result = merge(rule, piece)
+        if rule._grams is None and rule._factor is None:
+            held.discard(rule)
+        return result
+
+    monkeypatch.setattr(wudi.Wudi, "next_round", next_round)
+    monkeypatch.setattr(wudi.Wudi, "merge", merged)
+    of_files(write(tmp_path), tmp_path / "out")
+    assert most == [1, 1, 1] and not held
+
+
+def test_files_that_hold_nan_are_named(tmp_path):
+    models = write(tmp_path, dtype=torch.float32)
+    broken = read_all(models / "spam")
+    broken["layers.0.w"][3, 4] = torch.nan
+    save_checkpoint(models / "spam", broken, overwrite=True, companions_from=models / "spam")
+    with pytest.raises(ValueError, match=r"spam.*layers\.0\.w"):
+        of_files(models, tmp_path / "out")
 
 
 def test_what_it_cannot_solve_is_refused():
