@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.saving import atomic_write
-from samerge_ext.demo.data import Task, calibration_texts, load_tasks
-from samerge_ext.demo.experts import (
-    Batch,
-    Evaluator,
-    Heads,
-    Protocol,
-    base_folder,
-    build_heads,
-    encode,
-    expert_folder,
-    expert_path,
-    load_folder,
-    text_batches,
-)
+from samerge_ext.demo.experts import Evaluator, Prototypes, load_folder
 from samerge_ext.demo.report import Cell
+from samerge_ext.demo.workbench import Workbench
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.memory import PeakMemory
 
@@ -47,101 +33,13 @@ class Row:
     """One way of merging.
 
     label: as the table shows it. kind: a key of `KINDS`.
-    settings: of the method's configuration, `texts` (per task) and `batch` of its calibration set, and the
-        `task_vector_dtype` that a learned row packs with.
+    settings: of the method's configuration, `texts` (per task) and `batch` of its calibration set, the
+        `task_vector_dtype` that a learned row packs with, or the `ridge` that its task vectors are preconditioned with.
     """
 
     label: str
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-class Workbench:
-    """Everything that the cells of one variant and seed share, made when first needed: data, heads, experts, packing.
-
-    The seed varies the experts (order of their batches) and the calibration texts and their order.
-    """
-
-    def __init__(self, protocol: Protocol, seed: int, cache: Path, progress: bool = True):
-        self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
-        self._quantised: dict[str, sm.PackedWeights] = {}
-
-    def at_seed(self, seed: int) -> Workbench:
-        """The same at another seed, which has its own experts and shares the texts, the heads and the base."""
-        other = copy(self)
-        other.seed, other._quantised = seed, {}
-        for name in ("experts", "packed"):
-            vars(other).pop(name, None)
-        return other
-
-    @property
-    def full(self) -> bool:
-        return self.protocol.name == "full"
-
-    @cached_property
-    def tasks(self) -> dict[str, Task]:
-        return load_tasks(self.protocol.tasks)
-
-    @cached_property
-    def heads(self) -> Heads:
-        return build_heads(self.tasks, self.protocol)
-
-    @cached_property
-    def base(self) -> Path:
-        return base_folder(self.protocol, self.cache)
-
-    def expert(self, task: str) -> Path:
-        """The folder of a task's expert, fine-tuned now if the cache does not have it."""
-        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache, self.progress)
-
-    def expert_path(self, task: str) -> Path:
-        """Where that folder is, or will be."""
-        return expert_path(self.tasks[task], self.protocol, self.seed, self.cache)
-
-    @cached_property
-    def experts(self) -> dict[str, Path]:
-        return {task: self.expert(task) for task in self.tasks}
-
-    @cached_property
-    def packed(self) -> sm.PackedWeights:
-        return sm.PackedWeights.from_folders(self.base, self.experts)
-
-    def packed_for(self, settings: dict) -> sm.PackedWeights:
-        """With the `task_vector_dtype` that a row's settings name; of those that quantise, the last is kept."""
-        form = settings.get("task_vector_dtype")
-        if form is None:
-            return self.packed
-        if form not in self._quantised:
-            self._quantised = {form: sm.PackedWeights.from_folders(self.base, self.experts, task_vector_dtype=form)}
-        return self._quantised[form]
-
-    @cached_property
-    def test(self) -> Evaluator:
-        return Evaluator(self.tasks, self.heads, self.protocol, "test", progress=self.progress)
-
-    @cached_property
-    def tuning(self) -> Evaluator:
-        """Labelled texts of the training part, for choices that need labels."""
-        return Evaluator(self.tasks, self.heads, self.protocol, "tuning", progress=self.progress)
-
-    @cached_property
-    def _module(self) -> nn.Module:
-        return load_folder(self.base)
-
-    def module(self) -> nn.Module:
-        """A module of the encoder's architecture: the caller's own, copied from one that is loaded once."""
-        return deepcopy(self._module)
-
-    def calibration(self, texts: int, batch: int) -> dict[str, list[Batch]]:
-        """Unlabelled batches per task, of texts drawn from the training split."""
-        return {
-            name: text_batches(calibration_texts(task, texts, self.seed), self.protocol, batch)
-            for name, task in self.tasks.items()
-        }
-
-    @property
-    def logits(self) -> sm.models.SharedEncoder:
-        return sm.models.SharedEncoder(encode, self.heads)
 
 
 def average(bench: Workbench, settings: dict) -> sm.Result:
@@ -150,10 +48,21 @@ def average(bench: Workbench, settings: dict) -> sm.Result:
 
 def task_arithmetic(bench: Workbench, settings: dict) -> sm.Result:
     """At `scale`, or at the scale that is best on the tuning texts."""
-    if "scale" in settings:
-        return sm.task_arithmetic(bench.packed, settings["scale"], module=bench.module())
-    results = (sm.task_arithmetic(bench.packed, scale, module=bench.module()) for scale in SCALES)
+    return data_free(sm.task_arithmetic, bench, settings if "scale" in settings else {"scales": SCALES})
+
+
+def data_free(method: Callable[..., sm.Result], bench: Workbench, settings: dict) -> sm.Result:
+    """With these settings, at that one of `scales` that is best on the tuning texts."""
+    if "scales" not in settings:
+        return method(bench.packed, **settings, module=bench.module())
+    others = {key: value for key, value in settings.items() if key != "scales"}
+    results = (method(bench.packed, scale=scale, **others, module=bench.module()) for scale in settings["scales"])
     return max(results, key=lambda result: mean(accuracies_of(result, bench.tuning)))
+
+
+def regmean(bench: Workbench, settings: dict) -> sm.Result:
+    calibration = bench.calibration(CALIBRATION_TEXTS, BATCH[bench.protocol.name])
+    return sm.regmean(bench.module(), bench.packed, calibration, bench.logits, **settings)
 
 
 # kind → its method and its configuration
@@ -166,15 +75,19 @@ LEARNED: dict[str, tuple[Callable[..., sm.Result], type[LearningConfig]]] = {
 
 def learned(kind: str, bench: Workbench, settings: dict) -> sm.Result:
     config, texts, batch = learned_settings(kind, bench, settings)
-    calibration = bench.calibration(texts, batch)
-    return LEARNED[kind][0](bench.module(), bench.packed_for(settings), calibration, bench.logits, config=config)
+    calibration, packed = bench.calibration(texts, batch), bench.packed_for(settings)
+    if not config.train_heads:
+        return LEARNED[kind][0](bench.module(), packed, calibration, bench.logits, config=config)
+    heads = {task: Prototypes(prototypes) for task, prototypes in bench.heads.prototypes.items()}
+    return LEARNED[kind][0](bench.module(), packed, calibration, bench.with_heads(heads), config=config, heads=heads)
 
 
 def learned_settings(kind: str, bench: Workbench, settings: dict) -> tuple[LearningConfig, int, int]:
     """A learned row's configuration, calibration texts per task and texts per task and step."""
     settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
     texts, batch = settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name])
-    settings.pop("task_vector_dtype", None)
+    for key in ("task_vector_dtype", "ridge"):
+        settings.pop(key, None)
     return LEARNED[kind][1](**settings), texts, batch
 
 
@@ -182,6 +95,8 @@ def learned_settings(kind: str, bench: Workbench, settings: dict) -> tuple[Learn
 KINDS: dict[str, Callable[[Workbench, dict], sm.Result]] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
+    "regmean": regmean,
+    **{method.__name__: partial(data_free, method) for method in (sm.ties, sm.wudi, sm.tsv_m, sm.iso_c)},
     **{kind: partial(learned, kind) for kind in LEARNED},
 }
 
@@ -224,7 +139,7 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
 
 
 def elsewhere(bench: Workbench, row: Row, evaluator: Evaluator, where: str) -> dict[str, float]:
-    """Accuracies of the cell's model on other texts than its own: merged again from its coefficients, not learned again.
+    """Accuracies of the cell's model on other texts than its own: merged again from its coefficients, where these are all.
 
     where: names the evaluator's texts; the result is kept in a file of that name beside the cell's.
     """
@@ -237,9 +152,12 @@ def elsewhere(bench: Workbench, row: Row, evaluator: Evaluator, where: str) -> d
         accuracies = {task: evaluator.accuracy(load_folder(bench.experts[task]), task) for task in evaluator.batches}
     else:
         cell = run_cell(bench, row)
-        if "coefficients" not in cell:
+        if row.kind in LEARNED and "coefficients" not in cell:
             cell = run_cell(bench, row, again=True)  # it was computed before cells kept them
-        merged = sm.task_arithmetic(bench.packed, torch.tensor(cell["coefficients"]), module=bench.module())
+        if "coefficients" in cell and not row.settings.get("train_heads"):
+            merged = sm.task_arithmetic(bench.packed_for(row.settings), torch.tensor(cell["coefficients"]), module=bench.module())
+        else:
+            merged = KINDS[row.kind](bench, row.settings)
         accuracies = accuracies_of(merged, evaluator)
     with atomic_write(path, "w") as file:
         file.write(json.dumps(accuracies, indent=1))
@@ -254,7 +172,8 @@ def as_cell(bench: Workbench, row: Row, found: dict) -> Cell:
 def accuracies_of(result: sm.Result, evaluator: Evaluator) -> dict[str, float]:
     if result.module is None:
         raise ValueError(f"{result.method} was given no module to merge into")
-    return evaluator.accuracies(result.module)
+    trained = {task: head["prototypes"] for task, head in result.heads.items() if "prototypes" in head}
+    return evaluator.accuracies(result.module, trained)
 
 
 def mean(accuracies: dict[str, float]) -> float:

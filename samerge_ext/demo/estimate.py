@@ -12,8 +12,9 @@ from time import perf_counter
 
 import torch
 
-from samerge_ext.demo.cells import LEARNED, SCALES, Row, Workbench, cell_path, learned_settings
+from samerge_ext.demo.cells import CALIBRATION_TEXTS, LEARNED, SCALES, Row, cell_path, learned_settings
 from samerge_ext.demo.experts import encode
+from samerge_ext.demo.workbench import Workbench
 
 FORWARD_AND_BACKWARD = 3
 MEASURED_BATCHES = 4
@@ -49,6 +50,10 @@ def row_tokens(bench: Workbench, row: Row, split: str) -> int:
         return judged + len(bench.protocol.tasks) * calibration
     if row.kind == "task_arithmetic" and "scale" not in row.settings:
         return judged + len(SCALES) * bench.tuning.tokens
+    if "scales" in row.settings:
+        return judged + len(row.settings["scales"]) * bench.tuning.tokens
+    if row.kind == "regmean":
+        return judged + len(bench.protocol.tasks) * CALIBRATION_TEXTS * bench.protocol.max_tokens
     return judged
 
 

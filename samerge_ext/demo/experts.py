@@ -147,6 +147,17 @@ class Heads:
         return SCALE * features @ self.prototypes[task].to(features).T
 
 
+class Prototypes(nn.Module):
+    """A task's head as a module whose prototypes [classes, 384] can be trained."""
+
+    def __init__(self, prototypes: Tensor):
+        super().__init__()
+        self.prototypes = nn.Parameter(prototypes.clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return SCALE * features @ self.prototypes.to(features).T
+
+
 def build_heads(tasks: Mapping[str, Task], protocol: Protocol) -> Heads:
     """Embeds each task's class descriptions with the pretrained encoder."""
     backbone = load_backbone(protocol)
@@ -255,9 +266,9 @@ class Evaluator:
         """Share of the split's texts whose highest logit is their class."""
         return self._accuracies(module, [task])[task]
 
-    def accuracies(self, module: nn.Module) -> dict[str, float]:
-        """Accuracy on every task with the same encoder."""
-        return self._accuracies(module, list(self.batches))
+    def accuracies(self, module: nn.Module, trained: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Accuracy on every task with the same encoder; trained: prototypes [classes, 384] in the place of a task's own."""
+        return self._accuracies(module, list(self.batches), trained)
 
     @property
     def tokens(self) -> int:
@@ -265,14 +276,16 @@ class Evaluator:
         return sum(batch["input_ids"].numel() for held in self.batches.values() for batch, _ in held)
 
     @torch.inference_mode()
-    def _accuracies(self, module: nn.Module, tasks: list[str]) -> dict[str, float]:
-        found = {}
+    def _accuracies(
+        self, module: nn.Module, tasks: list[str], trained: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        found, heads = {}, Heads({**self.heads.prototypes, **(trained or {})})
         total = sum(len(self.batches[task]) for task in tasks)
         with tqdm(total=total, desc=f"{self.split} texts", unit="batch", leave=False, disable=not self.progress) as bar:
             for task in tasks:
                 right = []
                 for batch, labels in self.batches[task]:
-                    right.append(self.heads(encode(module, batch), task).argmax(-1) == labels)
+                    right.append(heads(encode(module, batch), task).argmax(-1) == labels)
                     bar.update()
                 found[task] = torch.cat(right).sum().item() / sum(map(len, right))
         return found

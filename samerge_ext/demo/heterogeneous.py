@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import samerge_ext as sm
-from samerge_ext.demo.cells import Workbench, as_cell, run_cell
+from samerge_ext.demo.cells import as_cell, run_cell
 from samerge_ext.demo.convolution import Convolution, TextConvolution, accuracy, cached, hashed
 from samerge_ext.demo.experts import encode, load_backbone, save_folder, text_batches
 from samerge_ext.demo.report import Cell
 from samerge_ext.demo.rows import main_rows
+from samerge_ext.demo.workbench import Workbench
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel

@@ -9,11 +9,12 @@ from random import Random
 from statistics import mean
 from string import ascii_lowercase
 
-from samerge_ext.demo.cells import Workbench, elsewhere, run_cell
+from samerge_ext.demo.cells import elsewhere, run_cell
 from samerge_ext.demo.data import Task
 from samerge_ext.demo.experts import Evaluator
 from samerge_ext.demo.report import Cell
 from samerge_ext.demo.rows import main_rows
+from samerge_ext.demo.workbench import Workbench
 
 LEVELS = (0.05, 0.1, 0.2)  # share of characters with an error
 

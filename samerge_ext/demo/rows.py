@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from samerge_ext.demo.cells import STEPS, Row
+from samerge_ext.methods.wudi import RIDGE
 from samerge_ext.packing.quantised import FORMATS
 
 # Chosen by `samerge demo --study tuning` on labelled training texts of the small variant, seed 0.
@@ -19,6 +20,8 @@ TUNED = {
 }
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2)  # of λ
 LEARNER_RATES = (5e-4, 1e-3, 2e-3, 5e-3)  # of what predicts λ, which moves faster: many parameters act on one coefficient
+HEAD_RATE = 3e-4  # of heads
+SPECTRAL_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # λ of methods of singular values
 RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)
 
 # Of the small variant's main rows, at rates as much higher as there are fewer steps than the rates were chosen for.
@@ -53,6 +56,25 @@ def main_rows(full: bool) -> list[Row]:
         learned("AdaMerging", "adamerging"),
         learned("StatsMerging", "statsmerging"),
         learned(OURS, "samerging"),
+        Row("experts", "experts"),
+    ]
+    return rows if full else [quick(row) for row in rows]
+
+
+def methods_rows(full: bool) -> list[Row]:
+    """What needs no learning, and learning that begins where that ends, beside Task Arithmetic and SAMerging; learned rows of the
+    small variant are quick."""
+    heads = {"train_heads": "prototypes", "head_learning_rate": HEAD_RATE}
+    rows = [
+        Row("Task Arithmetic, λ = 0.3", "task_arithmetic", {"scale": 0.3}),
+        Row("TIES", "ties"),
+        Row("Iso-C, best λ", "iso_c", {"scales": SPECTRAL_SCALES}),
+        Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
+        Row("RegMean", "regmean"),
+        Row("WUDI", "wudi"),
+        learned(OURS, "samerging"),
+        learned("SAMerging, heads too", "samerging", **heads),
+        learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads),
         Row("experts", "experts"),
     ]
     return rows if full else [quick(row) for row in rows]

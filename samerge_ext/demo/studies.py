@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from samerge_ext.checkpoints.saving import atomic_write
-from samerge_ext.demo.cells import STEPS, Row, Workbench, as_cell, run_cell
+from samerge_ext.demo.cells import STEPS, Row, as_cell, run_cell
 from samerge_ext.demo.estimate import announcement
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.heterogeneous import heterogeneous_study
@@ -27,10 +27,12 @@ from samerge_ext.demo.rows import (
     claims_rows,
     features_rows,
     main_rows,
+    methods_rows,
     quantised_rows,
     tuning_rows,
 )
 from samerge_ext.demo.unseen import unseen_study
+from samerge_ext.demo.workbench import Workbench
 from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.reports.plots import plot_coefficients, plot_singular_values
 
@@ -43,6 +45,7 @@ Study = Callable[[Workbench, Path], Iterator[tuple[str, Cell]]]
 # Studies whose rows are known beforehand, and the split on which they are judged where it is not the test texts.
 ROWS: dict[str, Callable[[bool], list[Row]]] = {
     "main": main_rows,
+    "methods": methods_rows,
     "claims": claims_rows,
     "tuning": tuning_rows,
     "ablation": ablation_rows,
@@ -80,7 +83,7 @@ def quantised_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
 
 STUDIES: dict[str, Study] = {
     "main": main_study,
-    **{name: of_rows(name) for name in ("claims", "tuning", "ablation", "features")},
+    **{name: of_rows(name) for name in ("methods", "claims", "tuning", "ablation", "features")},
     "quantised": quantised_study,
     "unseen": unseen_study,
     "robustness": robustness_study,

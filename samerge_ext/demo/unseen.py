@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from samerge_ext.demo.cells import Workbench, as_cell, elsewhere, run_cell
+from samerge_ext.demo.cells import as_cell, elsewhere, run_cell
 from samerge_ext.demo.experts import Evaluator
 from samerge_ext.demo.report import Cell
 from samerge_ext.demo.rows import main_rows
+from samerge_ext.demo.workbench import Workbench
 
 # Pairs of tasks to leave out. Each pair has one task of many classes and one of two, in both variants.
 LEFT_OUT = (("r8", "tweets"), ("icd", "election"))

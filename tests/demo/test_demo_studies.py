@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from samerge_ext.demo import cells, estimate, experts, heterogeneous, robustness, rows, studies, unseen
+from samerge_ext.demo import cells, estimate, experts, heterogeneous, robustness, rows, studies, unseen, workbench
 from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
 from samerge_ext.demo.data import Split, load_tasks
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "SMALL", TINY)
-        patch.setattr(cells, "load_tasks", few_texts)
+        patch.setattr(workbench, "load_tasks", few_texts)
         for module, name in ((cells, "STEPS"), (rows, "TUNED_STEPS"), (rows, "QUICK_STEPS")):
             patch.setattr(module, name, 2)
 
@@ -130,6 +130,24 @@ def test_quantised_rows_say_what_their_task_vectors_take(run, main):
     assert by_method(main[0])["SAMerging"].accuracies == found[0].accuracies
 
 
+def test_methods_that_learn_nothing_have_a_table_of_their_own(run):
+    found, _, _ = run(study="methods")
+    assert [cell.method for cell in found] == [row.label for row in rows.methods_rows(full=False)]
+    assert all(set(cell.accuracies) == set(TINY.tasks) for cell in found)
+
+
+def test_trained_heads_are_judged_with_the_encoder(main):
+    """Of one task every class changed places with the next."""
+    _, _, out = main
+    bench = workbench.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    module, (first, *others) = bench.module(), TINY.tasks
+    before = bench.test.accuracies(module)
+    prototypes = bench.heads.prototypes[first]
+    assert bench.test.accuracies(module, {first: prototypes.clone()}) == before
+    after = bench.test.accuracies(module, {first: prototypes.roll(1, 0)})
+    assert after[first] < before[first] and all(after[task] == before[task] for task in others)
+
+
 def test_models_are_merged_again_for_texts_with_errors(run, main, monkeypatch):
     monkeypatch.setattr(robustness, "LEVELS", (0.0, 0.3))
     main = by_method(main[0])
@@ -146,7 +164,7 @@ def test_models_are_merged_again_for_texts_with_errors(run, main, monkeypatch):
 
 def test_a_cell_from_before_coefficients_were_kept_is_computed_again(main):
     _, _, out = main
-    bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    bench = workbench.Workbench(TINY, 0, out.parent / "cache", progress=False)
     row = next(row for row in rows.main_rows(full=False) if row.label == "AdaMerging")
     path = cells.cell_path(bench, row, "test")
     cell = json.loads(path.read_text())
@@ -194,7 +212,7 @@ def test_words_are_hashed_into_buckets_that_are_not_padding():
 
 
 def test_the_start_says_what_is_left_and_how_long_it_takes(run, tmp_path):
-    bench = cells.Workbench(TINY, 0, tmp_path, progress=False)
+    bench = workbench.Workbench(TINY, 0, tmp_path, progress=False)
     every = rows.main_rows(full=False)
     text = estimate.announcement(bench, 2, every, "test")
     work = f"4 experts, then {2 * len(every)} rows of the table"
@@ -207,7 +225,7 @@ def test_the_start_says_what_is_left_and_how_long_it_takes(run, tmp_path):
 @pytest.mark.parametrize("label", ["Task Arithmetic, best λ", "StatsMerging", "SAMerging"])
 def test_a_row_passes_the_tokens_through_the_encoder_that_are_expected_of_it(run, monkeypatch, label):
     _, _, out = run()
-    bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    bench = workbench.Workbench(TINY, 0, out.parent / "cache", progress=False)
     row = next(row for row in rows.main_rows(full=False) if row.label == label)
     passed = 0
 
@@ -232,7 +250,7 @@ def test_an_estimate_is_told_as_precisely_as_it_is_known():
 
 def test_a_bench_at_another_seed_shares_texts_and_not_experts(run):
     _, _, out = run()
-    bench = cells.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    bench = workbench.Workbench(TINY, 0, out.parent / "cache", progress=False)
     assert bench.packed.tasks == TINY.tasks
     other = bench.at_seed(1)
     assert other.tasks is bench.tasks and other.heads is bench.heads

@@ -1,0 +1,119 @@
+"""What the cells of one variant and seed share: data, heads, experts and packed weights, made when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+import samerge_ext as sm
+from samerge_ext.demo.data import Task, calibration_texts, load_tasks
+from samerge_ext.demo.experts import (
+    Batch,
+    Evaluator,
+    Heads,
+    Protocol,
+    base_folder,
+    build_heads,
+    encode,
+    expert_folder,
+    expert_path,
+    load_folder,
+    text_batches,
+)
+
+
+class Workbench:
+    """Everything that the cells of one variant and seed share.
+
+    The seed varies the experts (order of their batches) and the calibration texts and their order.
+    """
+
+    def __init__(self, protocol: Protocol, seed: int, cache: Path, progress: bool = True):
+        self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
+        self._others: dict[tuple, sm.PackedWeights] = {}
+
+    def at_seed(self, seed: int) -> Workbench:
+        """The same at another seed, which has its own experts and shares the texts, the heads and the base."""
+        other = copy(self)
+        other.seed, other._others = seed, {}
+        for name in ("experts", "packed"):
+            vars(other).pop(name, None)
+        return other
+
+    @property
+    def full(self) -> bool:
+        return self.protocol.name == "full"
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        return load_tasks(self.protocol.tasks)
+
+    @cached_property
+    def heads(self) -> Heads:
+        return build_heads(self.tasks, self.protocol)
+
+    @cached_property
+    def base(self) -> Path:
+        return base_folder(self.protocol, self.cache)
+
+    def expert(self, task: str) -> Path:
+        """The folder of a task's expert, fine-tuned now if the cache does not have it."""
+        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache, self.progress)
+
+    def expert_path(self, task: str) -> Path:
+        """Where that folder is, or will be."""
+        return expert_path(self.tasks[task], self.protocol, self.seed, self.cache)
+
+    @cached_property
+    def experts(self) -> dict[str, Path]:
+        return {task: self.expert(task) for task in self.tasks}
+
+    @cached_property
+    def packed(self) -> sm.PackedWeights:
+        return sm.PackedWeights.from_folders(self.base, self.experts)
+
+    def packed_for(self, settings: dict) -> sm.PackedWeights:
+        """With the `task_vector_dtype` that a row's settings name, or preconditioned with their `ridge`; the last one is kept."""
+        form, ridge = settings.get("task_vector_dtype"), settings.get("ridge")
+        if form is None and ridge is None:
+            return self.packed
+        if (form, ridge) not in self._others:
+            packed = sm.PackedWeights.from_folders(self.base, self.experts, task_vector_dtype=form)
+            self._others = {(form, ridge): packed if ridge is None else sm.preconditioned(packed, ridge)}
+        return self._others[form, ridge]
+
+    @cached_property
+    def test(self) -> Evaluator:
+        return Evaluator(self.tasks, self.heads, self.protocol, "test", progress=self.progress)
+
+    @cached_property
+    def tuning(self) -> Evaluator:
+        """Labelled texts of the training part, for choices that need labels."""
+        return Evaluator(self.tasks, self.heads, self.protocol, "tuning", progress=self.progress)
+
+    @cached_property
+    def _module(self) -> nn.Module:
+        return load_folder(self.base)
+
+    def module(self) -> nn.Module:
+        """A module of the encoder's architecture: the caller's own, copied from one that is loaded once."""
+        return deepcopy(self._module)
+
+    def calibration(self, texts: int, batch: int) -> dict[str, list[Batch]]:
+        """Unlabelled batches per task, of texts drawn from the training split."""
+        return {
+            name: text_batches(calibration_texts(task, texts, self.seed), self.protocol, batch)
+            for name, task in self.tasks.items()
+        }
+
+    @property
+    def logits(self) -> sm.models.SharedEncoder:
+        return sm.models.SharedEncoder(encode, self.heads)
+
+    def with_heads(self, heads: Mapping[str, nn.Module]) -> sm.models.SharedEncoder:
+        """As `logits`, with modules as heads."""
+        return sm.models.SharedEncoder(encode, lambda features, task: heads[task](features))
