@@ -8,6 +8,7 @@ import sys
 
 import literal
 import pytest
+import streaming
 import tiny
 import torch
 from helpers import ROOT
@@ -149,6 +150,17 @@ def test_packed_heads_follow_the_literal_loop(streamed, settings):
     assert relative(result.coefficients, coefficients) < 1e-9
     moved = flat(heads) - flat(start_of(experts))
     assert relative(flat(result.heads) - flat(packed.heads), moved) < 1e-7 and moved.norm() > 0.1
+
+
+@pytest.mark.parametrize("name", ["blocks.2.norm.*", "blocks.1.wide.weight"])
+def test_a_norm_or_projection_inside_of_a_unit_is_a_head_too(name):
+    """Streamed, it is there when its unit runs again in the backward."""
+    packed = streaming.make_packed(streaming.make(), heads=name)
+    settings = {"steps": 5, "train_heads": name, "head_learning_rate": 0.01, "held_back": 0}
+    results = streaming.learn_both(packed, streaming.make(1), **settings)
+    assert relative(results[1].coefficients, results[0].coefficients) < 1e-12
+    moved = [flat(result.heads) - flat(packed.heads) for result in results]
+    assert relative(*moved) < 1e-9 and moved[0].abs().mean() > 1e-2
 
 
 def test_given_modules_follow_the_literal_loop_and_are_trained_in_place():
