@@ -359,6 +359,7 @@ def test_heads_that_cannot_be_learned_are_refused():
     shared = {"red": heads["red"], "green": heads["red"]}
     refused("'weight' of task 'green' is one of task 'red' too", shared, train_heads=["weight", "bias"])
     refused("logits of task 'red' do not depend on its 'weight'", heads, train_heads="weight")
+    refused("no head is in the module while a SharedEncoder runs, so that 'head.weight' of task 'red'", None, with_given(heads))
     one = {task: held[:1] for task, held in tiny.make_batches().items()}
     refused("held_back=0.25 leaves no batch of task 'red' to learn from, it has 1", batches=one, held_back=None)
     with pytest.raises(ValueError, match="held_back=1.5; expected a share < 1"):
