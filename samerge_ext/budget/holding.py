@@ -13,6 +13,7 @@ from samerge_ext.budget.plan import planned_way
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.passes import Logits
+from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.memory import large_tensors_mapped, trim_heap
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
@@ -56,6 +57,12 @@ def make_model(
     if config.granularity == "rank":
         model.use_components(config.rank)
     model.train_heads(config.train_heads, heads)
+    for task, name, _ in model.trained_heads.places if isinstance(logits, SharedEncoder) else ():
+        if name in packed.heads.get(task, {}):
+            raise ValueError(
+                f"train_heads: no head is in the module while a SharedEncoder runs, so that '{name}' of task '{task}' is not "
+                "learned; give its head function's modules as heads=, or a logits function that calls the whole module"
+            )
     return model
 
 

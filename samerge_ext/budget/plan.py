@@ -142,6 +142,8 @@ def plan(
     default where packed is. teachers: their logits are kept. heads: modules by task, for what config.train_heads names.
     Raises ValueError for a GPU where torch is built without it.
     """
+    if config.granularity == "rank":
+        raise ValueError("granularity='rank' is not planned for; it holds the merged weights, and its factors beside all else")
     device = torch.device(config.device or packed.layout.block_layer.device)
     if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
         raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")

@@ -141,6 +141,26 @@ class LearningConfig:
         return 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaughtConfig(LearningConfig):
+    """LearningConfig of methods that have teachers, and:
+
+    confidence_weights: weigh every row of a task's batch by how certain its own expert is beside the others,
+        1 − H(p_t) / Σ_k H(p_k). Every expert reads every task's batches for that, once.
+    samples: learn from so many examples of every task, chosen among those given so that they are as hard for its expert as all of
+        them are: from the easiest to the hardest, by 1 − max_c p_t(c | x), one of each of as many strata.
+    """
+
+    confidence_weights: bool = False
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "samples")
+        if self.cuda_graph and self.samples is not None:
+            raise ValueError(f"samples={self.samples}: examples of any lengths are joined anew, which cuda_graph=True refuses")
+
+
 def check_settings(config: Any) -> None:
     """Raises ValueError, naming the setting, where one of a dataclass is not of its field's type, not finite, or none of its
     CHOICES."""

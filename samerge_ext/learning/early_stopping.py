@@ -40,7 +40,6 @@ class EarlyStopping:
         self.learned.load_state_dict(self.best)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is in it is never changed, only replaced."""
         return {"least": self.least, "in_vain": self.in_vain, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

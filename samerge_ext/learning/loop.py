@@ -72,7 +72,7 @@ def learn(
     config: LearningConfig,
     method: str,
     *,
-    targets: Mapping[str, Sequence[Tensor]] | None = None,
+    targets: Mapping[str, Sequence[Any]] | None = None,
     learner: nn.Module | None = None,
 ) -> list[dict]:
     """Minimises the tasks' weighted loss over λ, and over ``model.trained_heads``; leaves ``model`` at the result.
@@ -160,11 +160,11 @@ def held_back_loss(
     logits: Logits,
     objective: Objective,
     config: LearningConfig,
-    targets: Mapping[str, Sequence[Tensor]] | None,
+    targets: Mapping[str, Sequence[Any]] | None,
 ) -> Callable[[], float]:
     """A function that gives the loss, at what is learned so far, of the batches that are held back."""
 
-    def inputs(task: str) -> Iterator[tuple[Any, Tensor | None]]:
+    def inputs(task: str) -> Iterator[tuple[Any, Any]]:
         for i in calibration.held_back[task]:
             yield to_device((calibration.batches[task][i], targets[task][i] if targets else None), model.device)
 

@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.nested import map_tensors, to_device
 
 # task -> (batch, target): what a step runs on. A target is what the objective compares logits with, or None.
-Inputs = dict[str, tuple[Any, Tensor | None]]
+Inputs = dict[str, tuple[Any, Any]]
 
 
 def inputs_of_steps(
-    calibration: Calibration, targets: Mapping[str, Sequence[Tensor]] | None, device: torch.device, steps: range
+    calibration: Calibration, targets: Mapping[str, Sequence[Any]] | None, device: torch.device, steps: range
 ) -> Iterator[Inputs]:
     """Each step's batches and their targets, on ``device``. Tensors elsewhere are copied; on the CPU nothing runs ahead."""
     on_gpu = device.type == "cuda"

@@ -151,7 +151,8 @@ class MergedModel(nn.Module):
     def train_heads(self, patterns: str | Sequence[str], given: Mapping[str, nn.Module] | None = None) -> None:
         """Makes ``trained_heads`` of the head tensors that shell-style patterns name.
 
-        given: task -> a module of its own that the user's logits function calls, on the model's device; trained in place.
+        given: task -> a module of its own that the user's logits function calls, on the model's device; trained in place, and
+            its other parameters frozen.
         Raises ValueError for a pattern that fits nothing, a task that is not packed, and a tensor that cannot be learned.
         """
         self._given_heads = dict(given or {})

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from samerge_ext.learning.config import LearningConfig, check_least
+from samerge_ext.learning.config import LearningConfig, TaughtConfig, check_least
 
 DECAYS = 5  # equal parts of a run; the learning rate falls between them
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAMergingConfig(LearningConfig):
-    """LearningConfig, and:
+class SAMergingConfig(TaughtConfig):
+    """TaughtConfig, and:
 
     temperature: τ of the student's soft-max, and of the teachers' unless ``teacher_temperature`` is given.
     scale_by_temperature: multiply the loss by the two temperatures' product (τ², as in Hinton's distillation).
@@ -46,8 +46,8 @@ class AdaMergingConfig(LearningConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsMergingConfig(LearningConfig):
-    """LearningConfig with the published epochs and no weight decay, and:
+class StatsMergingConfig(TaughtConfig):
+    """TaughtConfig with the published epochs and no weight decay, and:
 
     loss: "cross_entropy" against the experts' most likely classes, or the "kl" divergence from their predictions.
     temperature: τ of both soft-maxes of "kl".

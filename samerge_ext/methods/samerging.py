@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
-from samerge_ext.learning.calibration import teacher_logits
 from samerge_ext.learning.loop import calibration_set, learn
 from samerge_ext.learning.passes import Logits
+from samerge_ext.learning.teaching import Lesson, lessons
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.configs import SAMergingConfig
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
@@ -44,19 +44,21 @@ def samerging(
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
     model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
-    teachers = teacher_logits(model, held, logits, config.precision)
+    held, taught = lessons(model, held, logits, config)
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature
     scale = student_temperature * teacher_temperature if config.scale_by_temperature else 1.0
 
-    def distillation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def distillation(student: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        teacher, row_weights = lesson
         loss, gradient = softmax_kl_with_grad(
             student,
             teacher,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
+            row_weights=row_weights,
         )
         return loss * scale, gradient.mul_(scale)
 
-    history = learn(model, held, logits, distillation, config, "samerging", targets=teachers)
+    history = learn(model, held, logits, distillation, config, "samerging", targets=taught)
     return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)

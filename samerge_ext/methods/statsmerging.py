@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
-from samerge_ext.learning.calibration import teacher_logits
 from samerge_ext.learning.loop import calibration_set, learn
 from samerge_ext.learning.passes import Logits
+from samerge_ext.learning.teaching import Lesson, lessons
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.configs import StatsMergingConfig
@@ -50,13 +50,16 @@ def statsmerging(
     held = calibration_set(calibration, packed, config)
     features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values, path=_features_path(config))
     model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
-    teachers = teacher_logits(model, held, logits, config.precision)
+    held, taught = lessons(model, held, logits, config)
 
-    def imitation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def imitation(student: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        teacher, row_weights = lesson
         if config.loss == "cross_entropy":
-            return argmax_cross_entropy_with_grad(student, teacher)
+            return argmax_cross_entropy_with_grad(student, teacher, row_weights=row_weights)
         tau = config.temperature
-        return softmax_kl_with_grad(student, teacher, student_temperature=tau, teacher_temperature=tau)
+        return softmax_kl_with_grad(
+            student, teacher, student_temperature=tau, teacher_temperature=tau, row_weights=row_weights
+        )
 
     statistics = features.of_granularity(config.granularity)
     learner = StatsMergeLearner.made_for(
@@ -67,7 +70,7 @@ def statsmerging(
         dtype=packed.coefficient_dtype,
     )
     predicted = PredictedCoefficients(learner, statistics)
-    history = learn(model, held, logits, imitation, config, "statsmerging", targets=teachers, learner=predicted)
+    history = learn(model, held, logits, imitation, config, "statsmerging", targets=taught, learner=predicted)
     result = Result.of_model(model, "statsmerging", config, history, time.perf_counter() - started)
     result.learner, result.features = learner, features
     return result

@@ -1,111 +1,36 @@
-"""Heads that are learned beside λ: their numbers, when they stop, what is given back and what is refused."""
+"""Heads that are learned beside λ: their numbers, what is given back and what is refused."""
 
 import copy
 import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
-import literal
 import pytest
+import streaming
 import tiny
 import torch
+from headed import (
+    HEADS,
+    encoder_of,
+    flat,
+    given_heads,
+    literal_loss,
+    logits,
+    make,
+    make_problem,
+    relative,
+    run,
+    start_of,
+    with_given,
+)
 from helpers import ROOT
-from torch import nn
-from torch.func import functional_call
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.sealed import read_sealed
 from samerge_ext.learning.loop import make_passes
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
-
-HEADS = "head.*"
-
-
-class Classifier(tiny.Encoder):
-    """The encoder with a head of its own, which the forward reads."""
-
-    def __init__(self, classes=2):
-        super().__init__()
-        self.head = nn.Linear(tiny.WIDTH, classes)
-
-    def forward(self, x):
-        return self.head(super().forward(x))
-
-
-def make(seed, classes=2, dtype=torch.float64):
-    torch.manual_seed(seed)
-    return Classifier(classes).to(dtype).eval()
-
-
-def make_problem(dtype=torch.float64, head_scale=1):
-    """base, experts with heads of their classes, and packed weights."""
-    base = make(0, dtype=dtype)
-    encoder = tiny.make(0, dtype)
-    base.load_state_dict(encoder.state_dict(), strict=False)
-    experts = {}
-    for seed, (task, expert) in enumerate(tiny.make_experts(encoder).items()):
-        experts[task] = make(200 + seed, tiny.CLASSES[task], dtype)
-        experts[task].load_state_dict(expert.state_dict(), strict=False)
-        experts[task].head.weight.data *= head_scale
-    packed = sm.PackedWeights.from_modules(base, experts, dtype=dtype, heads=HEADS)
-    return base, experts, packed
-
-
-def logits(module, batch, task):
-    return module(batch)
-
-
-def given_heads(experts):
-    return {task: copy.deepcopy(expert.head) for task, expert in experts.items()}
-
-
-def with_given(heads):
-    """A shared encoder, and heads that are modules of their own."""
-    return sm.models.SharedEncoder(
-        lambda module, batch: tiny.Encoder.forward(module, batch), lambda features, task: heads[task](features)
-    )
-
-
-def run(packed, forward=logits, heads=None, batches=None, module=None, **settings):
-    settings = {"steps": 6, "progress": False, "train_heads": HEADS, "head_learning_rate": 0.01, "held_back": 0, **settings}
-    batches = batches or tiny.make_batches(count=4)
-    config = sm.SAMergingConfig(**settings)
-    return sm.samerging(module or make(1), packed, batches, forward, config=config, heads=heads)
-
-
-def flat(heads):
-    return torch.cat([tensor.double().flatten() for head in heads.values() for tensor in head.values()])
-
-
-def relative(found, truth):
-    return ((found - truth).norm() / truth.norm()).item()
-
-
-def literal_loss(base, experts, coefficients, heads, batches, indices, temperature=2.0):
-    """Σ_t of the KL from expert t, in plain autograd; heads: task -> {name: tensor}."""
-    weights = literal.merged_parameters(encoder_of(base), {t: encoder_of(e) for t, e in experts.items()}, coefficients)
-    buffers = literal.averaged_buffers(encoder_of(base), {t: encoder_of(e) for t, e in experts.items()})
-    total = 0.0
-    for task, expert in experts.items():
-        losses = []
-        for index in indices:
-            batch = batches[task][index]
-            features = functional_call(encoder_of(base), {**weights, **buffers}, (batch,))
-            student = features @ heads[task]["head.weight"].T + heads[task]["head.bias"]
-            losses.append(literal.kl(student, expert(batch).detach(), temperature))
-        total = total + sum(losses) / len(losses)
-    return total
-
-
-def encoder_of(model):
-    encoder = tiny.make(0)
-    encoder.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("head")})
-    return encoder
-
-
-def start_of(experts):
-    return {t: {n: p.detach().clone() for n, p in e.named_parameters() if n.startswith("head")} for t, e in experts.items()}
 
 
 def literal_learn(base, experts, batches, steps, *, rho=0.07, sam="paper", adaptive=False):
@@ -151,6 +76,17 @@ def test_packed_heads_follow_the_literal_loop(streamed, settings):
     assert relative(flat(result.heads) - flat(packed.heads), moved) < 1e-7 and moved.norm() > 0.1
 
 
+@pytest.mark.parametrize("name", ["blocks.2.norm.*", "blocks.1.wide.weight"])
+def test_a_norm_or_projection_inside_of_a_unit_is_a_head_too(name):
+    """Streamed, it is there when its unit runs again in the backward."""
+    packed = streaming.make_packed(streaming.make(), heads=name)
+    settings = {"steps": 5, "train_heads": name, "head_learning_rate": 0.01, "held_back": 0}
+    results = streaming.learn_both(packed, streaming.make(1), **settings)
+    assert relative(results[1].coefficients, results[0].coefficients) < 1e-12
+    moved = [flat(result.heads) - flat(packed.heads) for result in results]
+    assert relative(*moved) < 1e-9 and moved[0].abs().mean() > 1e-2
+
+
 def test_given_modules_follow_the_literal_loop_and_are_trained_in_place():
     base, experts, packed = make_problem()
     batches, heads = tiny.make_batches(count=4), given_heads(experts)
@@ -190,56 +126,6 @@ def test_gradients_of_heads_are_those_of_finite_differences(forward):
     for part in (slice(0, first), slice(first, None)):
         assert relative(gradient[part], numeric[part]) < 1e-7
     assert measured[0, 1].norm().item() == pytest.approx(gradient.norm().item(), rel=1e-12)
-
-
-def held_back_loss(problem, result, batches, indices):
-    """Computed anew, without what is tested."""
-    base, experts, _ = problem
-    with torch.no_grad():
-        return float(literal_loss(base, experts, result.coefficients, result.heads, batches, indices))
-
-
-def test_heads_that_overfit_are_stopped_at_the_best_state():
-    """At a large rate on a few examples the loss of what is held back falls, then rises above that of the start."""
-    problem = make_problem(head_scale=8)
-    batches = tiny.make_batches(count=4, rows=1)
-    others = {task: [held[i] for i in (0, 1, 3)] for task, held in batches.items()}
-    settings = {"steps": 60, "head_learning_rate": 0.3, "sam": "off"}
-    start = run(problem[2], batches=others, sam="off", steps=1, head_learning_rate=0.0, learning_rate=0.0)
-    begun = held_back_loss(problem, start, batches, [2])
-    whole = run(problem[2], batches=others, **settings)
-    assert len(whole.history) == 60
-    assert held_back_loss(problem, whole, batches, [2]) > 1.1 * begun, "this does not overfit, and shows nothing"
-    result = run(problem[2], batches=batches, **settings, held_back=0.25, measure_every=4, patience=4)
-    assert [r["loss"] for r in result.history] == [r["loss"] for r in whole.history[: len(result.history)]]
-    kept = held_back_loss(problem, result, batches, [2])
-    assert kept < 0.5 * begun
-    measured = {r["step"]: r["held_back_loss"] for r in result.history if "held_back_loss" in r}
-    best = min(measured, key=measured.get)
-    assert list(measured) == list(range(0, len(result.history), 4)) and len(result.history) == best + 4 * 4
-    assert measured[0] == pytest.approx(begun, rel=1e-9) and measured[best] == pytest.approx(kept, rel=1e-9)
-    model = sm.MergedModel(make(1), problem[2], result.coefficients)
-    assert torch.equal(model.merged, result.merged), "the weights are those of the coefficients that were kept"
-
-
-def test_a_run_that_improves_to_its_end_keeps_its_end():
-    problem = make_problem()
-    batches = tiny.make_batches(count=4)
-    short = {"steps": 5, "measure_every": 10, "batches": batches, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
-    stopping = run(problem[2], held_back=0.25, **short)
-    without = {task: [held[i] for i in (0, 1, 3)] for task, held in batches.items()}
-    free = run(problem[2], **{**short, "batches": without})
-    assert torch.equal(stopping.coefficients, free.coefficients) and torch.equal(flat(stopping.heads), flat(free.heads))
-    assert not torch.equal(stopping.coefficients, torch.full_like(stopping.coefficients, 0.3))
-
-
-def test_what_is_held_back_is_spread_and_never_learned_from():
-    from samerge_ext.learning.calibration import Calibration
-
-    calibration = Calibration({"a": range(8), "b": range(3)}, ("a", "b"), held_back=0.25, shuffle=True)
-    assert calibration.held_back == {"a": [2, 6], "b": [1]}
-    visited = [calibration.at(step) for step in range(3 * calibration.steps_per_epoch)]
-    assert {at["a"] for at in visited} == {0, 1, 3, 4, 5, 7} and {at["b"] for at in visited} == {0, 2}
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd", "streamed": True}])
@@ -304,10 +190,7 @@ def test_the_result_saves_the_trained_heads_and_leaves_the_packed_ones(tmp_path)
 def test_heads_of_half_precision_are_learned_in_fp32():
     """Steps of 1e-4 would be lost in bf16, whose numbers near 0.3 are 1e-3 apart."""
     _, _, packed = make_problem(torch.float32)
-    half = make_problem(torch.float32)[2].to("cpu")
-    from dataclasses import replace
-
-    half = replace(half, base=half.base.bfloat16(), task_vectors=half.task_vectors.bfloat16())
+    half = replace(packed, base=packed.base.bfloat16(), task_vectors=packed.task_vectors.bfloat16())
     batches = tiny.make_batches(count=2, dtype=torch.bfloat16)
     module = make(1, dtype=torch.bfloat16)
     result = run(half, batches=batches, module=module, head_learning_rate=1e-4, steps=60, sam="off", weight_decay=0.0)
@@ -347,6 +230,7 @@ def test_heads_that_cannot_be_learned_are_refused():
     shared = {"red": heads["red"], "green": heads["red"]}
     refused("'weight' of task 'green' is one of task 'red' too", shared, train_heads=["weight", "bias"])
     refused("logits of task 'red' do not depend on its 'weight'", heads, train_heads="weight")
+    refused("no head is in the module while a SharedEncoder runs, so that 'head.weight' of task 'red'", None, with_given(heads))
     one = {task: held[:1] for task, held in tiny.make_batches().items()}
     refused("held_back=0.25 leaves no batch of task 'red' to learn from, it has 1", batches=one, held_back=None)
     with pytest.raises(ValueError, match="held_back=1.5; expected a share < 1"):

@@ -145,6 +145,22 @@ def test_shuffling_visits_every_batch_once_an_epoch_in_an_order_of_the_seed():
     assert orders(0) == [first, second] and orders(1) != [first, second]
 
 
+@pytest.mark.parametrize("method", [sm.adamerging, sm.statsmerging])
+def test_every_method_can_hold_batches_back(packed, method):
+    """The state with the least loss is the result: that of a run which ends there."""
+    config = {sm.adamerging: sm.AdaMergingConfig, sm.statsmerging: sm.StatsMergingConfig}[method]
+    settings = {"method": method, "config": config, "learning_rate": 0.3, "steps": 40}
+    if method is sm.statsmerging:
+        settings |= {"learning_rate_decay": 1.0, "learning_rate": 0.02}
+    result = run(packed, held_back=0.4, measure_every=1, patience=3, **settings)
+    losses = [record["held_back_loss"] for record in result.history]
+    assert len(losses) < 40 and min(losses) < losses[-1]
+    best = losses.index(min(losses))
+    batches = {task: [held[0], held[2]] for task, held in tiny.make_batches().items()}
+    shorter = run(packed, batches=batches, **{**settings, "steps": best})
+    assert torch.equal(result.coefficients, shorter.coefficients)
+
+
 def test_a_generator_of_batches_is_materialised_once(packed):
     batches = tiny.make_batches()
     generated = {task: (batch for batch in held) for task, held in batches.items()}

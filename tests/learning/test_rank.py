@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 
 import samerge_ext as sm
+from samerge_ext.budget.plan import plan
 
 RANK = 3
 
@@ -133,6 +134,8 @@ def test_what_cannot_be_is_refused(problem):
     for settings in ({"streamed": True}, {"memory_budget": "1TB"}):
         with pytest.raises(ValueError, match="granularity='rank' needs merged weights that are held whole"):
             run(problem[2], **settings)
+    with pytest.raises(ValueError, match="granularity='rank' is not planned for"):
+        plan(tiny.make(1), problem[2], tiny.make_batches(), tiny.plain(problem[3]), sm.SAMergingConfig(granularity="rank"))
     with pytest.raises(ValueError, match="rank=0; expected a number ≥ 1"):
         sm.SAMergingConfig(rank=0)
     with pytest.raises(ValueError, match="granularity='rank'; choose one of 'layer', 'task'"):

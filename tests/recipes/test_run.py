@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import samerge_ext as sm
+from samerge_ext.budget.plan import HEAD_VECTORS
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.cli.commands import app
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.recipes.recipe import Recipe
-from samerge_ext.recipes.run import run_recipe
+from samerge_ext.recipes.run import plan_recipe, run_recipe
 from samerge_ext.statistics.features import FEATURES_FILE
 
 
@@ -164,6 +165,15 @@ def test_heads_are_trained_and_written_through_the_command(models, tmp_path, met
             assert 1e-3 < (tensor - expert[name]).abs().max() < 0.1, "some steps of 0.01"
     summary = json.loads((tmp_path / "out/coefficients.json").read_text())
     assert summary["config"]["train_heads"] == "classifier.*"
+
+
+def test_a_plan_of_a_recipe_counts_its_heads(models, monkeypatch):
+    """From the folders' headers."""
+    monkeypatch.setattr("samerge_ext.budget.plan.resident_bytes", lambda: 0)
+    ways = [plan_recipe(recipe(models, **settings)).ways for settings in ({}, {"train_heads": "classifier.*"})]
+    numbers = sum((16 + 1) * labels for labels in LABELS.values())
+    for without, trained in zip(*ways, strict=True):
+        assert trained.device_bytes >= without.device_bytes + HEAD_VECTORS * 4 * numbers
 
 
 def test_an_interrupted_merge_continues_with_its_heads(models, tmp_path, monkeypatch):

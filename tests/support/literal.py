@@ -23,9 +23,10 @@ def averaged_buffers(base, experts):
     return buffers
 
 
-def kl(student, teacher, temperature):
+def kl(student, teacher, temperature, weights=1.0):
     p = torch.softmax(teacher / temperature, -1)
-    return (p * (torch.log_softmax(teacher / temperature, -1) - torch.log_softmax(student / temperature, -1))).sum(-1).mean()
+    rows = (p * (torch.log_softmax(teacher / temperature, -1) - torch.log_softmax(student / temperature, -1))).sum(-1)
+    return (weights * rows).mean()
 
 
 def entropy(student):
@@ -35,7 +36,8 @@ def entropy(student):
 
 def learn(
     base, experts, heads, batches, *, steps, loss="kl", temperature=2.0, sam="paper", rho=0.07, adaptive=False,
-    optimizer=None, task_wise=False, start=0.3, alpha=None, logits=lambda model, batch, head: model(batch) @ head,
+    optimizer=None, task_wise=False, start=0.3, alpha=None, row_weights=None,
+    logits=lambda model, batch, head: model(batch) @ head,
 ):
     """Coefficients [T, L] after each step; logits(model, batch, head) with a model that is called as a module is."""
     tasks, layers = list(experts), len(list(base.parameters()))
@@ -59,7 +61,8 @@ def learn(
             if loss == "kl":
                 with torch.no_grad():
                     teacher = logits(experts[task], batch, heads[task])
-                total = total + alpha[task] * kl(student, teacher, temperature)
+                of_rows = 1.0 if row_weights is None else row_weights[task][step % len(batches[task])]
+                total = total + alpha[task] * kl(student, teacher, temperature, of_rows)
             else:
                 total = total + alpha[task] * entropy(student)
         return torch.autograd.grad(total, at)[0]

@@ -75,6 +75,10 @@ def plain(heads):
     return lambda module, batch, task: module(batch) @ heads[task]
 
 
+def plain_modules(heads):
+    return lambda module, batch, task: heads[task](module(batch))
+
+
 def make_learner(packed, granularity="layer", per_layer=False, of="experts", singular_values=3, hidden=8, seed=0):
     """A learner at its start, and the statistics that it reads."""
     config = StatsMergingConfig(

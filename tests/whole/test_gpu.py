@@ -152,6 +152,55 @@ def test_adamerging_follows_the_literal_loop(on_gpu_by_name, problem):
     assert (result.coefficients.cpu() - expected).norm() / expected.norm() < 1e-9
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_heads": "weight", "head_learning_rate": 0.01, "held_back": 0.3, "measure_every": 3},
+        {"granularity": "rank", "rank": 3},
+        {"confidence_weights": True, "samples": 9},
+    ],
+    ids=["heads", "rank", "lessons"],
+)
+def test_what_else_is_learned_is_what_the_cpu_learns(problem, settings):
+    torch.set_default_device("cpu")
+    (base, experts, heads, batches), (on_device, _, device_batches) = problem
+    on_cpu = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64)
+    config = sm.SAMergingConfig(steps=8, progress=False, **settings)
+    results = []
+    for packed_weights, given in ((on_cpu, batches), (on_device, device_batches)):
+        own = {task: torch.nn.Linear(*head.shape, bias=False, dtype=torch.float64) for task, head in heads.items()}
+        for task, head in own.items():
+            head.weight.data = heads[task].T.clone().to(packed_weights.base.device)
+        logits = tiny.plain_modules(own)
+        trained = own if "train_heads" in settings else None
+        results.append(sm.samerging(tiny.make(1), packed_weights, given, logits, config=config, heads=trained))
+    expected, found = results
+    assert found.coefficients.is_cuda and all(tensor.is_cuda for head in found.heads.values() for tensor in head.values())
+    assert (found.coefficients.cpu() - expected.coefficients).norm() < 1e-9 * expected.coefficients.norm()
+    for name, components in expected.component_coefficients.items():
+        assert (found.component_coefficients[name].cpu() - components).norm() < 1e-9 * components.norm()
+    for task, head in expected.heads.items():
+        for name, tensor in head.items():
+            assert (found.heads[task][name].cpu() - tensor).norm() < 1e-9 * tensor.norm()
+
+
+def test_heads_are_learned_in_a_captured_graph(problem):
+    """Also where what is held back is measured between its replays."""
+    torch.set_default_device("cpu")
+    (_, _, heads, _), (packed_weights, _, batches) = problem
+    results = []
+    for captured in (False, True):
+        own = {task: torch.nn.Linear(*head.shape, bias=False, dtype=torch.float64) for task, head in heads.items()}
+        for task, head in own.items():
+            head.weight.data = heads[task].T.clone()
+        settings = {"train_heads": "weight", "head_learning_rate": 0.01, "held_back": 0.3, "measure_every": 2}
+        config = sm.SAMergingConfig(steps=12, progress=False, cuda_graph=captured, **settings)
+        logits = tiny.plain_modules(own)
+        results.append(sm.samerging(tiny.make(1), packed_weights, batches, logits, config=config, heads=own))
+    assert torch.equal(results[0].coefficients, results[1].coefficients) and results[0].history == results[1].history
+    assert all(torch.equal(results[0].heads[task]["weight"], results[1].heads[task]["weight"]) for task in heads)
+
+
 def test_a_run_continues_from_its_checkpoint(on_gpu_by_name, problem, tmp_path):
     _, (packed_weights, heads, batches) = problem
     options = {"progress": False, "checkpoint_every": 2}
