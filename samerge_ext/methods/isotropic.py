@@ -33,8 +33,8 @@ def iso_c(packed: PackedWeights, scale: float = 1.0, *, averaged: Patterns = (),
 
     scale: λ. averaged: shell-style patterns of matrices that are averaged as well ("*embeddings*").
 
-    A matrix [m, n] takes some 24 m n + 24 min(m, n)² bytes, in fp64; of T experts' LoRA factors (task_vector_dtype="lora") of rank
-    r one of T r rows is decomposed. The errors are those of `matrixwise.merge_matrixwise`.
+    A matrix [m, n] takes some 24 m n + 24 min(m, n)² bytes, in fp64; of T experts' LoRA factors (task_vector_dtype="lora") of
+    rank r, one of T r rows is decomposed. The errors are those of `matrixwise.merge_matrixwise`.
     """
     return merge_matrixwise(packed, _common, "iso_c", scale, averaged=averaged, module=module)
 
