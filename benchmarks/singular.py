@@ -1,14 +1,14 @@
 """Merges by singular values of eight experts, matrix by matrix of ViT-B/32: samerge_ext beside the published calls.
 
-    python benchmarks/singular.py [--save-to benchmarks/results]
+    python benchmarks/singular.py [--model ViT-B/32] [--save-to benchmarks/results]
 
 The published column is a literal rewrite of what the methods' code calls: torch.linalg.svd of every task vector in fp32 and of
-the stacked vectors (TSV-Merge), of the sum (Iso-C), or in fp64 of all task vectors side by side (KnOTS, before TIES). Task vectors
-are random with singular values that fall as 1/√i, and noise. Below them stand experts that are LoRA adapters of rank 16, factors
-for samerge_ext and whole matrices for the published code; there LAPACK's vectors beyond the rank are arbitrary, so that results
-are compared for KnOTS alone. Results that differ by more than 1e-4 have no time.
+the stacked vectors (TSV-Merge), of the sum (Iso-C), or in fp64 of all task vectors side by side (KnOTS, before TIES). They are
+random with singular values that fall as 1/√i, and noise. Below them stand experts that are LoRA adapters of rank 16, factors
+for samerge_ext, whole matrices for the published code; LAPACK's vectors beyond the rank are arbitrary, so that there results are
+compared for KnOTS alone. Results that differ by more than 1e-4 have no time.
 
-CPU seconds of one thread, of one matrix of every shape times how many ViT-B/32 has of it; ours are the best of two turns.
+CPU seconds of one thread, of one matrix of every shape times how many the model has of it; ours are the best of two turns.
 """
 
 from __future__ import annotations
@@ -94,14 +94,16 @@ def seconds(call: Callable[[], Tensor], turns: int) -> tuple[float, Tensor]:
     return min(times), result
 
 
-def measured(method: str, lora: bool) -> dict:
+def measured(model: str, method: str, lora: bool) -> dict:
     ours, published = METHODS[method]
-    shapes = Counter(shape for shape in MODELS["ViT-B/32"] if len(shape) == 2)
-    row = {"method": method, "experts": f"LoRA, rank {RANK}" if lora else "whole", "samerge_s": 0.0, "published_s": 0.0}
+    shapes = Counter(shape for shape in MODELS[model] if len(shape) == 2 and min(shape) >= TASKS)
+    row = {"model": model, "method": method, "experts": f"LoRA, rank {RANK}" if lora else "whole"}
+    row |= {"samerge_s": 0.0, "published_s": 0.0}
     for (m, n), count in shapes.items():
         changes = factors(m, n) if lora else whole_vectors(m, n)
         vectors = [left @ right for left, right in changes] if lora else changes
-        (own, result), (theirs, expected) = seconds(lambda c=changes: ours(c), 2), seconds(lambda v=vectors: published(v), 1)
+        own, result = seconds(lambda c=changes: ours(c), 2)
+        theirs, expected = seconds(lambda v=vectors: published(v), 1)
         error = (result - expected).norm() / expected.norm()
         if (not lora or method == "knots") and error > TOLERANCE:
             raise SystemExit(f"{method} of {m} × {n} differs by {error:.1e}")
@@ -112,15 +114,17 @@ def measured(method: str, lora: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="ViT-B/32")
     parser.add_argument("--save-to", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for method, lora in (("tsv_m", False), ("iso_c", False), ("tsv_m", True), ("iso_c", True), ("knots", True)):
-        row = measured(method, lora)
+        row = measured(arguments.model, method, lora)
         rows.append(row)
         own, theirs = row["samerge_s"], row["published_s"]
-        print(f"{method:6} {row['experts']:14} samerge {own:7.2f} s   published {theirs:7.1f} s   {theirs / own:.1f} x", flush=True)
+        line = f"{method:6} {row['experts']:14} samerge {own:7.2f} s   published {theirs:7.1f} s   {theirs / own:.1f} x"
+        print(line, flush=True)
     if arguments.save_to:
         target = arguments.save_to / "singular-cpu.json"
         target.write_text(json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n")
