@@ -150,8 +150,10 @@ gpu-build:
 first-gpu:
 	PYTHON="$(PYTHON)" sh benchmarks/first_gpu.sh
 
+# Python's own work, and the compilation of Triton's kernels, take most of the time: with pytest-xdist, many at a time.
+GPU_WORKERS ?= 8
 test-gpu: gpu-build
-	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
+	OMP_NUM_THREADS=2 $(PYTHON) -m pytest -m gpu --numprocesses $(GPU_WORKERS) $(GPU_TESTS)
 
 bench-gpu: gpu-build
 	$(PYTHON) -m pytest benchmarks --device cuda --save-to benchmarks/results

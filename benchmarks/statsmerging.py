@@ -96,7 +96,7 @@ def published(x: Problem) -> float:
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = x.config.learning_rate_at(step, x.steps)
+            group["lr"] = x.config.learning_rate * x.config.decay_at(step, x.steps)
         optimizer.step()
         losses.append(loss.item())
     return losses[0]

@@ -70,13 +70,21 @@ __device__ __forceinline__ Pack<Stored, kCount> load_pack(const void* data, int6
   return pack;
 }
 
-// In global memory. Told outright, since the compiler takes an assignment apart into stores of four bytes.
+// In global memory alone: told outright, since the compiler takes an assignment apart into stores of four bytes.
 template <class Stored, int kCount>
 __device__ __forceinline__ void store_pack(void* data, int64_t first, const Pack<Stored, kCount>& pack) {
   using P = Pack<Stored, kCount>;
   auto* words = reinterpret_cast<typename P::Word*>(static_cast<Stored*>(data) + first);
 #pragma unroll
   for (int w = 0; w < P::kBytes / P::kWordBytes; ++w) __stwb(words + w, pack.words[w]);
+}
+
+template <class Stored, int kCount>
+__device__ __forceinline__ void store_pack_shared(void* data, int64_t first, const Pack<Stored, kCount>& pack) {
+  using P = Pack<Stored, kCount>;
+  auto* words = reinterpret_cast<typename P::Word*>(static_cast<Stored*>(data) + first);
+#pragma unroll
+  for (int w = 0; w < P::kBytes / P::kWordBytes; ++w) words[w] = pack.words[w];
 }
 
 template <class Stored, int kCount>

@@ -11,7 +11,7 @@
 // need no sums and one kernel. But 40 blocks of known vectors of 8,192 floats are 10 MB, read four times: half a
 // millisecond at some 50 bytes a cycle, which one multiprocessor may get from the L2 cache, while 128 others wait; the
 // product with the four matrices of 8,192 x 8,192 that are searched at once is bound to take 0.36 ms. Four more launches
-// cost some 10 microseconds, whatever the number of matrices. (By hand: nothing has been measured.)
+// cost some 10 microseconds, whatever the number of matrices. (By hand: neither has been measured.)
 //
 // What all blocks of a matrix need, the sums of the pieces and the factor, each finds for itself: as kernels of their own
 // they would be two more launches. All of them add in the same order, which depends on the side alone, and nothing is
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2) project(const LanczosStep a) {
   for (int first = 0; first < s.width; first += kVectors) {
     __syncthreads();
     for (int k = threadIdx.x; k < kVectors * runs; k += kThreads)
-      store_pack(shared, k * kOwn, load_pack<Real, kOwn>(s.x + (first + k / runs) * s.stride, k % runs * kOwn));
+      store_pack_shared(shared, k * kOwn, load_pack<Real, kOwn>(s.x + (first + k / runs) * s.stride, k % runs * kOwn));
     __syncthreads();
     for (int row = warp * kQuad; row < s.known; row += kWarps * kQuad) {
       Real sums[kQuad * kVectors] = {};
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 2) subtract(const LanczosStep a) {
     if (mine < s.places) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j)
-        store_pack(of_warps, (turn * kVectors + j) * a.piece + mine, narrow<Real, kOwn>(sums[j], DType::f32));
+        store_pack_shared(of_warps, (turn * kVectors + j) * a.piece + mine, narrow<Real, kOwn>(sums[j], DType::f32));
     }
     __syncthreads();
     for (int k = threadIdx.x; k < kVectors * runs; k += kThreads) {

@@ -225,25 +225,35 @@ cudaError_t softmax_kl(const SoftmaxKl& a, cudaStream_t stream) {
     const bool two_passes = a.grad || is_kl;
     plan.keep = two_passes && shared_bytes + plan.chunks * chunk_bytes + kStaticBytes <= shared_limit;
     if (plan.keep) shared_bytes += plan.chunks * chunk_bytes;
-    work = a.num_rows * plan.cluster;
+    work = a.num_rows;
     kernel = kernel_for<BlockTeam>(student_bytes, teacher_bytes);
   }
 
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  int64_t blocks = 0;
-  if (!error) error = resident_blocks(kernel, kThreads, shared_bytes, work, &blocks);
-  if (error) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(plan.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks < plan.cluster ? plan.cluster : blocks / plan.cluster * plan.cluster;
+  config.gridDim = plan.cluster;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = plan.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a, plan);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error) return error;
+  if (plan.cluster > 1) {
+    // Its blocks lie in one part of the device, so fewer clusters run at once than multiprocessors have room for, and one
+    // more than that would begin when all others have ended.
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    const int64_t teams = clusters < a.num_rows ? clusters : a.num_rows;
+    config.gridDim = plan.cluster * unsigned(teams > 0 ? teams : 1);
+  } else {
+    int64_t blocks = 0;
+    error = resident_blocks(kernel, kThreads, shared_bytes, work, &blocks);
+    config.gridDim = blocks;
+  }
+  return error ? error : cudaLaunchKernelEx(&config, kernel, a, plan);
 }
 
 }  // namespace samerge::gpu

@@ -32,12 +32,13 @@ class DryRun:
     """What one pass of all tasks takes.
 
     peak: bytes on the device beyond base and task vectors: merged weights, gradients, activations.
-    logits: bytes of each task's logits.
+    logits: bytes of each task's logits. heads: of a vector of all heads that are learned.
     fetched: of a streamed pass, (start, numbers, whether they are needed again for gradients) of every run that is fetched.
     """
 
     peak: int = 0
     logits: dict[str, int] = field(default_factory=dict)
+    heads: int = 0
     fetched: list[list] = field(default_factory=list)
 
 
@@ -51,8 +52,12 @@ def dry_run(
     streamed: bool,
     tasks_per_batch: int | None = None,
     precision: str = "fp32",
+    train_heads: str | Sequence[str] = (),
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> DryRun:
     """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
+
+    train_heads, heads: of the heads that are learned too, the activations and gradients count.
 
     Raises ValueError where the model's forward depends on values that are not there.
     """
@@ -81,6 +86,7 @@ def dry_run(
         try:
             with meter:
                 model = MergedModel(module, empty, streamed=streamed, store=store)
+                model.train_heads(train_heads, heads)
                 losses_and_gradient(
                     model,
                     model.coefficients.detach(),
@@ -91,11 +97,15 @@ def dry_run(
                     tasks_per_batch=tasks_per_batch,
                     precision=precision,
                 )
+                found.heads = model.trained_heads.start.nbytes
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
             raise ValueError(
                 f"the memory of this model cannot be planned, since its forward asks for values ({error}); hold it as "
                 "streamed=True or False says, without memory_budget"
             ) from error
+        finally:
+            for head in (heads or {}).values():
+                head.zero_grad()
     found.peak = meter.peak
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import ParamSpec, TypeVar
 
@@ -36,18 +36,44 @@ def within_budget(method: Callable[Arguments, Merged]) -> Callable[Arguments, Me
 
 
 def make_model(
-    module: nn.Module, packed: PackedWeights, config: LearningConfig, calibration: Calibration, logits: Logits, *, teachers: bool
+    module: nn.Module,
+    packed: PackedWeights,
+    config: LearningConfig,
+    calibration: Calibration,
+    logits: Logits,
+    *,
+    teachers: bool,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> MergedModel:
     """The model that coefficients are learned on, held as the configuration says or as a plan for its memory budget does.
 
-    teachers: the experts' logits will be kept too. Raises MemoryBudgetError where nothing fits the budget.
+    teachers: the experts' logits will be kept too. heads: modules by task, for what config.train_heads names.
+    Raises MemoryBudgetError where nothing fits the budget, ValueError for heads that cannot be trained.
     """
+    for head in (heads or {}).values():
+        head.to(indexed(config.device or packed.base.device))
+    model = _held(module, packed, config, calibration, logits, teachers, heads)
+    if config.granularity == "rank":
+        model.use_components(config.rank)
+    model.train_heads(config.train_heads, heads)
+    return model
+
+
+def _held(
+    module: nn.Module,
+    packed: PackedWeights,
+    config: LearningConfig,
+    calibration: Calibration,
+    logits: Logits,
+    teachers: bool,
+    heads: Mapping[str, nn.Module] | None,
+) -> MergedModel:
     device = indexed(config.device or packed.base.device)
     if config.memory_budget is not None:
         on_cpu = device.type == "cpu"
         if on_cpu:
             trim_heap()  # it would count
-        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers)
+        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, heads=heads)
         model = way.make(module, packed, config.initial_coefficient, device)
         if on_cpu:
             trim_heap()  # the weights that the module came with

@@ -30,6 +30,10 @@ SMALLEST_PIECE = 1 << 18  # numbers; below, reading a piece costs more than its 
 # What the process takes beyond tensors once the model has run: libraries' workspaces, memory that the allocator keeps.
 OVERHEAD = 96 << 20
 
+# Vectors [H] that learning heads takes beyond their gradients, as measured: what they were, are and were at best, the optimiser's
+# two, and either those of a SAM step or what is being saved.
+HEAD_VECTORS = 18
+
 PLACES = {"device": "memory", "host": "host memory", "file": "a packed file", "factors": "LoRA factors"}
 
 
@@ -127,6 +131,7 @@ def plan(
     config: LearningConfig,
     *,
     teachers: bool = True,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> Plan:
     """Predicts what every way to learn coefficients takes.
 
@@ -134,15 +139,17 @@ def plan(
     the process, what it holds already included.
 
     packed: on any device, or in a file. batches: task -> its calibration batches. config.device: where the model will run, by
-    default where packed is. teachers: their logits are kept. Raises ValueError for a GPU where torch is built without it.
+    default where packed is. teachers: their logits are kept. heads: modules by task, for what config.train_heads names.
+    Raises ValueError for a GPU where torch is built without it.
     """
     device = torch.device(config.device or packed.layout.block_layer.device)
     if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
         raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
     run = partial(dry_run, device=device, tasks_per_batch=config.tasks_per_batch, precision=config.precision)
+    run = partial(run, train_heads=config.train_heads, heads=heads)
     resident, streamed = (run(module, packed, largest, logits, streamed=way) for way in (False, True))
-    kept = 0
+    kept = HEAD_VECTORS * resident.heads
     for task, held in batches.items() if teachers else ():
         kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
     passes = 2 if config.sam == "paper" else 1
@@ -159,6 +166,7 @@ def planned_way(
     config: LearningConfig,
     *,
     teachers: bool,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> Way:
     """The way for ``config.memory_budget``. A run that continues from its checkpoint_dir goes on the way it began: another one
     would sum in another order, and end at other last digits."""
@@ -168,7 +176,7 @@ def planned_way(
         begun = read_sealed_object(path)
         if all(begun.get(name) == budget for name, budget in budgets.items()):
             return Way(**begun["way"])
-    way = plan(module, packed, batches, logits, config, teachers=teachers).choose(*budgets.values())
+    way = plan(module, packed, batches, logits, config, teachers=teachers, heads=heads).choose(*budgets.values())
     if path is not None:
         write_sealed(path, json.dumps({**budgets, "way": asdict(way)}).encode())
     return way

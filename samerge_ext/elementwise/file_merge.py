@@ -29,7 +29,7 @@ from samerge_ext.checkpoints.saving import (
     sync,
 )
 from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of
-from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Source, matches
+from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Experts, Source, matches
 from samerge_ext.elementwise.file_pieces import InTurn
 from samerge_ext.elementwise.file_plan import FileMerge, FilePlan
 from samerge_ext.elementwise.piecewise import Piece, WholeRule, merge_pieces
@@ -45,9 +45,10 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     """Writes the model folder ``out``: safetensors, configuration, tokenizer, heads/TASK.safetensors and the model card.
 
     Memory is bounded, whatever the models' size: that of `FilePieces` for each of one thread more than torch has, of at most
-    `GPU_WORKERS` beside a GPU, and once more where whole vectors or norms are looked at. Until the folder is whole everything
-    lies in OUT.state; the same merge called again after an interruption goes on after the last finished shard, to the same bytes.
-    What another merge left there is discarded, or the same one on another kind of device, which may round otherwise.
+    `GPU_WORKERS` beside a GPU, and once more where whole vectors or norms are looked at; of a rule that is `alone`, one thread's,
+    and what it holds of one tensor. Until the folder is whole everything lies in OUT.state; the same merge called again after an
+    interruption goes on after the last finished shard, to the same bytes. What another merge left there is discarded, or the same
+    one on another kind of device, which may round otherwise.
 
     Raises ValueError (CheckpointError for files) for a device that cannot be used and for models that do not fit together, before
     anything is written, for NaN and Inf, and for a full disk or an input that vanished or changed.
@@ -66,6 +67,8 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         stored = {file: _identity(file) for source in (names, *(expert for _, expert in experts)) for file in source.files}
         require_apart(target, stored)
         identity = {**merge.identity, "device": device.type, "files": {str(file): list(found) for file, found in stored.items()}}
+        if merge.stacks is not None:
+            names, experts = _stacked(merge, names, experts)
         plan = FilePlan(merge, align(names, experts, merge.heads, merge.keep, merge.names_from))
         run = _Run(merge, plan, target, stored, device)
         record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
@@ -147,20 +150,25 @@ class _Run:
     def _workers(self) -> Iterator[Executor]:
         """Threads that take one tensor after the other, so that some read or write while others compute.
 
-        As one vector tensors wait for each other: which of equal magnitudes are kept is a matter of their order.
+        As one vector tensors wait for each other: which of equal magnitudes are kept is a matter of their order. Where a rule
+        wants to be alone there is one, which computes with all of torch's.
         """
         workers = self._threads + 1  # one of them waits for the disk
         if self._device.type != "cpu":
             workers = min(workers, GPU_WORKERS)
-        pool = ThreadPoolExecutor(1 if self._merge.whole else workers, initializer=self._begin_worker)
+        alone = any(rule.alone for rule in self._plan.rules.values())
+        threads = self._threads if alone else 1
+        pool = ThreadPoolExecutor(
+            1 if alone or self._merge.whole else workers, initializer=self._begin_worker, initargs=(threads,)
+        )
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)
 
-    def _begin_worker(self) -> None:
-        torch.set_num_threads(1)
+    def _begin_worker(self, threads: int) -> None:
+        torch.set_num_threads(threads)
         on_own_stream(self._device)
 
     def _merge_all(self, names: list[str], writer: ShardWriter, workers: Executor) -> None:
@@ -211,7 +219,7 @@ class _Run:
             return buffer if plan.is_kept_buffer(name) else _narrowed(name, buffer, plan.written_dtype(name))
         if not matches(name, STATISTICS):
             return buffer
-        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.numel(), buffer.dtype).shares]
+        shares = [max(0.0, share) for share in self._merge.rule_of(name, buffer.shape, buffer.dtype).shares]
         total = sum(shares)
         if total > 1 or (self._merge.base is None and total):
             shares = [share / total for share in shares]
@@ -256,12 +264,22 @@ def _checked_device(device: str) -> torch.device:
     return indexed(device)
 
 
-def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, list[tuple[str, Source]]]:
+def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, Experts]:
     """What says which tensors there are, and the experts, until the stack ends."""
     checkpoint = stack.enter_context(open_checkpoint(merge.names_from, beside_adapter=merge.base is None))
     names = CheckpointSource(checkpoint, "base")
     opened = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
     return names, [(task, stack.enter_context(expert)) for task, expert in opened]
+
+
+def _stacked(merge: FileMerge, names: Source, experts: Experts) -> tuple[Source, Experts]:
+    """The models that are merged, of layers of those that were opened."""
+    assert merge.stacks is not None
+    of_base, of_others = merge.stacks
+    opened = {path: source for (_, path), (_, source) in zip(merge.experts, experts, strict=True)}
+    opened.setdefault(merge.names_from, names)
+    stacked = [(f"source-{i + 1}", stack.of(opened, f"source {i + 1} of the slices")) for i, stack in enumerate(of_others)]
+    return of_base.of(opened, "the base in the slices") if of_base else stacked[0][1], stacked
 
 
 def _narrowed(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ class Extent:
     """A tensor, or some of it: numbers ``start`` … of the tensor ``name``, ``size`` of them, to be merged in ``dtype``.
 
     unseen: the experts whose numbers are searched for NaN and Inf, which ValueError is raised for, since a rule drops some.
+    unit: numbers that are in one piece together.
     """
 
     name: str
     dtype: torch.dtype
     size: int
     unseen: Collection[int] = ()
+    unit: int = 1
     start: int = 0
 
 
@@ -42,7 +44,7 @@ class FilePieces:
     base: None where the rows of a piece are the experts themselves, beside a base of zeros.
     factors: of the task vectors, one for each expert.
     stored, merged, written: the dtypes of all tensors in their files, those that they are merged in, and those of the result.
-    largest: the numbers of the largest tensor.
+    largest: the numbers of the largest tensor. longest: those of the longest unit, which a piece has room for at least.
     device: where pieces lie. On a GPU a thread has `BUFFER_BYTES` of pinned memory and of the GPU's (`in_turn` twice that), task
         vectors and a base there, and pinned memory for a merged piece.
     """
@@ -55,6 +57,7 @@ class FilePieces:
         merged: Iterable[torch.dtype],
         written: Iterable[torch.dtype],
         largest: int,
+        longest: int,
         device: torch.device,
     ):
         self._has_base = base is not None
@@ -64,7 +67,7 @@ class FilePieces:
             max(dtype.itemsize for dtype in dtypes) for dtypes in (stored, merged, written)
         )
         fitting = BUFFER_BYTES[device.type] // (len(self._sources) * self._stored_bytes * ALIGNMENT)
-        self.capacity = max(1, min(fitting, -(-largest // ALIGNMENT))) * ALIGNMENT  # numbers
+        self.capacity = max(1, -(-longest // ALIGNMENT), min(fitting, -(-largest // ALIGNMENT))) * ALIGNMENT  # numbers
         self.factors = [1.0] * len(experts)
         self._device = device
         self._own = threading.local()
@@ -108,9 +111,9 @@ class FilePieces:
 
     def _cut(self, tensor: Extent) -> list[Extent]:
         """The extents of its pieces."""
-        name, dtype, size, unseen = tensor.name, tensor.dtype, tensor.size, tensor.unseen
-        starts = range(0, size, self.capacity)
-        return [Extent(name, dtype, min(self.capacity, size - start), unseen, start) for start in starts]
+        at_once = self.capacity // tensor.unit * tensor.unit
+        starts = range(0, tensor.size, at_once)
+        return [replace(tensor, size=min(at_once, tensor.size - start), start=start) for start in starts]
 
     def _one_by_one(self, extents: Iterable[Extent]) -> Iterator[Piece]:
         (slot,) = self._slots(1)

@@ -16,6 +16,7 @@ from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.shards import Shard, plan_shards
 from samerge_ext.checkpoints.sources import Source
+from samerge_ext.checkpoints.stacked import Stack
 from samerge_ext.elementwise.file_pieces import Extent, FilePieces
 from samerge_ext.elementwise.piecewise import Rule
 from samerge_ext.packing.validation import check_headers, check_heads, check_ties, shared_names
@@ -29,10 +30,12 @@ class FileMerge:
     experts: tasks and folders of models, of adapters of ``names_from``, or "MODEL+ADAPTER".
     heads: patterns of tensors that are kept per task. keep: of those that not all models have, and that stay as they are; where
         they are an expert's, names, configuration and companions are that expert's.
-    rule_of: name, numbers and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
+    rule_of: name, shape and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
     names_from: the folder that says which tensors there are. companions: what goes along, and of keep an expert's tokenizer too
         unless companions name one; all of that folder's by default.
+    stacks: where layers of models are merged, not whole ones: the base, where there is one, and what is merged, each as a `Stack`
+        of models among the base and the experts.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
     device: where tensors are merged, "cpu" or a GPU as torch names it; on a GPU numbers may be rounded otherwise.
@@ -42,12 +45,13 @@ class FileMerge:
     """
 
     experts: list[tuple[str, Path]]
-    rule_of: Callable[[str, int, torch.dtype], Rule]
+    rule_of: Callable[[str, torch.Size, torch.dtype], Rule]
     names_from: Path
     base: Path | None = None
     heads: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     whole: bool = False
+    stacks: tuple[Stack | None, Sequence[Stack]] | None = None
     factors_of: Callable[[Sequence[float], Sequence[str]], list[float]] | None = None
     device: str = "cpu"
     dtype: torch.dtype | None = None
@@ -107,12 +111,13 @@ class FilePlan:
         experts = [source for _, source in self.experts]
         stored = {source.dtype(name) for source in (*experts, *([self.base] if self.base else [])) for name in self.layers}
         largest = max(self._numel(name) for name in self.layers)
-        return FilePieces(self.base, experts, stored, self._dtypes.values(), self._written.values(), largest, device)
+        longest = max(rule.unit for rule in self.rules.values())
+        return FilePieces(self.base, experts, stored, self._dtypes.values(), self._written.values(), largest, longest, device)
 
     def extent(self, name: str) -> Extent:
         """All of a layer."""
         rule = self.rules["" if self._merge.whole else name]
-        return Extent(name, self._dtypes[name], self._numel(name), rule.unseen)
+        return Extent(name, self._dtypes[name], self._numel(name), rule.unseen, rule.unit)
 
     def in_order(self, shard: Shard) -> list[str]:
         """The shard's tensors in the order of the model, which decides between equal magnitudes of a whole vector."""
@@ -134,17 +139,20 @@ class FilePlan:
     def configuration(self, configuration: dict) -> dict:
         """config.json with the type that is written, in nested configurations too; as it was where several are written."""
         asked = self._merge.out_dtype or self._merge.dtype
+        if self._merge.stacks is not None:
+            base, merged = self._merge.stacks
+            configuration = (base or merged[0]).configuration(configuration)
         written = {self.written_dtype(name) for name in (*self.layers, *self.kept) if not self.is_kept_buffer(name)}
         if asked is not None:
             configuration = {"dtype": None, **configuration}
         return with_dtype(configuration, written.pop()) if len(written) == 1 else configuration
 
-    def _rules_of(self, rule_of: Callable[[str, int, torch.dtype], Rule]) -> dict[str, Rule]:
+    def _rules_of(self, rule_of: Callable[[str, torch.Size, torch.dtype], Rule]) -> dict[str, Rule]:
         if not self._merge.whole:
-            return {name: rule_of(name, self._numel(name), dtype) for name, dtype in self._dtypes.items()}
+            return {name: rule_of(name, self.names.shape(name), dtype) for name, dtype in self._dtypes.items()}
         if len(set(self._dtypes.values())) > 1:
             raise ValueError("trimming the whole vector needs one dtype for all tensors; set dtype")
-        return {"": rule_of("", sum(map(self._numel, self.layers)), next(iter(self._dtypes.values())))}
+        return {"": rule_of("", torch.Size([sum(map(self._numel, self.layers))]), next(iter(self._dtypes.values())))}
 
     def _numel(self, name: str) -> int:
         return self.names.shape(name).numel()

@@ -46,6 +46,7 @@ class LargestMagnitudes:
         infinity = torch.tensor(torch.inf, dtype=dtype, device="cpu").view(BITS[dtype.itemsize])
         self._infinity = int(infinity) >> self._shift
         self._counts: Tensor | None = None  # [T, 65536] int64
+        self._first_ties: Tensor | None = None  # before any piece was trimmed
 
     def look(self, numbers: Tensor) -> None:
         """Counts the digits of ``numbers`` [T, n]; rows may lie apart."""
@@ -62,6 +63,12 @@ class LargestMagnitudes:
             self._counts = None
             if bool((self.keys < 0).any()):
                 raise ValueError("a task vector holds NaN or Inf")
+
+    def begin(self) -> None:
+        """Pieces are trimmed from the first one on, maybe once more."""
+        if self._first_ties is None:
+            self._first_ties = self.ties.clone()
+        self.ties = self._first_ties.clone()
 
     def trim(self, out: Tensor, numbers: Tensor) -> None:
         """Copies ``numbers`` [T, n] with zeros for what is not kept; ``out`` may be the numbers. Pieces come in order."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +22,14 @@ PIECE = 1 << 20  # numbers, on a CPU
 # microseconds, do not count, and what is made of one piece is little beside the task vectors of a large model.
 GPU_PIECE_BYTES = 256 << 20
 ALIGNMENT = 1 << 16  # numbers; a piece starts at a multiple of it
+CHUNK = 1 << 15  # numbers of each row that are computed with at once on a CPU: in fp32 or fp64 they stay in a core's cache
 
 
 @dataclass
 class Piece:
     """Consecutive numbers of one tensor, filled up with zeros to n, a multiple of 1,024.
 
-    start: of the first number in its tensor, a multiple of `ALIGNMENT`. size: numbers without the filling.
+    start: of the first number in its tensor, a multiple of `ALIGNMENT`, or of the rule's unit. size: numbers without the filling.
     base: [n]. task_vectors: [T, n].
     room: [T, n], for task vectors in the place of these; may be their own.
     """
@@ -53,6 +56,8 @@ class Rule:
     """How one tensor, or the whole vector, is merged. It sees all pieces `rounds` times in order, then merges them in order."""
 
     rounds = 0
+    alone = False  # whether tensors are merged one after the other, since what a rule holds grows with its tensor
+    unit = 1  # numbers of a tensor, from its first one on, that lie in one piece together
     unseen: Collection[int] = ()  # rows of a piece of which the rule drops numbers, whatever they are
 
     def look(self, piece: Piece) -> None:
@@ -124,33 +129,48 @@ def merge_pieces(rule: Rule, pieces: Callable[[], Iterator[Piece]]) -> Iterator[
         yield piece, rule.merge(piece)
 
 
-def merge_packed(packed: PackedWeights, rule_of: Callable[[str, int], Rule], *, whole: bool = False) -> Tensor:
-    """[N], every layer by its own ``rule_of(name, numbers)``, or with ``whole`` all of them by one, as one vector."""
+def merge_packed(
+    packed: PackedWeights,
+    rule_of: Callable[[str, torch.Size], Rule],
+    *,
+    whole: bool = False,
+    of: Literal["task_vectors", "experts", "models"] = "task_vectors",
+) -> Tensor:
+    """[N], every layer by its own ``rule_of(name, shape)``, or with ``whole`` all of them by one, as one vector.
+
+    of: what a piece's rows are: the task vectors; or, beside a base of zeros, the experts' weights, or the base's and theirs.
+    """
     layout, task_vectors = packed.layout, packed.whole_task_vectors()
     merged = torch.empty_like(packed.base)
     layers = [layer for layer, offset in enumerate(layout.offsets) if offset is not None]
     numbers = [shape.numel() for shape in layout.shapes]
-    at_once = _piece(task_vectors)
-    room = _room(task_vectors, min(at_once, max((layout.extent(layer)[1] for layer in layers), default=0)))
+    room = None
     for group in [layers] if whole else [[layer] for layer in layers]:
-        rule = rule_of("", sum(numbers)) if whole else rule_of(layout.names[group[0]], numbers[group[0]])
+        first = group[0]
+        rule = rule_of("", torch.Size([sum(numbers)])) if whole else rule_of(layout.names[first], layout.shapes[first])
+        at_once = _piece(task_vectors, rule.unit)
+        longest = min(at_once, max(layout.extent(layer)[1] for layer in group))
+        if of == "task_vectors" and (room is None or room.shape[1] < longest):
+            room = _room(task_vectors, longest)
         places = [
             (layout.extent(layer)[0], start, min(at_once, numbers[layer] - start))
             for layer in group
             for start in range(0, numbers[layer], at_once)
         ]
-        results = merge_pieces(rule, functools.partial(_packed_pieces, packed.base, task_vectors, room, places))
+        pieces = functools.partial(_packed_pieces, packed.base, task_vectors, room, places, _ROWS[of])
+        results = merge_pieces(rule, pieces)
         for (offset, start, _), (_, result) in zip(places, results, strict=True):
             merged[offset + start : offset + start + result.numel()] = result
     return merged
 
 
-def _piece(task_vectors: InMemory) -> int:
-    """Numbers of a piece."""
+def _piece(task_vectors: InMemory, unit: int) -> int:
+    """Numbers of a piece: whole blocks, since what is beyond the last one is not to be seen."""
+    step = ALIGNMENT if unit == 1 else math.lcm(unit, BLOCK)
     if task_vectors.device.type == "cpu":
-        return PIECE
+        return max(1, PIECE // step) * step
     number = task_vectors.dtype.itemsize if isinstance(task_vectors, Tensor) else 4
-    return max(1, GPU_PIECE_BYTES // (number * max(1, len(task_vectors)) * ALIGNMENT)) * ALIGNMENT
+    return max(1, GPU_PIECE_BYTES // (number * max(1, len(task_vectors)) * step)) * step
 
 
 def _room(task_vectors: InMemory, length: int) -> Tensor | None:
@@ -159,14 +179,46 @@ def _room(task_vectors: InMemory, length: int) -> Tensor | None:
 
 
 def _packed_pieces(
-    base: Tensor, task_vectors: InMemory, room: Tensor | None, places: Sequence[tuple[int, int, int]]
+    base: Tensor,
+    task_vectors: InMemory,
+    room: Tensor | None,
+    places: Sequence[tuple[int, int, int]],
+    form: Callable[[Piece], Piece],
 ) -> Iterator[Piece]:
-    """places: where the layer begins among all numbers, where the piece does in the layer, and its size."""
+    """places: where the layer begins among all numbers, where the piece does in the layer, and its size. form: see `_ROWS`."""
     for offset, start, size in places:
         first, length = offset + start, -(-size // BLOCK) * BLOCK
         stored = narrow(task_vectors, first, length)
         rows = stored if isinstance(stored, Tensor) else stored.dequantise()
-        yield Piece(start, size, base[first : first + length], rows, rows if room is None else room[:, :length])
+        yield form(Piece(start, size, base[first : first + length], rows, rows if room is None else room[:, :length]))
+
+
+def _of_models(piece: Piece) -> Piece:
+    rows = torch.cat([piece.base[None], piece.task_vectors + piece.base])
+    return Piece(piece.start, piece.size, torch.zeros_like(piece.base), rows, rows)
+
+
+def _of_experts(piece: Piece) -> Piece:
+    rows = piece.task_vectors + piece.base
+    return Piece(piece.start, piece.size, torch.zeros_like(piece.base), rows, rows)
+
+
+# What a piece of task vectors becomes.
+_ROWS: dict[str, Callable[[Piece], Piece]] = {
+    "task_vectors": lambda piece: piece, "experts": _of_experts, "models": _of_models,
+}  # fmt: skip
+
+
+def by_chunks(piece: Piece, merged: Callable[[Tensor, Tensor], Tensor], step: int = 1) -> Tensor:  # [n]
+    """The numbers that ``merged(base [m], rows [T, m]) -> [m]`` gives, in fp32 or wider, a chunk of whole ``step``s at a time."""
+    base, rows = piece.base, piece.task_vectors
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    at_once = max(1, (CHUNK if base.device.type == "cpu" else piece.size) // step) * step
+    out = torch.zeros_like(base)
+    for start in range(0, piece.size, at_once):
+        place = slice(start, min(start + at_once, piece.size))
+        out[place] = merged(base[place].to(wide), rows[:, place].to(wide))
+    return out
 
 
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -21,6 +21,7 @@ KINDS = {
     str: "a text",
     Path: "a path",
     Mapping: "a finite number for every name",
+    Sequence: "texts",
     NoneType: "none",
 }
 ABSTRACT: dict[Any, Any] = {int: Integral, float: Real, Path: os.PathLike}
@@ -31,11 +32,19 @@ SEEDS = range(-(2**63), 2**63)  # that torch's generators take
 class LearningConfig:
     """How coefficients are learned.
 
-    granularity: one coefficient per task and layer, or per task.
+    granularity: one coefficient per task and "layer", or per "task"; or, beside those of layers, one per singular component of a
+        task vector's matrix, "rank" (the space of AdaRank, arXiv 2503.22178; see `packing.components`).
+    rank: how many leading components of each have one; weight decay draws theirs to that of the layer.
     sam: "paper" merges the weights again at λ + ε for the second gradient; "published" behaves as the published
         code, whose second gradient is taken at unperturbed weights and so equals the first: one pass, like "off".
     rho, adaptive: radius and kind of the SAM perturbation.
     optimizer, learning_rate, momentum (sgd), weight_decay: of the step on λ.
+    train_heads: shell-style patterns of head tensors ("classifier.*") that are learned beside λ: of those packed with heads=, and
+        of the modules that the method is given as heads=. SAM perturbs λ and them together, within one radius.
+    head_learning_rate: of the step on them, by the same optimizer without weight decay.
+    held_back: the share of every task's batches that is not learned from, by default a quarter where heads are trained and else
+        none. Its loss is measured before every ``measure_every``-th step and after the last one; what is learned where it was
+        least is the result, and a run ends where it was no less for ``patience`` measurements in a row.
     initial_coefficient: λ at the start.
     steps: SAM steps; otherwise ``epochs`` over the calibration set.
     seed, shuffle: order of the calibration batches; as given unless shuffled.
@@ -57,6 +66,7 @@ class LearningConfig:
     """
 
     granularity: str = "layer"
+    rank: int = 16
     sam: str = "off"
     rho: float = 0.07
     adaptive: bool = False
@@ -64,6 +74,11 @@ class LearningConfig:
     learning_rate: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    train_heads: str | Sequence[str] = ()
+    head_learning_rate: float = 3e-4
+    held_back: float | None = None
+    measure_every: int = 10
+    patience: int = 5
     initial_coefficient: float = 0.3
     steps: int | None = None
     epochs: int = 10
@@ -83,7 +98,7 @@ class LearningConfig:
     cuda_graph: bool = False
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "granularity": ("layer", "task"),
+        "granularity": ("layer", "task", "rank"),
         "sam": ("paper", "published", "off"),
         "optimizer": ("adam", "sgd"),
         "precision": ("fp32", "bf16"),
@@ -94,8 +109,11 @@ class LearningConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_least(self, 0, "rho", "learning_rate", "momentum", "weight_decay")
-        check_least(self, 1, "steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every")
+        check_least(self, 0, "rho", "learning_rate", "momentum", "weight_decay", "head_learning_rate", "held_back")
+        check_least(self, 1, "rank", "steps", "epochs", "tasks_per_batch", "checkpoint_every", "log_every")
+        check_least(self, 1, "measure_every", "patience")
+        if self.share_held_back >= 1:
+            raise ValueError(f"held_back={self.held_back!r}; expected a share < 1")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
         if self.host_memory_budget is not None:
@@ -111,9 +129,16 @@ class LearningConfig:
             raise ValueError(f"task_weights names {sorted(unknown)}; the tasks are {list(tasks)}")
         return {task: float(given.get(task, 1.0)) for task in tasks}
 
-    def learning_rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step of a run of so many."""
-        return self.learning_rate
+    @property
+    def share_held_back(self) -> float:
+        """Of every task's batches."""
+        if self.held_back is None:
+            return 0.25 if self.train_heads else 0.0
+        return self.held_back
+
+    def decay_at(self, step: int, steps: int) -> float:
+        """Factor on the learning rates at a step of a run of so many."""
+        return 1.0
 
 
 def check_settings(config: Any) -> None:
@@ -144,6 +169,8 @@ def check_least(config: Any, least: int, *keys: str, above: bool = False) -> Non
 def _fits(value: Any, kind: Any) -> bool:
     if kind is Mapping:
         return isinstance(value, Mapping) and all(_fits(k, str) and _fits(v, float) for k, v in value.items())
+    if kind is Sequence:
+        return isinstance(value, tuple | list) and all(_fits(item, str) for item in value)
     if kind in (int, float) and isinstance(value, bool):
         return False
     try:

@@ -12,7 +12,7 @@ from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.prefetch import Inputs
 
-# (coefficients, inputs) -> (gradient to step with, what was measured)
+# (what is learned [P], inputs) -> (gradient to step with [P], what was measured)
 Passes = Callable[[Tensor, Inputs], tuple[Tensor, Tensor]]
 WARM_UP = 3  # calls before the capture: kernels are compiled, tuned and their workspaces allocated in them
 

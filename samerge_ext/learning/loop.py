@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig
+from samerge_ext.learning.early_stopping import EarlyStopping
 from samerge_ext.learning.graphed import GraphedPasses, Passes, check_fixed_shapes
-from samerge_ext.learning.passes import Logits, Objective, losses_and_gradient
+from samerge_ext.learning.nested import to_device
+from samerge_ext.learning.passes import Logits, Objective, losses_and_gradient, mean_loss
 from samerge_ext.learning.prefetch import Inputs, inputs_of_steps
-from samerge_ext.learning.run_state import RunState
+from samerge_ext.learning.run_state import RunState, Stateful
 from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.learning.step_log import StepLog
 from samerge_ext.merged.model import MergedModel
@@ -23,23 +25,38 @@ from samerge_ext.packing.stores import check_device
 
 
 class FreeCoefficients(nn.Module):
-    """Coefficients that are learned themselves: one per task and layer [T, L], or one per task [T, 1]."""
+    """Coefficients that are learned themselves: one per task [T, 1], or all that the model has [T, L] or [T, L + C]."""
 
-    def __init__(self, start: Tensor, granularity: str):  # [T, L]
+    def __init__(self, start: Tensor, granularity: str):  # [T, L] or [T, L + C]
         super().__init__()
-        self.values = nn.Parameter((start if granularity == "layer" else start[:, :1]).detach().clone())
+        self.values = nn.Parameter((start[:, :1] if granularity == "task" else start).detach().clone())
 
     def forward(self) -> Tensor:
         return self.values
+
+
+class Learned(nn.Module):
+    """All that is learned, as one vector [P]: the coefficients that ``learner`` gives, and behind them the heads [H]."""
+
+    def __init__(self, learner: nn.Module, heads: Tensor):
+        super().__init__()
+        self.learner, self.heads = learner, nn.Parameter(heads.clone())
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.learner().flatten(), self.heads])
 
 
 def calibration_set(
     batches: Mapping[str, Iterable[Any]], packed: PackedWeights, config: LearningConfig
 ) -> Calibration:
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
-    calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed)
+    calibration = Calibration(
+        batches, packed.tasks, shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back
+    )
     config.weights(packed.tasks)
     check_device(config.device)
+    if config.granularity == "rank" and (config.streamed or config.memory_budget is not None):
+        raise ValueError("granularity='rank' needs merged weights that are held whole; leave out streamed and memory_budget")
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if config.cuda_graph:
@@ -58,22 +75,25 @@ def learn(
     targets: Mapping[str, Sequence[Tensor]] | None = None,
     learner: nn.Module | None = None,
 ) -> list[dict]:
-    """Minimises the tasks' weighted loss over λ; leaves ``model`` merged at the result.
+    """Minimises the tasks' weighted loss over λ, and over ``model.trained_heads``; leaves ``model`` at the result.
 
     targets: task -> what the objective compares the logits of each of its batches with.
     learner: predicts λ [T, L] or [T, 1] without arguments, and its parameters are what is learned; by default λ itself. SAM
         perturbs λ either way, and the gradient at λ + ε is pulled back through the learner at λ.
 
-    Returns the history: per step the loss, each task's loss and the gradient norm.
-    Raises FloatingPointError, naming task and step, when a loss or the gradient is NaN or Inf.
+    Returns the history: per step the loss, each task's loss and the gradient norm, and where it was measured the loss of what is
+    held back. Raises FloatingPointError, naming task and step, when a loss or the gradient is NaN or Inf.
     """
-    device = model.device
-    learner = learner or FreeCoefficients(model.coefficients, config.granularity)
-    optimizer = make_optimizer(learner, config)
+    device, heads = model.device, model.trained_heads
+    learned = Learned(learner or FreeCoefficients(model.coefficients, config.granularity), heads.start)
+    optimizer = make_optimizer(learned, config)
     total = config.steps or config.epochs * calibration.steps_per_epoch
     history: list[dict] = []
     run = RunState(config, method, model, calibration)
-    run.load(learner, optimizer, history)
+    loss = held_back_loss(model, learned, calibration, logits, objective, config, targets)
+    stopping = EarlyStopping(learned, loss, config.patience)
+    parts: dict[str, Stateful] = {"learned": learned, "optimizer": optimizer, "stopping": stopping}
+    run.load(parts, history)
     if len(history) > total:
         raise ValueError(f"{run.path} is {len(history)} steps in, past the {total} asked for; choose another checkpoint_dir")
 
@@ -85,43 +105,99 @@ def learn(
     try:
         with tqdm(total=total, initial=len(history), desc=method, disable=not config.progress, unit="step") as bar:
             for step, inputs in zip(steps, inputs_of_steps(calibration, targets, device, steps), strict=True):
-                coefficients = learner()
-                gradient, measured = passes(coefficients.detach(), inputs)
-                log.add(measured)
+                beside = {}
+                if config.share_held_back and step % config.measure_every == 0:
+                    log.flush()
+                    beside["held_back_loss"] = stopping.measure(step)
+                    if stopping.has_ended:
+                        break
+                point = learned()
+                gradient, measured = passes(point.detach(), inputs)
+                log.add(measured, **beside)
                 optimizer.zero_grad()
-                coefficients.backward(gradient)
+                point.backward(gradient)
                 for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate_at(step, total)
+                    group["lr"] = group["rate"] * config.decay_at(step, total)
                 optimizer.step()
-                run.finished(step + 1, learner, optimizer)
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
+                run.finished(step + 1, parts)
+                if (step + 1) % config.checkpoint_every == 0:
                     log.flush()
                     run.save(history)
                 if history:
                     bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", grad=f"{history[-1]['gradient_norm']:.3g}", refresh=False)
                 bar.update()
-    except KeyboardInterrupt:
         log.flush()
         run.save(history)
+        if config.share_held_back:
+            if not stopping.has_ended:
+                stopping.measure(total)
+            stopping.take_best()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            log.flush()
+            run.save(history)
+        heads.put(heads.start)  # what the caller gave is as it was
         raise
     with torch.no_grad():
-        model.coefficients.copy_(learner().expand_as(model.coefficients))
+        coefficients, values = split(model, learned())
+        model.coefficients.copy_(coefficients.expand_as(model.coefficients))
+    heads.put(values)
     model.merge()
     return history
 
 
+def split(model: MergedModel, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [T, L] or [T, 1] and heads [H] of what is learned, [P]."""
+    heads = model.trained_heads.numel
+    coefficients, values = point.split([point.numel() - heads, heads])
+    return coefficients.view(model.packed.num_tasks, -1), values
+
+
+def held_back_loss(
+    model: MergedModel,
+    learned: nn.Module,
+    calibration: Calibration,
+    logits: Logits,
+    objective: Objective,
+    config: LearningConfig,
+    targets: Mapping[str, Sequence[Tensor]] | None,
+) -> Callable[[], float]:
+    """A function that gives the loss, at what is learned so far, of the batches that are held back."""
+
+    def inputs(task: str) -> Iterator[tuple[Any, Tensor | None]]:
+        for i in calibration.held_back[task]:
+            yield to_device((calibration.batches[task][i], targets[task][i] if targets else None), model.device)
+
+    def loss() -> float:
+        coefficients, values = split(model, learned().detach())
+        model.trained_heads.put(values)
+        return mean_loss(
+            model,
+            coefficients.expand(model.coefficients.shape),
+            {task: inputs(task) for task in calibration.held_back},
+            logits,
+            objective,
+            task_weights=config.weights(model.packed.tasks),
+            precision=config.precision,
+        )
+
+    return loss
+
+
 def make_passes(model: MergedModel, logits: Logits, objective: Objective, config: LearningConfig) -> Passes:
     """What a step runs on the device: two passes with SAM, else one."""
-    weights = config.weights(model.packed.tasks)
+    weights, heads = config.weights(model.packed.tasks), model.trained_heads
 
-    def passes(coefficients: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The gradient [T, L] or [T, 1] to step with, and each pass's losses and gradient norms [P, 2, T]."""
+    def passes(point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The gradient [P] to step with, and each pass's losses and gradient norms [passes, 2, T]."""
         measured = []
 
         def gradient_at(at: Tensor) -> tuple[Tensor, Tensor]:
+            coefficients, values = split(model, at)
+            heads.put(values)
             losses, gradient = losses_and_gradient(
                 model,
-                at.expand(model.coefficients.shape),
+                coefficients.expand(model.coefficients.shape),
                 inputs,
                 logits,
                 objective,
@@ -129,22 +205,25 @@ def make_passes(model: MergedModel, logits: Logits, objective: Objective, config
                 tasks_per_batch=config.tasks_per_batch,
                 precision=config.precision,
             )
-            gradient = gradient.sum_to_size(at.shape)
-            measured.append(torch.stack([losses.to(gradient), gradient.norm(dim=1)]))
-            return losses, gradient
+            gradient, of_heads = gradient.sum_to_size(coefficients.shape), heads.gradient()
+            norms = torch.hypot(gradient.norm(dim=1), heads.norms(of_heads))
+            measured.append(torch.stack([losses.to(gradient), norms]))
+            return losses, torch.cat([gradient.flatten(), of_heads])
 
         if config.sam == "paper":
-            _, _, gradient = sam_gradient(gradient_at, coefficients, config.rho, config.adaptive)
+            _, _, gradient = sam_gradient(gradient_at, point, config.rho, config.adaptive)
         else:
-            _, gradient = gradient_at(coefficients)
+            _, gradient = gradient_at(point)
         return gradient, torch.stack(measured)
 
     return passes
 
 
-def make_optimizer(learner: nn.Module, config: LearningConfig) -> torch.optim.Optimizer:
-    """torch's Adam, or SGD with momentum, on what is learned."""
-    rate, decay = config.learning_rate, config.weight_decay
+def make_optimizer(learned: Learned, config: LearningConfig) -> torch.optim.Optimizer:
+    """torch's Adam, or SGD with momentum, on what is learned: each group at its own ``rate``. Heads are not drawn to zero."""
+    groups = [{"params": list(learned.learner.parameters()), "rate": config.learning_rate, "weight_decay": config.weight_decay}]
+    if learned.heads.numel():
+        groups.append({"params": [learned.heads], "rate": config.head_learning_rate, "weight_decay": 0.0})
     if config.optimizer == "adam":
-        return torch.optim.Adam(learner.parameters(), lr=rate, weight_decay=decay)
-    return torch.optim.SGD(learner.parameters(), lr=rate, weight_decay=decay, momentum=config.momentum)
+        return torch.optim.Adam(groups)
+    return torch.optim.SGD(groups, momentum=config.momentum)

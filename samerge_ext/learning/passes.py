@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -57,6 +57,33 @@ def losses_and_gradient(
             gradients.append(gradient.mul_(task_weights[task]).to(values.dtype))
         torch.autograd.backward(list(outputs.values()), gradients)
     return torch.stack(losses), model.coefficient_gradient()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: MergedModel,
+    coefficients: Tensor,
+    inputs: Mapping[str, Iterable[tuple[Any, Any]]],
+    logits: Logits,
+    objective: Objective,
+    *,
+    task_weights: Mapping[str, float],
+    precision: str = "fp32",
+) -> float:
+    """Σ_t α_t × the mean of the loss over all rows of task t's batches, at ``coefficients`` [T, L]. inputs: task -> its batches,
+    each with its target."""
+    model.merge(coefficients)
+    total = 0.0
+    for task, of_task in inputs.items():
+        model.select_head(task)
+        losses, rows = [], []
+        for batch, target in of_task:
+            values = call_logits(logits, model.module, batch, task, precision)
+            losses.append(objective(values, target)[0].double())
+            rows.append(len(values))
+        weights = torch.tensor(rows, dtype=torch.float64, device=losses[0].device) / sum(rows)
+        total += task_weights[task] * (torch.stack(losses) @ weights).item()
+    return total
 
 
 def _forwards(

@@ -15,7 +15,8 @@ class StepLog:
     the host runs ahead of the device by up to twice that many steps and never waits for the step it has just
     launched. On the CPU they are read at once.
 
-    A step's numbers are one or two passes [P, 2, T]: the tasks' losses and the norms of their coefficients' gradients.
+    A step's numbers are one or two passes [P, 2, T]: the tasks' losses, and the norms of the gradients of their coefficients and
+    heads.
 
     Raises FloatingPointError, naming task and step, when a loss or gradient that it reads is NaN or Inf.
     """
@@ -25,11 +26,13 @@ class StepLog:
         self.on_gpu = device.type == "cuda"
         self.every = every if self.on_gpu else 1
         self._waiting: list[Tensor] = []  # on the device
+        self._beside: list[dict] = []  # what else belongs into the records that are not there yet
         self._under_way: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def add(self, measured: Tensor) -> None:
-        """The numbers [P, 2, T] of the next step."""
+    def add(self, measured: Tensor, **beside: float) -> None:
+        """The numbers [P, 2, T] of the next step, and others that its record names."""
         self._waiting.append(measured)
+        self._beside.append(beside)
         if len(self._waiting) >= self.every:
             self._receive()
             self._send()
@@ -65,7 +68,7 @@ class StepLog:
             record = {"step": step, "loss": sum(self.weights[t] * x for t, x in zip(self.tasks, losses, strict=True))}
             record["losses"] = dict(zip(self.tasks, losses, strict=True))
             record["gradient_norm"] = math.hypot(*norms)
-            self.history.append(record)
+            self.history.append({**record, **self._beside.pop(0)})
 
     def _check(self, step: int, losses: list[float], norms: list[float]) -> None:
         for task, loss in zip(self.tasks, losses, strict=True):

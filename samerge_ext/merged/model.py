@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.naming import correspondence
+from samerge_ext.checkpoints.sources import matches
+from samerge_ext.merged.heads import TrainedHeads, find_trained
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
 from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import Buffers, PackedWeights
 from samerge_ext.packing.stores import Store
 
@@ -77,9 +80,11 @@ class MergedModel(nn.Module):
         self._buffers_of.update((task, packed.expert_buffers.get(task, {})) for task in packed.tasks)
         self._move_buffers()
         self._heads = {
-            task: {n: x.to(self.device, dtype) if x.is_floating_point() else x.to(self.device) for n, x in head.items()}
+            task: {n: _as_parameter(x.to(self.device, dtype if x.is_floating_point() else x.dtype)) for n, x in head.items()}
             for task, head in packed.heads.items()
         }
+        self._given_heads: Mapping[str, nn.Module] = {}
+        self.trained_heads = TrainedHeads(packed.tasks, (), packed.coefficient_dtype, self.device)
         self._set_buffers(None)
         self.merge()
 
@@ -123,6 +128,52 @@ class MergedModel(nn.Module):
     def unbind_gradients(self) -> None:
         """Takes the parameters' ``.grad`` away, so that a gradient buffer is freed with this object."""
         self.weights.unbind_gradients()
+        self.trained_heads.forget_gradients()
+
+    def use_components(self, rank: int) -> None:
+        """From now on ``coefficients`` is [T, L + C]: behind λ a deviation from it for each of the ``rank`` leading singular
+        components of every matrix of a task vector (`packing.components`), 0 at first. Raises ValueError where streamed."""
+        if not isinstance(self.weights, ResidentWeights):
+            raise ValueError("coefficients of components need merged weights that are held whole, with streamed=False")
+        self.weights.components = components = Components.of(self.packed, rank)
+        deviations = self.coefficients.new_zeros(self.packed.num_tasks, components.columns)
+        self.coefficients = nn.Parameter(torch.cat([self.coefficients.detach(), deviations], 1))
+
+    def component_coefficients(self) -> dict[str, Tensor]:
+        """c = λ + deviation of every component, layer -> [T, k]; empty without components."""
+        components, layout = getattr(self.weights, "components", None), self.packed.layout
+        if components is None:
+            return {}
+        coefficients = self.coefficients.detach()
+        deviations = components.split(coefficients[:, layout.num_layers :])
+        return {name: coefficients[:, [layout.names.index(name)]] + of_layer for name, of_layer in deviations.items()}
+
+    def train_heads(self, patterns: str | Sequence[str], given: Mapping[str, nn.Module] | None = None) -> None:
+        """Makes ``trained_heads`` of the head tensors that shell-style patterns name.
+
+        given: task -> a module of its own that the user's logits function calls, on the model's device; trained in place.
+        Raises ValueError for a pattern that fits nothing, a task that is not packed, and a tensor that cannot be learned.
+        """
+        self._given_heads = dict(given or {})
+        if unknown := set(self._given_heads) - set(self.packed.tasks):
+            raise ValueError(f"heads= names {sorted(unknown)}; the tasks are {list(self.packed.tasks)}")
+        for head in self._given_heads.values():
+            head.requires_grad_(False)
+        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        for own in self._heads.values():
+            trained = {name: tensor for name, tensor in own.items() if matches(name, patterns)}
+            own.update((name, _as_parameter(tensor.detach().clone())) for name, tensor in trained.items())  # not the packed ones
+        places = list(find_trained(patterns, self._heads, self._given_heads, self.module))
+        self.trained_heads = TrainedHeads(self.packed.tasks, places, self.packed.coefficient_dtype, self.device)
+
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """Every task's head tensors: those that are learned as they are now, the others as they were packed."""
+        found = {task: dict(head) for task, head in self.packed.heads.items()}
+        for task, given in self._given_heads.items():
+            found.setdefault(task, {}).update({n: x.detach().clone() for n, x in given.state_dict().items()})
+        for task, name, parameter in self.trained_heads.places:
+            found[task][name] = parameter.detach().to(found[task][name].dtype, copy=True)
+        return found
 
     @contextmanager
     def teacher(self, task: str) -> Iterator[nn.Module]:
@@ -148,9 +199,9 @@ class MergedModel(nn.Module):
         for name, tensor in self._heads.get(task, {}).items():
             owner, leaf = _find(self.module, name)
             if owner is not None and leaf in owner._parameters:
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                owner._parameters[leaf] = tensor
             elif owner is not None and leaf in owner._buffers:
-                owner._buffers[leaf] = tensor
+                owner._buffers[leaf] = tensor.detach()
 
     def _freeze_others(self, places: Places) -> None:
         """Heads, and whatever else is no layer, need no gradient."""
@@ -179,6 +230,10 @@ class MergedModel(nn.Module):
             owner, leaf = _find(self.module, name)
             if owner is not None and (buffer := owner._buffers.get(leaf)) is not None:
                 buffer.copy_(value)
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _find(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:

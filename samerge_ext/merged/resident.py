@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.ops.coefficient_grad import coefficient_grad
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
 
 # layer -> where it stands in the module: (owner, its own name for the tensor); several where the tensor is tied.
@@ -25,9 +26,14 @@ class ResidentWeights:
         self.device, self.dtype = self.merged.device, self.merged.dtype
         self._gradient_views = packed.layout.views(self.gradient)
         self._parameters = self._bind(places)
+        self.components: Components | None = None
 
     def merge(self, coefficients: Tensor) -> None:
-        self.packed.merge(coefficients, out=self.merged)
+        """coefficients: [T, L], or with the components' deviations behind them, [T, L + C]."""
+        layers = self.packed.layout.num_layers
+        self.packed.merge(coefficients[:, :layers], out=self.merged)
+        if self.components is not None and coefficients.shape[1] > layers:
+            self.components.add(coefficients[:, layers:], self.packed.layout.views(self.merged))
         # Autocast keeps casts of the weights it has seen; they would outlive this merge.
         torch.clear_autocast_cache()
 
@@ -44,7 +50,7 @@ class ResidentWeights:
             parameter.grad = self._gradient_views[name]
 
     def coefficient_gradient(self) -> Tensor:
-        """∂loss/∂λ [T, L]."""
+        """∂loss/∂λ [T, L], with components [T, L + C]."""
         for name, parameter in self._parameters.items():
             if parameter.grad is not self._gradient_views[name]:
                 raise RuntimeError(
@@ -52,7 +58,10 @@ class ResidentWeights:
                     "the module or on an optimiser of its parameters there"
                 )
         layout = self.packed.layout
-        return coefficient_grad(self.gradient, self.packed.whole_task_vectors(), layout.block_layer, layout.num_layers)
+        found = coefficient_grad(self.gradient, self.packed.whole_task_vectors(), layout.block_layer, layout.num_layers)
+        if self.components is None:
+            return found
+        return torch.cat([found, self.components.gradient(self._gradient_views)], 1)
 
     def unbind_gradients(self) -> None:
         for parameter in self._parameters.values():

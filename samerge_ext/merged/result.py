@@ -32,7 +32,11 @@ class Result:
     packed: what was merged. coefficients: [T, L], None for methods that have none.
     merged: [N], the packed layers; None where the model was streamed, whose layers are merged one by one as they are saved.
     method, config, seconds: how it was made. module: the merged module, where one was given.
-    history: per step of a learned method the loss, each task's loss and the gradient norm.
+    history: per step of a learned method the loss, each task's loss and the gradient norm; where batches were held back, their
+        loss before the steps at which it was measured.
+    component_coefficients: layer -> [T, k] of its task vectors' leading singular components, where these were learned;
+        ``coefficients`` are then those of the rest.
+    heads: task -> its own tensors: those that were learned as they are now, the others as they were packed.
     learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
     """
 
@@ -46,13 +50,20 @@ class Result:
     module: nn.Module | None = None
     learner: StatsMergeLearner | None = None
     features: Features | None = None
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    component_coefficients: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.heads = self.heads or self.packed.heads
 
     @classmethod
     def of_model(cls, model: MergedModel, method: str, config: Any, history: list[dict], seconds: float) -> Result:
         """The model as it is merged now; its gradient buffer is let go."""
         model.unbind_gradients()
-        coefficients = model.coefficients.detach().clone()
-        return cls(model.packed, coefficients, model.merged, method, config, history, seconds, model.module)
+        result = cls(model.packed, None, model.merged, method, config, history, seconds, model.module, heads=model.heads())
+        result.coefficients = model.coefficients.detach()[:, : model.packed.layout.num_layers].clone()
+        result.component_coefficients = model.component_coefficients()
+        return result
 
     @classmethod
     def of_weights(cls, packed: PackedWeights, merged: Tensor, method: str, module: nn.Module | None, seconds: float) -> Result:
@@ -65,7 +76,7 @@ class Result:
         return cls(packed, None, merged, method, seconds=seconds, module=module)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``packed.heads``."""
+        """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``heads``."""
         merged = self.packed.merge(self._merged_at()) if self.merged is None else self.merged
         return self.packed.state_dict(merged, dtype)
 
@@ -87,7 +98,7 @@ class Result:
         """
         require_apart(path, [*map(Path, self.packed.inputs), *([] if self.packed.folder is None else [self.packed.folder])])
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
-        for task, head in self.packed.heads.items():
+        for task, head in self.heads.items():
             if head:
                 files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
         if self.learner is not None:
@@ -119,13 +130,19 @@ class Result:
         for key in getattr(self.config, "WITHOUT_EFFECT", ()):
             del settings[key]
         names = self.packed.layout.names
-        return {
+        summary = {
             "method": self.method,
             "config": {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in settings.items()},
             "steps": len(self.history),
             "versions": {"samerge_ext": __version__, "torch": torch.__version__},
             "coefficients": {task: dict(zip(names, row.tolist(), strict=True)) for task, row in self._rows()},
         }
+        if self.component_coefficients:
+            summary["component_coefficients"] = {
+                task: {name: of_layer[row].tolist() for name, of_layer in self.component_coefficients.items()}
+                for row, task in enumerate(self.packed.tasks)
+            }
+        return summary
 
     def _configuration(self, companions: str | Path | Companions | None) -> dict | None:
         """The content of config.json, from the folder or the module that has one; the architecture is the module's."""

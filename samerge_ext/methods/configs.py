@@ -32,9 +32,17 @@ class SAMergingConfig(LearningConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMergingConfig(LearningConfig):
-    """LearningConfig with the published defaults: no SAM, no weight decay."""
+    """LearningConfig with the published defaults: no SAM, no weight decay. Heads cannot be trained."""
 
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_heads:
+            raise ValueError(
+                f"train_heads={self.train_heads!r}; adamerging has no teachers, and a head whose entropy is least says one class "
+                "whatever it is given: learn heads with samerging or statsmerging"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,7 @@ class StatsMergingConfig(LearningConfig):
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **LearningConfig.CHOICES,
+        "granularity": ("layer", "task"),
         "loss": ("cross_entropy", "kl"),
         "of": ("experts", "task_vectors"),
     }
@@ -86,5 +95,5 @@ class StatsMergingConfig(LearningConfig):
         if self.per_layer and self.granularity == "task":
             raise ValueError("per_layer=True needs granularity='layer': task-wise, there is one coefficient for all layers")
 
-    def learning_rate_at(self, step: int, steps: int) -> float:
-        return self.learning_rate * self.learning_rate_decay ** (DECAYS * step // steps)
+    def decay_at(self, step: int, steps: int) -> float:
+        return self.learning_rate_decay ** (DECAYS * step // steps)

@@ -33,7 +33,7 @@ class Dare(Rule):
         """Drops some of ``numbers`` [T, n], the tensor's from ``start`` on, and rescales the others; out may be the numbers."""
         stretches = range(start // STRETCH, -(-(start + numbers.shape[1]) // STRETCH))
         keys = [
-            [_key_of(self.seed, task, stretch, self.name) if 0 < density < 1 else 0 for stretch in stretches]
+            [random_key(self.seed, task, stretch, self.name) if 0 < density < 1 else 0 for stretch in stretches]
             for task, density in enumerate(self.densities)
         ]
         thresholds = [_threshold(density) for density in self.densities]
@@ -53,11 +53,11 @@ class Dare(Rule):
 
 def random_mask(seed: int, task: int, stretch: int, name: str, density: float) -> Tensor:
     """[65536] bool, true with probability ``density``: which numbers of a stretch of the tensor ``name`` are kept."""
-    key = torch.tensor(_key_of(seed, task, stretch, name), dtype=torch.int32)
+    key = torch.tensor(random_key(seed, task, stretch, name), dtype=torch.int32)
     return uniform(key) < _threshold(density)
 
 
-def _key_of(seed: int, task: int, stretch: int, name: str) -> int:
+def random_key(seed: int, task: int, stretch: int, name: str) -> int:
     """32 bits, as a signed integer."""
     digest = hashlib.blake2b(f"{seed} {task} {stretch} {name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)
@@ -93,5 +93,5 @@ def dare(
     densities = [1 - p for p in per_task(drop, packed.tasks, "drop", 0.0, 1.0)]
     weights = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
     combination = Combination(weights, scale, normalize=normalize, elect=rule == "ties")
-    merged = merge_packed(packed, lambda name, numel: Dare(name, densities, seed, combination))
+    merged = merge_packed(packed, lambda name, shape: Dare(name, densities, seed, combination))
     return Result.of_weights(packed, merged, f"dare_{rule}", module, time.perf_counter() - started)

@@ -57,7 +57,7 @@ def knots(
     for name, changes in matrix_changes(packed, "knots", transposed=transposed):
         bases[name], coefficients[name] = (part.to(wide) for part in _in_one_basis(changes))
     rotated = _packed(packed.tasks, coefficients)
-    elected = merge_packed(rotated, lambda name, numel: Ties(numel, wide, densities, combination), whole=True)
+    elected = merge_packed(rotated, lambda name, shape: Ties(shape.numel(), wide, densities, combination), whole=True)
     merged = packed.base.clone()
     targets = packed.layout.views(merged)
     for name, values in rotated.layout.views(elected).items():

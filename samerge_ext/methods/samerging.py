@@ -26,6 +26,7 @@ def samerging(
     logits: Logits,
     *,
     config: SAMergingConfig | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> Result:
     """Learns λ so that the merged model imitates every expert on that expert's own unlabelled calibration batches.
 
@@ -35,12 +36,14 @@ def samerging(
 
     module: of the experts' architecture; taken over, and given back merged as ``result.module``.
     calibration: task -> unlabelled batches. logits(module, batch, task) -> [B, V], or a SharedEncoder.
+    heads: task -> a module of its own that ``logits`` calls, where its parameters are to be learned too, as config.train_heads
+        says (task layers, as in SyMerge, arXiv 2412.19098); they are trained in place. Packed heads need no mention.
     Raises ValueError for a calibration set that does not fit the tasks, FloatingPointError for a loss that diverges.
     """
     config = config or SAMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = make_model(module, packed, config, held, logits, teachers=True)
+    model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
     teachers = teacher_logits(model, held, logits, config.precision)
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature

@@ -30,6 +30,7 @@ def statsmerging(
     logits: Logits,
     *,
     config: StatsMergingConfig | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> Result:
     """Learns a network that predicts λ from statistics of the experts' weights, so that the merged model names the class
     that every expert names on that expert's own unlabelled calibration batches.
@@ -48,7 +49,7 @@ def statsmerging(
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
     features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values, path=_features_path(config))
-    model = make_model(module, packed, config, held, logits, teachers=True)
+    model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
     teachers = teacher_logits(model, held, logits, config.precision)
 
     def imitation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

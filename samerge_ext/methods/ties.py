@@ -81,7 +81,7 @@ def ties(
     _check_scope(trim)
     stored = packed.task_vectors
     dtype = stored.dtype if isinstance(stored, Tensor) else torch.float32  # quantised ones are read as fp32
-    merged = merge_packed(packed, lambda name, numel: Ties(numel, dtype, densities, combination), whole=trim == "vector")
+    merged = merge_packed(packed, lambda name, shape: Ties(shape.numel(), dtype, densities, combination), whole=trim == "vector")
     return Result.of_weights(packed, merged, "ties", module, time.perf_counter() - started)
 
 

@@ -9,20 +9,29 @@ second term makes unique and keeps near the sum of the task vectors:
 
 M is a sum of one part for each task, τ'_t = (τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t)(G + μ I)⁻¹: preconditioned task vectors. Tensors of
 one dimension are added up, which is what a matrix becomes for a large μ; a tensor [m, …] counts as [m, rest].
+
+Of LoRA experts, τ_t = A_t R_t, only what the factors span is solved for. With all R_t in one matrix R and D of the blocks
+A_tᵀA_t / ‖τ_t‖² is G = Rᵀ D R, and since R (Rᵀ D R + μ I)⁻¹ = (R Rᵀ D + μ I)⁻¹ R, τ'_t = A_t R'_t keeps its rank:
+
+    R'_t = (R_t R_tᵀ A_tᵀA_t / ‖τ_t‖² + μ I) [(R Rᵀ D + μ I)⁻¹ R]_t          [·]_t: rows of task t
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.checkpoints.lora import Change
 from samerge_ext.checkpoints.sources import Source
+from samerge_ext.elementwise.piecewise import Piece, Rule
 from samerge_ext.merged.result import Result
-from samerge_ext.packing.matrices import Patterns, matrix_views
+from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.packing.matrices import Patterns, fitting, matrix_views
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
@@ -35,19 +44,21 @@ def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: P
     transposed: shell-style patterns of the matrices that are stored [inputs, outputs], GPT-2's Conv1D say ("*.c_attn.weight").
 
     Teachers are the experts as they were packed, which are held for them. One matrix is solved after the other, in some
-    16 n (n + 2 m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64.
+    16 n (n + 2 m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64. LoRA factors stay
+    factors of their rank, and are solved for among all tasks' R ranks, in some 16 R (n + R) bytes.
 
     Raises ValueError for a ridge that is not positive, a pattern that fits nothing, NaN and Inf, and where task vectors are
-    quantised; TypeError where they lie in a file or are factors.
+    quantised; TypeError where they lie in a file.
     """
-    stored = packed.exact_task_vectors("preconditioning")
     _check(ridge)
-    task_vectors = stored.clone()
-    for name, matrices in matrix_views(packed.layout, task_vectors, transposed=transposed):
-        factor, sides = _equations(matrices, ridge, name)
-        for matrix, side in zip(matrices, sides, strict=True):
-            matrix.copy_(torch.cholesky_solve(side.mT, factor).mT)
-    experts = {task: _Expert(packed, row, f"expert '{task}'") for task, row in zip(packed.tasks, stored, strict=True)}
+    if isinstance(packed.task_vectors, FactoredTaskVectors):
+        task_vectors: Tensor | FactoredTaskVectors = _preconditioned_factors(packed.task_vectors, ridge, transposed)
+    else:
+        task_vectors = packed.exact_task_vectors("preconditioning").clone()
+        for name, matrices in matrix_views(packed.layout, task_vectors, transposed=transposed):
+            for matrix, solved in zip(matrices, _solved(matrices, ridge, name), strict=True):
+                matrix.copy_(solved)
+    experts = {task: _Expert(packed, row, f"expert '{task}'") for row, task in enumerate(packed.tasks)}
     return replace(packed, task_vectors=task_vectors, experts={**experts, **packed.experts})
 
 
@@ -64,8 +75,11 @@ def wudi(
     ridge, transposed: see `preconditioned`, whose errors are raised. scale: λ.
     """
     started = time.perf_counter()
-    stored = packed.exact_task_vectors("WUDI")
     _check(ridge)
+    if isinstance(packed.task_vectors, FactoredTaskVectors):
+        merged = preconditioned(packed, ridge, transposed=transposed).merge(packed.coefficients(scale))
+        return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
+    stored = packed.exact_task_vectors("WUDI")
     merged = packed.merge(packed.coefficients(scale))
     for name, (base, target, *matrices) in matrix_views(packed.layout, [packed.base, merged, *stored], transposed=transposed):
         factor, sides = _equations(matrices, ridge, name)
@@ -73,15 +87,73 @@ def wudi(
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
 
 
+class Wudi(Rule):
+    """WUDI over a matrix of ``shape``, for T = count task vectors: a `piecewise.Rule`.
+
+    What it holds from its round to the last piece are T Grams [n, n] in the task vectors' type, fp32 at least, and a factor in
+    fp64. A piece has whole rows; of a matrix that is stored [inputs, outputs] it has all, in fp64 once more.
+    """
+
+    rounds, alone = 1, True
+
+    def __init__(
+        self, name: str, shape: torch.Size, count: int, ridge: float = RIDGE, scale: float = 1.0, transposed: bool = False
+    ):
+        self.name, self.count, self.ridge, self.scale, self.turned = name, count, ridge, scale, transposed
+        self.inputs = shape[0] if transposed else shape[1:].numel()
+        self.unit = max(1, shape.numel() if transposed else self.inputs)
+        self._left = shape.numel()
+        self._mu = 0.0
+        self._grams: Tensor | None = None  # [T, n, n]
+        self._factor: Tensor | None = None  # [n, n]
+
+    def look(self, piece: Piece) -> None:
+        wide = self._matrices(piece.rows())
+        if self._grams is None:
+            self._grams = wide.new_zeros(self.count, self.inputs, self.inputs)
+        self._grams.baddbmm_(wide.mT, wide)
+
+    def next_round(self) -> None:
+        if self._grams is None:
+            return
+        squares = self._grams.diagonal(dim1=1, dim2=2).double().sum(1)
+        self._mu = _mu(self.ridge, squares.tolist(), self.inputs, self.name)
+        self._grams /= torch.where(squares > 0, squares, 1).to(self._grams)[:, None, None]
+        self._factor = _factor(self._grams, self._mu)
+
+    def merge(self, piece: Piece) -> Tensor:  # [n]
+        out = piece.base.clone()
+        if self._grams is None or self._factor is None:
+            return out
+        wide = self._matrices(piece.rows())
+        side = torch.einsum("tmn,tnk->mk", wide, self._grams).double() + self._mu * wide.double().sum(0)
+        solved = torch.cholesky_solve(side.mT, self._factor)  # [n, m]
+        out[: piece.size] += self.scale * (solved if self.turned else solved.mT).reshape(-1)
+        self._left -= piece.size
+        if not self._left:
+            self._grams = self._factor = None  # the rules of all tensors are held
+        return out
+
+    def _matrices(self, rows: Tensor) -> Tensor:  # [T, numbers] -> [T, m, n]
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return wide.view(len(rows), self.inputs, -1).mT if self.turned else wide.view(len(rows), -1, self.inputs)
+
+    @property
+    def shares(self) -> list[float]:
+        return [self.scale] * self.count
+
+
 class _Expert(Source):
     """An expert as it was packed: base and task vector, added up tensor by tensor."""
 
     _stored: dict[str, Tensor]
 
-    def __init__(self, packed: PackedWeights, task_vector: Tensor, label: str):  # [N]
+    def __init__(self, packed: PackedWeights, row: int, label: str):
         self.label, self.names, self.aliases = label, packed.layout.names, packed.aliases
         self._stored = {**packed.unchanged, **packed.layout.views(packed.base)}
-        self._changes = packed.layout.views(task_vector)
+        stored = packed.task_vectors
+        self._task_vector = stored.of_task(row) if isinstance(stored, FactoredTaskVectors) else packed.whole_task_vectors()[row]
+        self._layout = packed.layout
 
     def _shape(self, name: str) -> torch.Size:
         return self._stored[name].shape
@@ -90,7 +162,17 @@ class _Expert(Source):
         return self._stored[name].dtype
 
     def _read(self, name: str) -> Tensor:
-        return self._stored[name] + self._changes[name] if name in self._changes else self._stored[name]
+        layer = self._layout.names.index(name)
+        if self._layout.offsets[layer] is None:
+            return self._stored[name]
+        start, length = self._layout.extent(layer)
+        if isinstance(self._task_vector, Tensor):
+            change = self._task_vector[start : start + length]
+        else:
+            room = self._task_vector.empty(length, self._task_vector.device)
+            self._task_vector.read_into(start, length, room)
+            change = room[0]
+        return self._stored[name] + change[: self._layout.shapes[layer].numel()].view(self._layout.shapes[layer])
 
 
 def _check(ridge: float) -> None:
@@ -98,23 +180,95 @@ def _check(ridge: float) -> None:
         raise ValueError(f"ridge={ridge}; it must be positive and finite")
 
 
+def _solved(matrices: Sequence[Tensor], ridge: float, name: str) -> Iterator[Tensor]:
+    """τ'_t [m, n] for every τ_t [m, n], fp64."""
+    factor, sides = _equations(matrices, ridge, name)
+    return (torch.cholesky_solve(side.mT, factor).mT for side in sides)
+
+
+def _mu(ridge: float, squares: Sequence[float], n: int, name: str) -> float:
+    """μ, from all ‖τ_t‖²; raises ValueError where one is not finite."""
+    if not all(square < torch.inf for square in squares):
+        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
+    # The diagonal of each term of G sums to 1. Where nothing changed, M is nothing for any μ.
+    return ridge * sum(square > 0 for square in squares) / n or 1.0
+
+
+def _factor(terms: Iterable[Tensor], mu: float) -> Tensor:
+    """The Cholesky factor of G + μ I, fp64, from the terms of G [n, n]."""
+    left: Tensor | None = None
+    for term in terms:
+        left = term.double() if left is None else left.add_(term)
+    assert left is not None
+    left.diagonal().add_(mu)
+    return torch.linalg.cholesky(left)
+
+
 def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:
     """The Cholesky factor of G + μ I [n, n], and of every τ_t [m, n] the right side τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t; fp64."""
     wide = torch.promote_types(matrices[0].dtype, torch.float32)
     squares = [float(matrix.double().square().sum()) for matrix in matrices]
-    if not all(square < torch.inf for square in squares):
-        raise ValueError(f"'{name}' of a task vector holds NaN or Inf")
     m, n = matrices[0].shape
-    # The diagonal of each term of G sums to 1. Where nothing changed, M is nothing for any μ.
-    mu = ridge * sum(square > 0 for square in squares) / n or 1.0
-    left = mu * torch.eye(n, dtype=torch.float64, device=matrices[0].device)
-    for matrix, square in zip(matrices, squares, strict=True):
+    mu = _mu(ridge, squares, n, name)
+
+    def term(matrix: Tensor, square: float) -> Tensor:
         exact = matrix.to(wide)
-        left += (exact.mT @ exact).double() / (square or 1.0)
+        return (exact.mT @ exact).double() / (square or 1.0)
 
     def side(matrix: Tensor, square: float) -> Tensor:
         exact = matrix.to(wide)
         own = (exact @ exact.mT) @ exact if m < n else exact @ (exact.mT @ exact)
         return own.double() / (square or 1.0) + mu * exact.double()
 
-    return torch.linalg.cholesky(left), map(side, matrices, squares)
+    return _factor(map(term, matrices, squares), mu), map(side, matrices, squares)
+
+
+def _preconditioned_factors(stored: FactoredTaskVectors, ridge: float, transposed: Patterns) -> FactoredTaskVectors:
+    layout, changes = stored.layout, dict(stored.changes)
+    names = {layer: layout.names[layer] for layer in changes if len(layout.shapes[layer]) > 1}
+    turned = fitting(layout, transposed)
+    for layer, name in names.items():
+        turn = _other_way_round if name in turned else lambda change: change
+        found = [turn(change) for change in changes[layer]]
+        if any(isinstance(change, Tensor) for change in found):  # an adapter's own tensor, beside factors
+            m, *rest = layout.shapes[layer][::-1] if name in turned else layout.shapes[layer]
+            dense = [_multiplied(change, (m, math.prod(rest)), stored) for change in found]
+            solved: Sequence[Change] = [part.to(stored.dtype) for part in _solved(dense, ridge, name)]
+        else:
+            solved = _solved_factors(found, ridge, name)
+        changes[layer] = tuple(turn(change) for change in solved)
+    return FactoredTaskVectors(layout, changes, stored.num_tasks, stored.dtype)
+
+
+def _solved_factors(changes: Sequence[Change], ridge: float, name: str) -> list[Change]:
+    """The factors of τ'_t for those of every τ_t; nothing stays nothing."""
+    factors = [change for change in changes if isinstance(change, tuple)]
+    if not factors:
+        return list(changes)
+    rows = torch.cat([right for _, right in factors])  # [R, n]
+    ranks = [len(right) for _, right in factors]
+    products = rows.double() @ rows.double().mT
+    columns = [left.double().mT @ left.double() for left, _ in factors]  # A_tᵀA_t
+    own = [block.split(ranks, 1)[t] for t, block in enumerate(products.split(ranks))]  # R_t R_tᵀ
+    squares = [float((c * p).sum()) for c, p in zip(columns, own, strict=True)]
+    mu = _mu(ridge, squares, rows.shape[1], name)
+    scaled = [c / (square or 1.0) for c, square in zip(columns, squares, strict=True)]
+    unit = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+    system = products @ torch.block_diag(*scaled) + mu * unit
+    sides = torch.block_diag(*(p @ c for p, c in zip(own, scaled, strict=True))) + mu * unit
+    solved = (torch.linalg.solve(system, sides, left=False) @ rows.double()).to(rows).split(ranks)
+    parts = iter([(left, right) for (left, _), right in zip(factors, solved, strict=True)])
+    return [next(parts) if isinstance(change, tuple) else None for change in changes]
+
+
+def _other_way_round(change: Change) -> Change:
+    if change is None or isinstance(change, Tensor):
+        return None if change is None else change.mT
+    left, right = change
+    return right.mT, left.mT
+
+
+def _multiplied(change: Change, shape: tuple[int, int], stored: FactoredTaskVectors) -> Tensor:  # [m, n]
+    if change is None:
+        return torch.zeros(shape, dtype=stored.dtype, device=stored.device)
+    return change.reshape(shape) if isinstance(change, Tensor) else change[0] @ change[1]

@@ -1,6 +1,7 @@
 """The operators: public functions, their schemas and their autograd formulas."""
 
 from .coefficient_grad import coefficient_grad
+from .component_sum import component_grad, component_sum
 from .elected_sum import elected_sum
 from .gram_product import gram_product, moments
 from .layer_stats import layer_stats
@@ -19,6 +20,8 @@ __all__ = [
     "argmax_cross_entropy",
     "argmax_cross_entropy_with_grad",
     "coefficient_grad",
+    "component_grad",
+    "component_sum",
     "elected_sum",
     "entropy",
     "entropy_with_grad",

@@ -58,6 +58,11 @@ class FactoredTaskVectors(InPieces[Tensor]):
             for row, change in zip(out[:, begin - start : stop - start], self.changes[layer], strict=True):
                 self._write(row, change, begin - first, self.layout.shapes[layer].numel())
 
+    def of_task(self, task: int) -> FactoredTaskVectors:
+        """One task vector of the T: the same factors."""
+        changes: dict[int, tuple[Change, ...]] = {layer: (of_layer[task],) for layer, of_layer in self.changes.items()}
+        return FactoredTaskVectors(self.layout, changes, 1, self.dtype)
+
     def to(self, device: torch.device | str) -> FactoredTaskVectors:
         changes = {i: tuple(_moved(c, device, self.dtype) for c in changes) for i, changes in self.changes.items()}
         layout = replace(self.layout, block_layer=self.layout.block_layer.to(device))

@@ -146,9 +146,9 @@ def quantise(layer: QuantisedTaskVectors, name: str, pretrained: Tensor, experts
         offset = None
         if layer.shared:
             at = "the experts' mean"
-            mean = torch.zeros_like(pretrained)
+            mean, count = torch.zeros_like(pretrained), pretrained.new_tensor(len(experts))  # see `_quantised`
             for _, expert in experts:
-                mean += (expert.read(name).to(pretrained) - pretrained) / len(experts)
+                mean += (expert.read(name).to(pretrained) - pretrained) / count
             offset = layer.write_shared(0, mean.flatten()).view_as(mean)
         for task, (_, expert) in enumerate(experts):
             at = expert.label

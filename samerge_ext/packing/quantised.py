@@ -50,7 +50,7 @@ class QuantisedTaskVectors:
         """Quantises task vectors that are at hand; `PackedWeights.from_*` quantises tensor by tensor."""
         num_tasks, numel = task_vectors.shape
         store = cls.zeros(num_tasks, numel, form, task_vectors.device)
-        offset = store.write_shared(0, task_vectors.mean(0)) if store.shared else 0
+        offset = store.write_shared(0, sum(task_vectors) / task_vectors.new_tensor(num_tasks)) if store.shared else 0
         for task, task_vector in enumerate(task_vectors):
             store.write(task, 0, task_vector - offset)
         return store
@@ -174,7 +174,8 @@ def _quantised(numbers: Tensor, largest: int) -> Iterator[tuple[int, Tensor, Ten
         groups = torch.nn.functional.pad(groups, (0, -len(groups) % GROUP)).view(-1, GROUP)
         low, high = torch.aminmax(groups, dim=1)
         magnitude = torch.maximum(-low, high)  # [G]
-        scales = _bf16_at_least(magnitude / largest)
+        # A tensor: divided by a number, a GPU multiplies with its inverse, and rounds otherwise than a CPU.
+        scales = _bf16_at_least(magnitude / magnitude.new_tensor(largest))
         # Larger numbers than the scale reaches would be cut off, as would those of an infinite scale.
         if not (magnitude.isfinite() & (scales.float() * largest).isfinite()).all():
             what = "NaN" if magnitude.isnan().any() else "Inf, or a number too large to be quantised"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.checkpoints.sources import CheckpointSource
 from samerge_ext.checkpoints.task_names import names_of_folders, unused
 from samerge_ext.elementwise.file_merge import FileMerge
-from samerge_ext.elementwise.piecewise import Combination, Rule
-from samerge_ext.methods.dare import Dare
+from samerge_ext.elementwise.piecewise import Rule
 from samerge_ext.methods.distac import shortening
-from samerge_ext.methods.ties import Ties
-from samerge_ext.recipes.parameters import METHODS, boolean, density, number, read_by, seed
+from samerge_ext.recipes.entries import SliceEntry
+from samerge_ext.recipes.parameters import METHODS, VALUES, boolean, read_by, seed
+from samerge_ext.recipes.rules import RULES, Given
+from samerge_ext.recipes.slices import Slices
 from samerge_ext.recipes.tensor_settings import depths, resolve
 
 
@@ -31,6 +32,7 @@ def file_merge(
     base_model: Path | None,
     parameters: Mapping[str, Any],
     *,
+    slices: Sequence[SliceEntry] | None = None,
     heads: Sequence[str] = (),
     keep: Sequence[str] = (),
     dtype: torch.dtype | None = None,
@@ -38,23 +40,27 @@ def file_merge(
     companions: Companions | None = None,
     identity: dict,
 ) -> FileMerge:
-    """A recipe as a merge of files.
+    """A recipe as a merge of files. Raises ValueError for slices that do not fit together.
 
-    experts: task, folder and parameters of each. parameters: of the method, for all. identity: the recipe as JSON, for the
+    experts: task, folder and parameters of each. parameters: of the method, for all.
+    slices: what is merged in the place of whole experts, which are the models in them. identity: the recipe as JSON, for the
         model card and for telling whether an interrupted merge was of the same.
     """
     settings, shared = METHODS[method], {key: value for key, value in parameters.items() if key in read_by(method)}
-    of_models = [own for _, _, own in experts]
+    sliced = Slices(method, slices, base_model) if slices else None
     folders = [(task, folder) for task, folder, _ in experts]
-    defaults = [settings.weight] * len(folders)
-    is_linear = method == "linear"
-    if is_linear and base_model and "weight" in shared and not _is_among(base_model, folders):
+    of_models = [{key: value for key, value in own.items() if key in settings.of_models} for _, _, own in experts]
+    needs_weight = [False] * len(folders)  # beyond what the method asks for
+    takes_base = sliced is None and (settings.base == "first" or _counts(method, shared))
+    if base_model and takes_base and not _is_among(base_model, folders):
         (name,) = names_of_folders([base_model])
-        folders.append(
-            (unused(name, [task for task, _ in folders]), base_model)
-        )  # as mergekit: a weight for all is the base's too
-        of_models.append({})
-        defaults.append(None)
+        place = 0 if settings.base == "first" else len(folders)
+        folders.insert(place, (unused(name, [task for task, _ in folders]), base_model))
+        of_models.insert(place, {})
+        needs_weight.insert(place, True)
+    count = len(sliced.merged if sliced else folders)
+    if sliced is not None:
+        needs_weight = [False] * count
     names_from = base_model or model_of(folders[0][1])
     whole = shared.get("trim") == "vector"
 
@@ -63,37 +69,41 @@ def file_merge(
         with open_checkpoint(names_from) as checkpoint:
             return depths(CheckpointSource(checkpoint, "base").names)
 
-    def rule_of(name: str, numel: int, merged: torch.dtype) -> Rule:
+    def rule_of(name: str, shape: torch.Size, merged: torch.dtype) -> Rule:
         names = list(depth_of()) if whole else [name]
 
-        def value(key: str, default: Any, of_model: Mapping[str, Any] | None = None, convert: Callable = number) -> Any:
-            sources = [shared] if of_model is None else [of_model, shared]
-            found = {resolve(key, sources, n, depth_of()[n], convert) for n in names}
+        def lookup(n: str, model: int | None) -> tuple[list[Mapping[str, Any]], str, float]:
+            if sliced is not None:
+                return sliced.lookup(n, model)
+            return [] if model is None else [of_models[model]], n, depth_of()[n]
+
+        def value(key: str, model: int | None, default: Any, whose: str = "") -> Any:
+            found = set()
+            for n in names:
+                sources, called, depth = lookup(n, model)
+                found.add(resolve(key, [*sources, shared], called, depth, VALUES[key]))
             if len(found) > 1:
                 raise ValueError(f"{key} differs between tensors; trimming the whole vector needs one value for all")
             (one,) = found
             if one is None and default is None:
-                raise ValueError(f"{method} needs '{key}' for every model; '{name or names[0]}' has none")
+                raise ValueError(f"{method} needs '{key}'{whose}; '{name or names[0]}' has none")
             return default if one is None else one
 
-        weights = [value("weight", default, of_model) for of_model, default in zip(of_models, defaults, strict=True)]
-        normalize = value("normalize", settings.normalize, convert=boolean)
-        total = sum(weights)
-        if is_linear and normalize and total == 0:
-            raise ValueError("linear divides by the sum of the weights, which is 0; set normalize to false")
-        combination = Combination(weights, value("lambda", 1.0), normalize=normalize, elect=settings.elect)
-        if settings.sparsify is None:
-            return combination
-        densities = [value("density", 1.0, of_model, density) for of_model in of_models]
-        if settings.sparsify == "ties":
-            return Ties(numel, merged, densities, combination)
-        return Dare(name, densities, seed(shared.get("seed", 0)), combination, value("rescale", True, convert=boolean))
+        def each(key: str, default: Any) -> list:
+            needed = needs_weight if key == "weight" else [False] * count
+            return [value(key, model, None if must else default, " for every model") for model, must in enumerate(needed)]
+
+        def one(key: str, default: Any) -> Any:
+            return value(key, None, default)
+
+        return RULES[method](Given(name, shape, merged, count, seed(shared.get("seed", 0)), one, each))
 
     return FileMerge(
         experts=folders,
         rule_of=rule_of,
         names_from=names_from,
-        base=None if is_linear else base_model,
+        base=base_model if settings.base in ("needed", "optional") else None,
+        stacks=(sliced.base, sliced.merged) if sliced else None,
         heads=tuple(heads),
         keep=tuple(keep),
         whole=whole,
@@ -103,8 +113,13 @@ def file_merge(
         out_dtype=out_dtype,
         companions=companions,
         identity=identity,
-        card=_card(method, len(folders), identity),
+        card=_card(method, count, identity),
     )
+
+
+def _counts(method: str, shared: Mapping[str, Any]) -> bool:
+    """Whether a base that is not listed is one of the models; of a mean where a weight is given for it, as for all."""
+    return method == "karcher" or (method == "linear" and "weight" in shared)
 
 
 def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:

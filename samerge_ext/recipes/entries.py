@@ -36,7 +36,7 @@ class ModelEntry(Strict):
     """A model: its folder or weight file, an adapter on it ("model+adapter"), and under `parameters` its weight and density.
     A text alone is a model without parameters.
 
-    layer_range: [0, number of layers] and nothing else; where mergekit's slices are given.
+    layer_range: the first layer and the one after the last; where mergekit's slices are given.
     """
 
     model: Path
@@ -65,6 +65,14 @@ class ModelEntry(Strict):
     def path(self) -> Path:
         """Where the model is: a folder or file, or "MODEL+ADAPTER"."""
         return self.model if self.adapter is None else Path(f"{self.model}+{self.adapter}")
+
+
+class SliceEntry(Strict):
+    """Layers of the merged model, after those of the slices before: of each source those of its layer_range, which belong
+    together one by one, and under `parameters` those of this slice."""
+
+    sources: list[ModelEntry] = Field(min_length=1)
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class CalibrationEntry(Strict):

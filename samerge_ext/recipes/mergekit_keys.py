@@ -20,7 +20,6 @@ REFUSED = {
     "modules": "parts of a model are not merged by rules of their own; give 'models', and values by a part of the tensors' names",
     "unsafe_truncate_embeddings": "embeddings are not cut; models of one vocabulary are merged",
 }
-WHOLE = "one slice of all layers is merged: layer_range [0, number of layers], the same for every source"
 
 
 def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
         recipe = _of_slices(recipe)
     if "random_seed" in recipe:
         seed = recipe.pop("random_seed")
-        if str(recipe.get("merge_method", "")).startswith("dare"):
+        if str(recipe.get("merge_method", "")).startswith(("dare", "della")):
             recipe["parameters"] = {"seed": seed, **without_nulls(mapping_of(recipe, "parameters"))}
     if "tokenizer_source" in recipe:
         if "tokenizer" in recipe:
@@ -58,26 +57,31 @@ def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_slices(recipe: dict[str, Any]) -> dict[str, Any]:
-    """`models`, `base_model` and `parameters` from the one slice there is."""
+    """`models`, `base_model` and `parameters` of one slice; of several the models that are in them, and the slices."""
     slices = recipe.pop("slices")
     if "models" in recipe:
         raise ValueError("'models' and 'slices' both say what is merged; give one of them")
-    if not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)):
-        count = f"{len(slices)} slices" if isinstance(slices, list) else shown(slices)
-        raise ValueError(f"'slices': {count}; {WHOLE}. Values by layer are given as gradients, by name as filters")
+    if not (isinstance(slices, list) and slices and all(isinstance(entry, dict) for entry in slices)):
+        raise ValueError(f"'slices': {shown(slices)}; a list of slices is expected, each with its sources")
+    slices = [without_nulls(entry) for entry in slices]
+    for entry in slices:
+        check_keys(entry, ("sources", "base_model", "parameters", "residual_weight"))
+        sources = entry.get("sources")
+        if not isinstance(sources, list) or not all(isinstance(source, dict) and source.get("layer_range") for source in sources):
+            raise ValueError("'slices': every source needs a model and its layer_range, [first layer, layer after the last]")
+        if "base_model" in entry:
+            if "base_model" in recipe and parse_model(recipe["base_model"]) != parse_model(entry["base_model"]):
+                raise ValueError("'base_model' of the slice is another one than the file's; give one base")
+            recipe["base_model"] = entry["base_model"]
+    if len(slices) > 1:
+        models = {str(parse_model(source.get("model", ""))): source for entry in slices for source in entry["sources"]}
+        entries = [{key: source[key] for key in ("model", "adapter") if key in source} for source in models.values()]
+        slices = [{key: entry[key] for key in ("sources", "parameters") if key in entry} for entry in slices]
+        return {**recipe, "models": entries, "slices": slices}
     (whole,) = slices
-    whole = without_nulls(whole)
-    check_keys(whole, ("sources", "base_model", "parameters", "residual_weight"))
-    sources = whole.get("sources")
-    if not isinstance(sources, list) or not all(isinstance(source, dict) and source.get("layer_range") for source in sources):
-        raise ValueError(f"'slices': every source needs a model and its layer_range; {WHOLE}")
-    if "base_model" in whole:
-        if "base_model" in recipe and parse_model(recipe["base_model"]) != parse_model(whole["base_model"]):
-            raise ValueError("'base_model' of the slice is another one than the file's; give one base")
-        recipe["base_model"] = whole["base_model"]
     first, then = mapping_of(whole, "parameters"), mapping_of(recipe, "parameters")
     both = {key: [*_by_name(first[key]), *_by_name(then[key])] for key in first if key in then}
-    return {**recipe, "models": sources, "parameters": {**then, **first, **both}}
+    return {**recipe, "models": whole["sources"], "parameters": {**then, **first, **both}}
 
 
 def _by_name(setting: Any) -> list[Any]:

@@ -16,9 +16,18 @@ from samerge_ext.checkpoints.reading import CheckpointError, cut, read_bytes, sh
 from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
-from samerge_ext.recipes.entries import CalibrationEntry, ModelEntry, Strict, TokenizerEntry, check_keys, mapping_of, parse_model
+from samerge_ext.recipes.entries import (
+    CalibrationEntry,
+    ModelEntry,
+    SliceEntry,
+    Strict,
+    TokenizerEntry,
+    check_keys,
+    mapping_of,
+    parse_model,
+)
 from samerge_ext.recipes.mergekit_keys import as_recipe
-from samerge_ext.recipes.parameters import METHODS, check_parameters
+from samerge_ext.recipes.parameters import METHODS, check_count, check_parameters
 from samerge_ext.recipes.yaml_text import MAX_BYTES, parse_yaml
 
 LEARNED: dict[str, type[LearningConfig]] = {
@@ -34,10 +43,11 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 class Recipe(Strict):
     """A merge, as a file describes it.
 
-    merge_method: linear (weighted mean), task_arithmetic, ties, dare_linear, dare_ties, samerging, adamerging or statsmerging.
+    merge_method: one of mergekit's (`parameters.METHODS`), samerging, adamerging or statsmerging.
     base_model, models, dtype, out_dtype: as in mergekit. Data-free methods merge in dtype, by default what a tensor's types
         promote to, and write it unless out_dtype is given. Learned ones pack and write dtype; by default they merge in float32
-        and write the base's dtypes. linear does without base_model.
+        and write the base's dtypes. linear, nuslerp, multislerp, karcher and passthrough do without base_model.
+    slices: of data-free methods, what the merged model's layers are; models are then those that are in them.
     parameters: of data-free methods mergekit's (weight, normalize, lambda, density, rescale; int8_mask changes nothing), each
         one value, a gradient over the layers or values by name; and seed (dare), trim: tensor or vector (ties), align_norms,
         device.
@@ -56,6 +66,7 @@ class Recipe(Strict):
     merge_method: str
     base_model: Path | None = None
     models: list[ModelEntry]
+    slices: list[SliceEntry] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
@@ -82,10 +93,15 @@ class Recipe(Strict):
     @property
     def experts(self) -> list[ModelEntry]:
         """The models without the base, which mergekit's files may list among them; a mean counts it."""
-        if self.merge_method == "linear":
+        if self._base_is_a_model:
             return self.models
         base = None if self.base_model is None else os.path.realpath(self.base_model)
         return [entry for entry in self.models if entry.adapter or os.path.realpath(entry.model) != base]
+
+    @property
+    def _base_is_a_model(self) -> bool:
+        """Whether the base counts as one of the models, where it is listed."""
+        return self.merge_method in METHODS and METHODS[self.merge_method].base == "one"
 
     @property
     def named_experts(self) -> list[tuple[str, ModelEntry]]:
@@ -120,7 +136,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
-        if self.base_model is None and self.merge_method != "linear":
+        if self.base_model is None and (self.merge_method in LEARNED or METHODS[self.merge_method].needs_base):
             raise ValueError(f"{self.merge_method} needs 'base_model'")
         self._take_adapters_of_the_base()
         if not self.experts:
@@ -137,23 +153,41 @@ class Recipe(Strict):
             verb = "needs" if self.merge_method in LEARNED else "does not read"
             raise ValueError(f"{self.merge_method} {verb} 'calibration'")
         if self.merge_method in METHODS:
-            check_parameters(self.merge_method, self.parameters, [(str(entry.place), entry.parameters) for entry in self.experts])
+            if self.slices is None:
+                check_count(self.merge_method, [str(entry.place) for entry in self.experts])
+            self._check_parameters()
             if self.task_vector_dtype:
                 raise ValueError(f"{self.merge_method} does not read 'task_vector_dtype'; it stores no task vectors")
             return self
+        if self.slices is not None:
+            raise ValueError(f"{self.merge_method} merges models whole; give 'models' in the place of 'slices'")
         if self.out_dtype:
             raise ValueError(f"{self.merge_method} does not read 'out_dtype'; dtype is what is written")
         if any(entry.parameters for entry in self.models):
             raise ValueError(f"{self.merge_method} learns the weights; remove 'parameters' of the models")
         try:
-            self.method_settings().weights(tuple(self.tasks))
+            settings = self.method_settings()
+            settings.weights(tuple(self.tasks))
         except ValueError as error:
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
+        if settings.train_heads and not self.heads:
+            raise ValueError("train_heads needs 'heads', the patterns of the tensors that belong to a task")
         return self
+
+    def _check_parameters(self) -> None:
+        for parameters, entries in [(self.parameters, self.experts), *((s.parameters, s.sources) for s in self.slices or ())]:
+            check_parameters(self.merge_method, parameters, [(str(entry.place), entry.parameters) for entry in entries])
+        if self.slices is not None:
+            for key in ("heads", "keep"):
+                if getattr(self, key):
+                    raise ValueError(f"'{key}' is of models that are merged whole; leave it out of a recipe with slices")
+            for key in ("align_norms", "trim"):
+                if self.parameters.get(key, False) not in (False, "tensor"):
+                    raise ValueError(f"'{key}' is of models that are merged whole; leave it out of a recipe with slices")
 
     def _take_adapters_of_the_base(self) -> None:
         """An adapter on the base, base+adapter, is an expert by its own folder."""
-        for entry in self.models:
+        for entry in (*self.models, *(source for one in self.slices or () for source in one.sources)):
             if entry.adapter is None:
                 continue
             if not is_adapter(entry.adapter):
@@ -166,7 +200,7 @@ class Recipe(Strict):
     def require_files(self) -> None:
         """Raises CheckpointError for a model that is not there, OSError for a calibration file."""
         if self.base_model:
-            find_weights(self.base_model, beside_adapter=self.merge_method == "linear")
+            find_weights(self.base_model, beside_adapter=self._base_is_a_model)
         for entry in self.models:
             if not is_adapter(entry.model):
                 find_weights(entry.model, beside_adapter=True)

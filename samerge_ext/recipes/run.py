@@ -11,9 +11,12 @@ import torch
 
 from samerge_ext.budget.plan import PLAN_FILE, Plan, plan
 from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.layers import number_of_layers
 from samerge_ext.checkpoints.locks import held, remove
+from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -23,9 +26,9 @@ from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.data_free import file_merge
+from samerge_ext.recipes.entries import SliceEntry
 from samerge_ext.recipes.parameters import METHODS
 from samerge_ext.recipes.recipe import Recipe
-from samerge_ext.recipes.tensor_settings import number_of_layers
 from samerge_ext.recipes.tokenizers import companions_of
 from samerge_ext.statistics.features import FEATURES_FILE
 
@@ -58,7 +61,6 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result 
     with recipe.named():
         check_device(recipe.parameters.get("device"))
         require_apart(target, _inputs(recipe))
-        _check_layer_ranges(recipe)
         if recipe.merge_method in METHODS:
             merge_files(_file_merge(recipe), out, overwrite=overwrite)
             return None
@@ -92,18 +94,24 @@ def _inputs(recipe: Recipe) -> list[Path]:
     return [*([recipe.base_model] if recipe.base_model else []), *models, *texts]
 
 
-def _check_layer_ranges(recipe: Recipe) -> None:
-    """Raises ValueError where a layer_range is not all layers of its model."""
-    for entry in recipe.models:
+def _slices(recipe: Recipe) -> list[SliceEntry] | None:
+    """The slices of a recipe; None where it merges whole models. Raises ValueError for layers that a model does not have."""
+    entries = [entry for one in recipe.slices for entry in one.sources] if recipe.slices else recipe.models
+    are_whole = True
+    for entry in entries:
         if entry.layer_range is None:
             continue
-        with open_checkpoint(entry.model) as checkpoint:
+        with open_checkpoint(model_and_adapter(entry.model)[0] or recipe.base_model or entry.model) as checkpoint:
             layers = number_of_layers(checkpoint.names)
-        if entry.layer_range != (0, layers):
-            first, last = entry.layer_range
-            raise ValueError(
-                f"{entry.model} has {layers} layers and layer_range is [{first}, {last}]; all are merged: [0, {layers}]"
-            )
+        first, last = entry.layer_range
+        if not 0 <= first < last <= layers:
+            raise ValueError(f"{entry.model} has {layers} layers, and layer_range is [{first}, {last}]; it lies in [0, {layers}]")
+        are_whole &= (first, last) == (0, layers)
+    if recipe.slices is not None or are_whole:
+        return recipe.slices
+    if any(entry.layer_range is None for entry in entries):
+        raise ValueError("some models have a layer_range and others have none; give all of them one")
+    return [SliceEntry(sources=entries)]
 
 
 def _file_merge(recipe: Recipe) -> FileMerge:
@@ -112,6 +120,7 @@ def _file_merge(recipe: Recipe) -> FileMerge:
         [(task, entry.path, entry.parameters) for task, entry in recipe.named_experts],
         recipe.base_model,
         recipe.parameters,
+        slices=_slices(recipe),
         heads=recipe.heads,
         keep=recipe.keep,
         dtype=DTYPES[recipe.dtype],
@@ -141,6 +150,8 @@ def _model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]
     base, options = recipe.learned_from()
     experts = {task: entry.model for task, entry in recipe.named_experts}
     model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep])
-    return model, model.batches(
+    batches = model.batches(
         options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
     )
+    Calibration(batches, tuple(experts), held_back=recipe.method_settings().share_held_back)  # may refuse
+    return model, batches

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from samerge_ext.checkpoints.layers import layer_in
 from samerge_ext.checkpoints.reading import shown
 
 
@@ -70,22 +70,9 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
     A stack is what the first number in a name counts: "model.layers.7.mlp.up_proj.weight" is of layer 7.
     """
-    found, last = _stacks(names)
-    return {
-        name: 0.0 if match is None else int(match[2]) / last[match[1]] if last[match[1]] else 1.0 for name, match in found.items()
-    }
-
-
-def number_of_layers(names: Iterable[str]) -> int:
-    """Of the deepest stack of a model with tensors of these names."""
-    return max(_stacks(names)[1].values(), default=-1) + 1
-
-
-def _stacks(names: Iterable[str]) -> tuple[dict[str, re.Match[str] | None], dict[str, int]]:
-    """Of every tensor its stack and layer, where it is in one; of every stack the last layer."""
-    found = {name: re.match(r"(.*?\.)?(\d+)(?:\.|$)", name) for name in names}
+    found = {name: layer_in(name) for name in names}
     last: dict[str, int] = {}
-    for match in found.values():
-        if match:
-            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-    return found, last
+    for part in found.values():
+        if part:
+            last[part[0]] = max(last.get(part[0], 0), part[1])
+    return {name: 0.0 if part is None else part[1] / last[part[0]] if last[part[0]] else 1.0 for name, part in found.items()}

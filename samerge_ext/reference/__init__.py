@@ -1,6 +1,7 @@
 """Every operator in a few lines of plain PyTorch: the fallback on any device, and in fp64 the truth of the tests."""
 
 from .coefficient_grad import coefficient_grad
+from .component_sum import component_grad, component_sum
 from .count_digits import count_digits
 from .drop import drop
 from .elected_sum import elected_sum
@@ -13,6 +14,8 @@ from .weighted_sum import weighted_sum
 
 __all__ = [
     "coefficient_grad",
+    "component_grad",
+    "component_sum",
     "count_digits",
     "drop",
     "elected_sum",

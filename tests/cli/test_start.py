@@ -45,7 +45,7 @@ LEARNED = {**RECIPE, "merge_method": "samerging", "calibration": {"files": {"exp
     [
         ("models: [", "is not valid YAML"),
         ({**RECIPE, "merge_methud": "ties"}, "no key 'merge_methud'"),
-        ({**RECIPE, "merge_method": "slerp"}, "'slerp' is not a method here"),
+        ({**RECIPE, "merge_method": "slurp"}, "'slurp' is not a method here"),
         ({**RECIPE, "parameters": {"trim": "row"}}, "choose tensor or vector"),
         ({**RECIPE, "models": ["a", "expert"]}, "a is neither a folder nor a file"),
         ({**RECIPE, "models": [{"model": "expert", "adapter": "a"}]}, "a holds no PEFT adapter"),

@@ -30,7 +30,7 @@ def packed_result(packed, method, whole=False, align=False):
         merged = sm.task_arithmetic(packed, [0.7, 0.4]).merged
     else:
         make = rules(method)
-        merged = piecewise.merge_packed(packed, lambda name, n: make(name, n, packed.base.dtype), whole=whole)
+        merged = piecewise.merge_packed(packed, lambda name, shape: make(name, shape, packed.base.dtype), whole=whole)
     return packed.state_dict(merged)
 
 
@@ -435,6 +435,6 @@ def test_an_input_that_goes_wrong_meanwhile(models, tmp_path, monkeypatch, harm,
 
 def test_an_overflow_is_told(models, tmp_path):
     merge = merge_of(models, out_dtype=torch.float16)
-    merge.rule_of = lambda name, numel, dtype: Combination([1e7, 0.0])
+    merge.rule_of = lambda name, shape, dtype: Combination([1e7, 0.0])
     with pytest.raises(ValueError, match="overflows torch.float16"):
         merge_files(merge, tmp_path / "out")

@@ -67,6 +67,8 @@ void commit_copies();
 void wait_for_copies(int but_last_groups);
 void atomic(const void* place, size_t bytes, const void* pc);  // sees a read and a write that cannot be torn apart
 
+void require_global(const void* place, const char* file, int line);  // of an instruction for global memory alone
+
 constexpr size_t kMostArguments = 4096;  // bytes
 
 struct Launch {
@@ -187,7 +189,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {  // wit
   return result;
 }
 template <class T>
-inline void __stwb(T* place, T x) {
+inline void __stwb(T* place, T x, EMULATED_SITE) {
+  emulated::require_global(place, file, line);
   *place = x;
 }
 template <class T>
@@ -291,6 +294,12 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
   return *blocks = emulated::resident(threads, shared_bytes), cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t* config) {
+  const int blocks = emulated::attribute(cudaDevAttrMultiProcessorCount) *
+                     emulated::resident(config->blockDim.x, config->dynamicSmemBytes);
+  return *clusters = blocks / config->attrs[0].val.clusterDim.x, cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {

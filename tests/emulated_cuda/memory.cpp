@@ -161,6 +161,13 @@ void access(const void* place, size_t bytes, bool write, bool whole, const void*
 
 namespace emulated {
 
+void require_global(const void* place, const char* file, int line) {
+  const char* const at = static_cast<const char*>(place);
+  const Region* const region = nearest(at);
+  if (region && region->holds(at, 1) && region->shared)
+    fail(text("global memory is asked for a place in shared memory at %s:%d: ", file, line) + name(*current));
+}
+
 void* allocated(size_t bytes, bool shared) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
   char* const data =

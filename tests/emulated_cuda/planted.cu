@@ -102,6 +102,11 @@ __global__ void other_block_of_cluster(float* x, bool right) {
   cluster.sync();
 }
 
+__global__ void not_global(float* x, bool right) {
+  __shared__ float y[kThreads];
+  __stwb(right ? x + threadIdx.x : y + threadIdx.x, 1.f);
+}
+
 __global__ void torn_sum(float* x, bool right) {
   if (right)
     atomicAdd(x, 1);
@@ -134,6 +139,7 @@ extern "C" cudaError_t planted(const char* name, float* x, bool right) {  // x [
   PLANTED(copy_in_flight, 1, 1)          // race
   PLANTED(copy_forgotten, 1, 1)          // copies are not waited for
   PLANTED(other_block_of_cluster, 2, 2)  // race
+  PLANTED(not_global, 1, 1)              // global memory is asked for
   PLANTED(torn_sum, 2, 1)                // race
   return cudaErrorInvalidValue;
 }

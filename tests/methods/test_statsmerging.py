@@ -191,14 +191,14 @@ def test_another_number_of_steps_is_another_run_since_its_learning_rates_differ(
 
 
 def test_the_learning_rate_falls_after_every_fifth_of_the_run():
-    config = sm.StatsMergingConfig(learning_rate=1.0)
+    config = sm.StatsMergingConfig()
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 100, 0.1)
     for epoch in range(500):
-        assert config.learning_rate_at(epoch, 500) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert config.decay_at(epoch, 500) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
         schedule.step()
-    assert [config.learning_rate_at(step, 7) for step in range(7)] == pytest.approx([1, 1, 0.1, 0.01, 0.01, 1e-3, 1e-4])
+    assert [config.decay_at(step, 7) for step in range(7)] == pytest.approx([1, 1, 0.1, 0.01, 0.01, 1e-3, 1e-4])
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "task"}, {"of": "task_vectors", "singular_values": 1}])

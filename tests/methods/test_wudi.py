@@ -1,11 +1,21 @@
 """WUDI in closed form against its definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from folders import read_all
 from helpers import assert_close
+from merges import TASKS, write
 from tiny import make_problem
 
 import samerge_ext as sm
+from samerge_ext.checkpoints.saving import save_checkpoint
+from samerge_ext.elementwise import file_pieces
+from samerge_ext.elementwise.file_merge import merge_files
+from samerge_ext.methods import wudi
+from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.recipes.data_free import file_merge
 
 SHAPES = {"tall": (7, 5), "wide": (4, 9), "kernel": (6, 2, 3, 3), "bias": (7,)}
 
@@ -112,6 +122,118 @@ def test_teachers_are_the_experts_as_they_were():
         with model.teacher(task) as teacher:
             for (name, parameter), tensor in zip(teacher.named_parameters(), expert.parameters(), strict=True):
                 assert_close(parameter.detach(), tensor.detach(), name)
+
+
+RANKS = (2, 1, 3)
+
+
+def of_factors(own_tensor=False, seed=5):
+    """The same weights in fp64 as a tensor and as factors; of one matrix a task changes nothing, or has its own tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    base = {name: drawn(*shape) for name, shape in SHAPES.items()}
+    changes = {name: [] for name in SHAPES}
+    for name, shape in SHAPES.items():
+        for task, rank in enumerate(RANKS):
+            change = (drawn(shape[0], rank), drawn(rank, torch.Size(shape[1:]).numel()))
+            if len(shape) == 1:
+                change = drawn(*shape)
+            elif name == "wide" and task == 1:
+                change = drawn(*shape) if own_tensor else None
+            changes[name].append(change)
+
+    def tuned(name, change):
+        product = change[0] @ change[1] if isinstance(change, tuple) else change
+        return base[name] if change is None else base[name] + product.view(SHAPES[name])
+
+    experts = {f"task{t}": {name: tuned(name, changes[name][t]) for name in base} for t in range(len(RANKS))}
+    packed = packed_of(base, experts)
+    stored = {layer: tuple(changes[name]) for layer, name in enumerate(packed.layout.names)}
+    factors = FactoredTaskVectors(packed.layout, stored, len(RANKS), torch.float64)
+    return packed, replace(packed, task_vectors=factors)
+
+
+@pytest.mark.parametrize("transposed", [(), "*ll"])
+@pytest.mark.parametrize("own_tensor", [False, True])
+def test_factors_are_solved_for_as_factors(own_tensor, transposed):
+    packed, factored = of_factors(own_tensor)
+    expected, found = (sm.preconditioned(p, 0.2, transposed=transposed) for p in (packed, factored))
+    torch.testing.assert_close(found.in_memory().task_vectors, expected.task_vectors, rtol=1e-10, atol=1e-10)
+    for layer, name in enumerate(packed.layout.names):
+        for change, rank in zip(found.task_vectors.changes[layer], RANKS, strict=True):
+            if isinstance(change, tuple):
+                assert change[0].shape[1] == rank and name != "bias"
+    torch.testing.assert_close(
+        sm.wudi(factored, 0.2, 0.7, transposed=transposed).merged,
+        sm.wudi(packed, 0.2, 0.7, transposed=transposed).merged,
+        rtol=1e-10, atol=1e-10,
+    )  # fmt: skip
+    with found.expert_source("task1") as expert, expected.expert_source("task1") as dense:
+        for name in SHAPES:
+            torch.testing.assert_close(expert.read(name), dense.read(name), rtol=1e-12, atol=1e-12)
+
+
+def test_factors_that_hold_nan_and_patterns_that_fit_none_of_them_are_refused():
+    _, factored = of_factors()
+    with pytest.raises(ValueError, match="'c_attn' fits no matrix; the last are"):
+        sm.wudi(factored, transposed="c_attn")
+    factored.task_vectors.changes[0][1][0][1, 0] = torch.nan
+    with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
+        sm.preconditioned(factored)
+
+
+def of_files(models, out, **parameters):
+    experts = [(task, models / task, {}) for task in TASKS]
+    return read_all(merge_files(file_merge("wudi", experts, models / "base", parameters, identity={}), out))
+
+
+TURNED = {"transposed": [{"filter": "layers.1.w", "value": True}, {"value": False}]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_give_what_packed_weights_give(tmp_path, monkeypatch, dtype):
+    """Also where a matrix comes in many pieces of whole rows, and of one that is stored the other way round."""
+    monkeypatch.setitem(file_pieces.BUFFER_BYTES, "cpu", 1)
+    shapes = {"embed": (900, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "kernel": (8, 3, 5, 5)}
+    models = write(tmp_path, shapes, dtype)
+    found = of_files(models, tmp_path / "out", ridge=0.2, **{"lambda": 0.8}, **TURNED)
+    packed = sm.PackedWeights.from_folders(models / "base", {task: models / task for task in TASKS}, dtype=torch.float64)
+    expected = sm.wudi(packed, 0.2, 0.8, transposed="layers.1.w").state_dict()
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype
+        assert_close(tensor, expected[name].double(), name)
+
+
+def test_files_are_merged_one_matrix_at_a_time(tmp_path, monkeypatch):
+    """What is held of a matrix is let go when it is merged, and no two are merged at once."""
+    held, most = set(), []
+    factor = wudi.Wudi.next_round
+    merge = wudi.Wudi.merge
+
+    def next_round(rule):
+        factor(rule)
+        held.add(rule)
+        most.append(len(held))
+
+    def merged(rule, piece):
+        result = merge(rule, piece)
+        if rule._grams is None and rule._factor is None:
+            held.discard(rule)
+        return result
+
+    monkeypatch.setattr(wudi.Wudi, "next_round", next_round)
+    monkeypatch.setattr(wudi.Wudi, "merge", merged)
+    of_files(write(tmp_path), tmp_path / "out")
+    assert most == [1, 1, 1] and not held
+
+
+def test_files_that_hold_nan_are_named(tmp_path):
+    models = write(tmp_path, dtype=torch.float32)
+    broken = read_all(models / "spam")
+    broken["layers.0.w"][3, 4] = torch.nan
+    save_checkpoint(models / "spam", broken, overwrite=True, companions_from=models / "spam")
+    with pytest.raises(ValueError, match=r"spam.*layers\.0\.w"):
+        of_files(models, tmp_path / "out")
 
 
 def test_what_it_cannot_solve_is_refused():

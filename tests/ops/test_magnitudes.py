@@ -16,7 +16,7 @@ def rows(size, dtype, seed=0):
     """Three rows: rounded numbers; one value at every seventh place; mostly zeros of both signs."""
     wide = random_normal((3, size), seed=seed, dtype=torch.float64)[0]
     wide[0] = (8 * wide[0]).round() / 8
-    wide[1, ::7] = wide[1, size // 2]
+    wide[1, ::7] = wide[1, size // 2].clone()
     wide[2, wide[2].abs() < 1] *= 0
     return wide.to(dtype)
 

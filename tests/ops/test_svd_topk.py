@@ -11,13 +11,13 @@ hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not install
 strategies = hypothesis.strategies
 
 
-def truth(matrix, k):  # [m, n] -> [k] fp64, zeros beyond min(m, n)
-    weight = matrix.detach().double()
+def truth(matrix, k):  # [m, n] -> [k] fp64, zeros beyond min(m, n); by LAPACK, since a GPU's Jacobi sweeps end at 1e-13
+    weight = matrix.detach().double().cpu()
     if not weight.numel():
-        return weight.new_zeros(k)
+        return matrix.new_zeros(k, dtype=torch.float64)
     weight = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
     scale = weight.abs().max().clamp(min=1e-300)
-    return torch.nn.functional.pad(torch.linalg.svdvals(weight / scale) * scale, (0, k))[:k]
+    return torch.nn.functional.pad(torch.linalg.svdvals(weight / scale) * scale, (0, k))[:k].to(matrix.device)
 
 
 def check(matrices, k=3, rtol=SIGMA_TOLERANCE, **options):

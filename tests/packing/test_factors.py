@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import samerge_ext as sm
 from samerge_ext.budget.plan import plan
 from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.stores import in_memory
 
@@ -126,3 +127,16 @@ def test_what_cannot_be_kept_as_factors_is_said(folders, tmp_path):
         pack(folders, task_vector_dtype="lora", file=tmp_path / "packed")
     with pytest.raises(TypeError, match=r"these weights are kept as LoRA factors; .* takes packed.in_memory\(\)"):
         sm.layer_stats(pack(folders, task_vector_dtype="lora"))
+
+
+def test_the_components_of_an_adapter_are_as_many_as_its_rank(folders):
+    """With a coefficient for each of them nothing is left of a matrix; a coefficient of 1 gives the adapter's product."""
+    whole = pack(folders, task_vector_dtype="lora").in_memory()
+    components = Components.of(whole, RANK)
+    assert set(components.ranks.values()) == {RANK}
+    for row in range(whole.num_tasks):
+        changes = whole.layout.views(whole.task_vectors[row])
+        for name, (left, right) in components.factors.items():
+            of_task = slice(RANK * row, RANK * (row + 1))
+            product = left[:, of_task] @ right[:, of_task].mT
+            assert (product - changes[name]).norm() <= 1e-5 * changes[name].norm(), name

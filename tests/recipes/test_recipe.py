@@ -243,7 +243,7 @@ def test_an_interrupted_merge_continues(models, write, tmp_path, monkeypatch):
     ("keys", "message"),
     [
         ({"merge_methud": "linear"}, r"no key 'merge_methud' \(merge_method\?\); the keys are merge_method, base_model"),
-        ({"merge_method": "slerp"}, "merge_method: 'slerp' is not a method here. Those that are: linear"),
+        ({"merge_method": "lerp"}, "merge_method: 'lerp' is not a method here. Those that are: linear"),
         ({"parameters": {"lamda": 1.0}}, r"unknown \['lamda'\]"),
         ({"merge_method": "samerging"}, "samerging needs 'calibration'"),
         ({"calibration": {"files": {}}}, "task_arithmetic does not read 'calibration'"),

@@ -151,7 +151,7 @@ def test_model_and_adapter_are_told_apart_by_what_exists(root):
         ({"models": [{"model": {"path": "a", "revision": "main"}}]}, "no key 'revision'"),
         ({"models": [{"model": ""}]}, "'' is not a model's folder"),
         ({"merge_method": "dare-ties"}, "it is written dare_ties. Those that are: linear, task_arithmetic"),
-        ({"merge_method": "slerp"}, "merge_method: 'slerp' is not a method here"),
+        ({"merge_method": "slurp"}, "merge_method: 'slurp' is not a method here"),
         ({"parameters": {"lamda": 1}}, r"unknown \['lamda'\]; known are"),
         ({"models": [{"model": "a", "weight": 0.5}]}, "models.0: there is no key 'weight'; the keys are model, adapter, par"),
         ({"model": []}, r"no key 'model' \(models\?\)"),

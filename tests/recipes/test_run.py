@@ -1,10 +1,13 @@
 """Learned merges from recipes: one at a time, what they keep in OUT.state, and equal files of equal runs."""
 
+import json
 import os
 
 import classifiers
 import pytest
+import torch
 from classifiers import LABELS
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import samerge_ext as sm
@@ -145,3 +148,41 @@ def test_a_refused_run_leaves_nothing(models, tmp_path):
     with pytest.raises(ValueError, match="empty.txt holds no texts"):
         run_recipe(asked, tmp_path / "new/folder/out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["samerging", "statsmerging"])
+def test_heads_are_trained_and_written_through_the_command(models, tmp_path, method):
+    asked = recipe(models, method)
+    (tmp_path / "recipe.yaml").write_text(asked.model_dump_json(exclude_defaults=True))
+    options = ["--parameter", "train_heads=classifier.*", "--parameter", "head_learning_rate=0.01", "--parameter", "held_back=0"]
+    run = CliRunner().invoke(app, ["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), *options])
+    assert run.exit_code == 0, run.output
+    for task in LABELS:
+        trained, expert = load_file(tmp_path / f"out/heads/{task}.safetensors"), load_file(models / task / "model.safetensors")
+        assert trained.keys() == {"classifier.weight", "classifier.bias"}
+        for name, tensor in trained.items():
+            assert 1e-3 < (tensor - expert[name]).abs().max() < 0.1, "some steps of 0.01"
+    summary = json.loads((tmp_path / "out/coefficients.json").read_text())
+    assert summary["config"]["train_heads"] == "classifier.*"
+
+
+def test_an_interrupted_merge_continues_with_its_heads(models, tmp_path, monkeypatch):
+    """And with what was best so far, after the second of four steps."""
+    asked = recipe(models, "statsmerging", train_heads=["classifier.*"], head_learning_rate=0.01, measure_every=2)
+    result = run_recipe(asked, tmp_path / "one")
+    assert not torch.equal(result.heads["mood"]["classifier.weight"], result.packed.heads["mood"]["classifier.weight"])
+    stopped(monkeypatch, asked, tmp_path / "two")
+    run_recipe(asked, tmp_path / "two")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_heads_that_cannot_be_trained_are_refused_before_weights_are_read(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(sm.PackedWeights, "from_folders", stop)
+    with pytest.raises(ValueError, match="train_heads needs 'heads'"):
+        Recipe.model_validate({**recipe(models).model_dump(), "heads": [], "parameters": {"train_heads": "*"}})
+    with pytest.raises(ValueError, match="parameters of adamerging: .*adamerging has no teachers"):
+        recipe(models, "adamerging", train_heads="classifier.*")
+    asked = recipe(models, train_heads="classifier.*")
+    asked.calibration.batch_size = 64
+    with pytest.raises(ValueError, match="held_back=0.25 leaves no batch of task 'mood' to learn from, it has 1"):
+        run_recipe(asked, tmp_path / "out")

@@ -65,9 +65,9 @@ class DataFree(Merge):
     def __call__(self, out):
         combination = Combination([0.7, 0.4], 0.9, elect=self.method in ("ties", "whole"))
         rule = {
-            "arithmetic": lambda name, numel, dtype: combination,
-            "dare": lambda name, numel, dtype: Dare(name, [0.3, 0.5], 3, combination),
-        }.get(self.method, lambda name, numel, dtype: Ties(numel, dtype, [0.3, 0.5], combination))
+            "arithmetic": lambda name, shape, dtype: combination,
+            "dare": lambda name, shape, dtype: Dare(name, [0.3, 0.5], 3, combination),
+        }.get(self.method, lambda name, shape, dtype: Ties(shape.numel(), dtype, [0.3, 0.5], combination))
         experts, base = [(task, self.folder / task) for task in EXPERTS], self.folder / "base"
         merge_files(FileMerge(experts, rule, base, base, whole=self.method == "whole", shard_bytes=100_000), out)
 

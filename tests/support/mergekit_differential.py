@@ -1,6 +1,6 @@
 """Random recipes through mergekit 0.1.5 and through samerge: the same numbers to rounding, or a refusal that docs/files.md lists.
 
-    python tests/support/mergekit_differential.py --mergekit PYTHON [--recipes 200] [--seed 0]
+    python tests/support/mergekit_differential.py --mergekit PYTHON [--recipes 200] [--seed 0] [--methods slerp …]
 
 PYTHON: of an environment that has mergekit (`make mergekit-differential` makes one). Models are tiny Llamas, one of them stored
 in bf16, with one tokenizer. Prints how many recipes ended how and each that did not end as it should; then it exits 1.
@@ -28,7 +28,7 @@ REFUSED = {
     "ties does not rescale here": "`rescale` with ties",
     "lies outside of 0 … 1": "a density outside of 0 … 1",
     "unknown [": "a parameter that no method of mergekit reads",
-    "is not a method here": "other methods",
+    "is not a method here": "a method that mergekit does not have",
     "one slice of all layers": "parts of models",
     "all are merged: [0": "parts of models",
     "'modules'": "parts of models",
@@ -42,6 +42,34 @@ WIDER = {
     "Duplicate merge inputs": "a model that is listed twice",
     "Base input is not present": "slices without the base",
 }
+# Methods that choose numbers: in a narrow type, where mergekit rounds, it chooses others.
+CHOOSING = (
+    "ties", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "sce", "arcee_fusion", "ram", "ramplus_tl",
+)  # fmt: skip
+WITHOUT_BASE = ("linear", "nuslerp", "multislerp", "karcher")  # or with one
+ONE = ("slerp", "nearswap", "arcee_fusion")  # expert beside the base
+EXPERTS = {**dict.fromkeys(ONE, (1, 1)), "nuslerp": (2, 2), "model_stock": (2, 4)}  # fewest and most; of others 1 … 4
+NEEDED = ("t",)
+# Parameters for all of the methods that do not share those of task_arithmetic: each by a draw and the function `setting`.
+SETTINGS: dict = {
+    "slerp": {"t": lambda draw, setting: setting(0.0, 1.0)},
+    "nuslerp": {
+        "nuslerp_flatten": lambda draw, _: draw.choice([True, False, False]),
+        "nuslerp_row_wise": lambda draw, _: draw.choice([True, False]),
+    },
+    "multislerp": {"normalize_weights": lambda draw, _: draw.choice([True, False]), "eps": lambda *_: 1e-8},
+    "karcher": {"max_iter": lambda draw, _: draw.choice([1, 3, 10]), "tol": lambda *_: 1e-5},
+    "sce": {"select_topk": lambda draw, setting: setting(0.05, 1.0), "int8_mask": lambda *_: True},
+    "nearswap": {"t": lambda draw, setting: setting(0.0, 0.2)},
+    "arcee_fusion": {},
+    "ram": {"epsilon": lambda draw, setting: setting(0.0, 0.1)},
+    "ramplus_tl": {key: lambda draw, setting: setting(0.0, 0.1) for key in ("r", "alpha", "epsilon")},
+    "model_stock": {"filter_wise": lambda draw, _: draw.choice([True, False])},
+}
+METHODS = [
+    "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
+    *SETTINGS,
+]  # fmt: skip
 # Of the largest magnitude of a tensor. fp32: mergekit adds and divides in another order. Others: it rounds after every step.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float64: 1e-5}
 
@@ -83,13 +111,14 @@ def write_models(root: Path) -> None:
         tokenizer.save_pretrained(root / name)
 
 
-def recipe(draw: random.Random, root: Path) -> dict:
+def recipe(draw: random.Random, root: Path, methods: list[str]) -> dict:
     """A recipe: mostly what people write, now and then what one side or both refuse."""
-    method = draw.choice(["linear", "task_arithmetic", "task_arithmetic", "ties", "ties", "ties", "dare_linear", "dare_ties"])
+    method = draw.choice(methods)
     if draw.random() < 0.03:
-        method = draw.choice(["slerp", "della", "model_stock", "dare-ties"])
-    elects, drops = method in ("ties", "dare_ties"), method.startswith("dare")
-    experts = draw.sample(["a", "b", "c", "d"], draw.randint(1, 4))
+        method = draw.choice(["dare-ties", "slurp"])
+    elects, drops = method in CHOOSING, method.startswith(("dare", "della"))
+    fewest, most = EXPERTS.get(method, (1, 4))
+    experts = draw.sample(["a", "b", "c", "d"], draw.randint(fewest, most))
     if draw.random() < 0.04:
         experts.append(experts[0])
     shared_weight = draw.random() < 0.15
@@ -119,6 +148,8 @@ def recipe(draw: random.Random, root: Path) -> dict:
             own["weight"] = setting(-0.3 if draw.random() < 0.2 else 0.1, 1.2)
         if draw.random() < (0.8 if method != "linear" else 0.1):
             own["density"] = density()
+        if method.startswith("breadcrumbs") and draw.random() < 0.5:
+            own["gamma"] = setting(0.0, 0.3)
         if draw.random() < 0.04:
             own.pop("weight", None)
         entries.append({"model": str(root / name), "parameters": own or None})
@@ -137,14 +168,17 @@ def recipe(draw: random.Random, root: Path) -> dict:
         parameters["density"] = density()
     if draw.random() < 0.1:
         parameters["gamma"] = 0.01
+    if method in SETTINGS:
+        given = [key for key in SETTINGS[method] if key in NEEDED or draw.random() < 0.7]
+        parameters = {key: SETTINGS[method][key](draw, setting) for key in given}
     content: dict = {"merge_method": method, "parameters": parameters or None}
     base = str(root / "base")
     spelled = draw.choice([base, base, base, f"{base}/", str(root / "a/../base")])
-    if method != "linear" or draw.random() < 0.3:
+    if method not in WITHOUT_BASE or draw.random() < 0.3:
         content["base_model"] = base
         if draw.random() < 0.4:
             listed = {"model": base, "parameters": draw.choice([None, {"weight": 0.7}])}
-            if method == "linear":
+            if method in WITHOUT_BASE:
                 listed["parameters"] = {"weight": 0.7}
             entries.insert(draw.randint(0, len(entries)), listed)
         else:
@@ -222,9 +256,10 @@ def main() -> int:
     parser.add_argument("--mergekit", required=True, help="python that has mergekit")
     parser.add_argument("--recipes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="of these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    documented = (Path(__file__).parents[1] / "docs/files.md").read_text()
+    documented = (Path(__file__).parents[2] / "docs/files.md").read_text()
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -232,7 +267,7 @@ def main() -> int:
         paths = []
         for number in range(arguments.recipes):
             paths.append(root / f"{number:03d}.yaml")
-            paths[-1].write_text(yaml.safe_dump(recipe(draw, root), sort_keys=False))
+            paths[-1].write_text(yaml.safe_dump(recipe(draw, root, arguments.methods), sort_keys=False))
         command = [arguments.mergekit, "-c", MERGEKIT, str(root / "found.json"), *map(str, paths)]
         run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if not (root / "found.json").exists():

@@ -16,10 +16,10 @@ SHAPES = {"embed": (700, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "lay
 def rules(method, density=0.3):
     elect = Combination([0.7, 0.4], 0.9, normalize=True, elect=True)
     return {
-        "arithmetic": lambda name, numel, dtype: Combination([0.7, 0.4]),
-        "ties": lambda name, numel, dtype: Ties(numel, dtype, [density, 0.5], elect),
-        "dare": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
-        "dare_ties": lambda name, numel, dtype: Dare(name, [density, 0.5], 3, elect),
+        "arithmetic": lambda name, shape, dtype: Combination([0.7, 0.4]),
+        "ties": lambda name, shape, dtype: Ties(shape.numel(), dtype, [density, 0.5], elect),
+        "dare": lambda name, shape, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
+        "dare_ties": lambda name, shape, dtype: Dare(name, [density, 0.5], 3, elect),
     }[method]
 
 

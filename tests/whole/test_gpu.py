@@ -374,13 +374,13 @@ def test_more_than_2_to_the_31_numbers(on_gpu, room):
     merged = sm.weighted_sum(base, task_vectors, coefficients, block_layer)
     contracted = sm.coefficient_grad(base, task_vectors, block_layer, 2)
     sums = torch.zeros(2, 2, dtype=torch.float64)
-    for first in range(0, n, 2**28):
-        some = slice(first, min(first + 2**28, n))
+    for first in range(0, n, 2**27):
+        some = slice(first, min(first + 2**27, n))
         layers = block_layer[first // 1024 : -(-some.stop // 1024)]
         expected = torch.empty(some.stop - first)
         reference.weighted_sum(expected, base[some], task_vectors[:, some], coefficients, layers)
         assert_close(merged[some], expected.double(), f"numbers from {first}")
-        sums += reference.coefficient_grad(base[some], task_vectors[:, some], layers, 2).double()
+        sums += reference.coefficient_grad(base[some].double(), task_vectors[:, some].double(), layers, 2)
     assert_close(contracted, sums, at_least=n**0.5)
 
 
