@@ -33,7 +33,7 @@ def iso_c(packed: PackedWeights, scale: float = 1.0, *, averaged: Patterns = (),
 
     scale: λ. averaged: shell-style patterns of matrices that are averaged as well ("*embeddings*").
 
-    A matrix [m, n] takes some 24 m n + 24 min(m, n)² bytes, in fp64; of T experts' LoRA factors (task_vector_dtype="lora") of
+    A matrix [m, n] takes some 40 (m n + min(m, n)²) bytes, in fp64; of T experts' LoRA factors (task_vector_dtype="lora") of
     rank r, one of T r rows is decomposed. The errors are those of `matrixwise.merge_matrixwise`.
     """
     return merge_matrixwise(packed, _common, "iso_c", scale, averaged=averaged, module=module)
@@ -66,9 +66,9 @@ def _common(changes: Sequence[MatrixChange]) -> Tensor:
     total = _sum(changes)
     if isinstance(total, Tensor):
         factor, sigma = polar_factor(total)
-        return sigma.mean() * factor
+        return factor.mul_(sigma.mean())
     left, sigma, right = singular_vectors(total)
-    return sigma.sum() / min(shape_of(total)) * left @ right.mT
+    return left.mul_(sigma.sum() / min(shape_of(total))) @ right.mT
 
 
 def _common_and_own(changes: Sequence[MatrixChange], common: float) -> Tensor:
@@ -79,7 +79,7 @@ def _common_and_own(changes: Sequence[MatrixChange], common: float) -> Tensor:
     basis, longest = shared[0], shared[1][:1].sum()  # 0 where nothing is common
     parts = [shared, *(singular_vectors(_apart(change, basis), own, beside=longest) for change in changes)]
     left, sigma, right = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-    return sigma.sum() / rank * polar_factor(left)[0] @ polar_factor(right)[0].mT
+    return polar_factor(left)[0].mul_(sigma.sum() / rank) @ polar_factor(right)[0].mT
 
 
 def _sum(changes: Sequence[MatrixChange]) -> MatrixChange:
@@ -87,9 +87,9 @@ def _sum(changes: Sequence[MatrixChange]) -> MatrixChange:
     factors = [change for change in changes if isinstance(change, tuple)]
     if len(factors) == len(changes):
         return torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 0)
-    total = whole(changes[0])
+    total = whole(changes[0]).clone()
     for change in changes[1:]:
-        total = total + whole(change)
+        total += change if isinstance(change, Tensor) else whole(change)
     return total
 
 

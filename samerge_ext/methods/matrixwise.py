@@ -33,7 +33,7 @@ def merge_matrixwise(
     averaged: Patterns = (),
     module: nn.Module | None = None,
 ) -> Result:
-    """θ₀ + λ M. rule: what T tasks change of a matrix [m, n] -> M [m, n]. Of all else M is the mean of the task vectors.
+    """θ₀ + λ M. rule: what T tasks change of a matrix [m, n] -> M [m, n], fp64. Of all else M is the mean of the task vectors.
 
     Raises ValueError for a scale that is not finite, a pattern that fits nothing, NaN and Inf, and where task vectors are
     quantised; TypeError where they lie in a file. LoRA factors are taken as they are.
@@ -46,7 +46,7 @@ def merge_matrixwise(
     for name, of_tasks in changes:
         if bases[name].dim() > 1 and name not in left_out:
             base, target = (oriented(views[name], name in turned) for views in (bases, targets))
-            target.copy_(base + scale * rule(of_tasks))
+            target.copy_(rule(of_tasks).mul_(scale).add_(base))
     return Result.of_weights(packed, merged, method, module, time.perf_counter() - started)
 
 
@@ -78,5 +78,5 @@ def recalibrate(
     rows = [packed.base, merged, moved.merged, *task_vectors]
     for name, (base, target, change, *taus) in matrix_views(packed.layout, rows, transposed=transposed, left_out=left_out):
         check_finite(name, [change, *taus], "the merge or a task vector")
-        target.copy_(base + rule(change.double(), *taus))
+        target.copy_(rule(change.double(), *taus).add_(base))
     return Result.of_weights(packed, merged, f"{moved.method}+{method}", module, time.perf_counter() - started)

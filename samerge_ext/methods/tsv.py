@@ -31,7 +31,7 @@ def tsv_m(
 
     scale: λ. averaged: shell-style patterns of matrices that are averaged as well ("*embeddings*").
 
-    One matrix [m, n] of one task is decomposed after the other, in some 24 m n + 24 min(m, n)² bytes, in fp64; LoRA factors
+    One matrix [m, n] of one task is decomposed after the other, in some 40 (m n + min(m, n)²) bytes, in fp64; LoRA factors
     (task_vector_dtype="lora") of rank r as matrices of r rows. The errors are those of `matrixwise.merge_matrixwise`.
     """
     return merge_matrixwise(packed, _merged, "tsv_m", scale, averaged=averaged, module=module)
