@@ -35,6 +35,7 @@ from samerge_ext.packing.matrices import Patterns, fitting, matrix_views
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
+AT_ONCE = 512  # rows that are solved for together where a matrix comes from a file
 
 
 def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: Patterns = ()) -> PackedWeights:
@@ -91,7 +92,7 @@ class Wudi(Rule):
     """WUDI over a matrix of ``shape``, for T = count task vectors: a `piecewise.Rule`.
 
     What it holds from its round to the last piece are T Grams [n, n] in the task vectors' type, fp32 at least, and a factor in
-    fp64. A piece has whole rows; of a matrix that is stored [inputs, outputs] it has all, in fp64 once more.
+    fp64. A piece has whole rows, some of which are solved for at once; of a matrix that is stored [inputs, outputs] it has all.
     """
 
     rounds, alone = 1, True
@@ -108,10 +109,13 @@ class Wudi(Rule):
         self._factor: Tensor | None = None  # [n, n]
 
     def look(self, piece: Piece) -> None:
-        wide = self._matrices(piece.rows())
+        rows = self._matrices(piece.rows())
         if self._grams is None:
-            self._grams = wide.new_zeros(self.count, self.inputs, self.inputs)
-        self._grams.baddbmm_(wide.mT, wide)
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            self._grams = torch.zeros(self.count, self.inputs, self.inputs, dtype=wide, device=rows.device)
+        for gram, matrix in zip(self._grams, rows, strict=True):
+            matrix = matrix.to(gram.dtype)
+            gram.addmm_(matrix.mT, matrix)
 
     def next_round(self) -> None:
         if self._grams is None:
@@ -123,20 +127,26 @@ class Wudi(Rule):
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
         out = piece.base.clone()
-        if self._grams is None or self._factor is None:
+        if self._factor is None:
             return out
-        wide = self._matrices(piece.rows())
-        side = torch.einsum("tmn,tnk->mk", wide, self._grams).double() + self._mu * wide.double().sum(0)
-        solved = torch.cholesky_solve(side.mT, self._factor)  # [n, m]
-        out[: piece.size] += self.scale * (solved if self.turned else solved.mT).reshape(-1)
+        target = self._matrices(out[None, : piece.size])[0]  # [m, n]
+        for some, rows in zip(target.split(AT_ONCE), self._matrices(piece.rows()).split(AT_ONCE, 1), strict=True):
+            some += self.scale * self._solved(rows)
         self._left -= piece.size
         if not self._left:
             self._grams = self._factor = None  # the rules of all tensors are held
         return out
 
     def _matrices(self, rows: Tensor) -> Tensor:  # [T, numbers] -> [T, m, n]
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return wide.view(len(rows), self.inputs, -1).mT if self.turned else wide.view(len(rows), -1, self.inputs)
+        return rows.view(len(rows), self.inputs, -1).mT if self.turned else rows.view(len(rows), -1, self.inputs)
+
+    def _solved(self, rows: Tensor) -> Tensor:  # [T, m, n] -> [m, n] of M, fp64
+        assert self._grams is not None and self._factor is not None
+        wide = rows.to(self._grams.dtype)
+        side = self._mu * wide.sum(0, dtype=torch.float64)
+        for matrix, gram in zip(wide, self._grams, strict=True):
+            side += matrix @ gram
+        return torch.cholesky_solve(side.mT, self._factor).mT
 
     @property
     def shares(self) -> list[float]:
