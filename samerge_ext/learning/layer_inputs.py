@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from samerge_ext.merged.model import MergedModel
 
 
-def layers_of(model: MergedModel, part: nn.Module) -> dict[str, str]:
-    """A module's own parameters that are packed, by the module's name for them -> the layer."""
+def layers_by_module(model: MergedModel) -> dict[nn.Module, dict[str, str]]:
+    """Of every module its own parameters that are packed, by the module's name for them -> the layer."""
     if model.merged is None:
         raise RuntimeError("a streamed model's parameters are no layers; hold it resident")
     places = {view.data_ptr(): name for name, view in model.packed.layout.views(model.merged).items()}
-    own = {leaf: parameter for leaf, parameter in part._parameters.items() if parameter is not None}
-    return {leaf: places[parameter.data_ptr()] for leaf, parameter in own.items() if parameter.data_ptr() in places}
-
-
-def linear_layers(model: MergedModel, turned: Collection[str] = ()) -> dict[nn.Module, str]:
-    """Modules that multiply what they are given with a packed weight and nothing else -> the weight's layer: nn.Linear, and
-    whatever has a weight among ``turned``. A weight that another kind of module has too is none of them."""
-    found, others = {}, set()
+    found = {}
     for part in model.module.modules():
-        for leaf, layer in layers_of(model, part).items():
+        own = {leaf: parameter.data_ptr() for leaf, parameter in part._parameters.items() if parameter is not None}
+        found[part] = {leaf: places[place] for leaf, place in own.items() if place in places}
+    return found
+
+
+def linear_layers(layers: Mapping[nn.Module, Mapping[str, str]], turned: Collection[str] = ()) -> dict[nn.Module, str]:
+    """Modules that multiply what they are given with a packed weight -> the weight's layer: nn.Linear, and whatever has a weight
+    among ``turned``. A weight that another kind of module has too is none of them."""
+    found, others = {}, set()
+    for part, own in layers.items():
+        for leaf, layer in own.items():
             if leaf == "weight" and (isinstance(part, nn.Linear) or layer in turned):
                 found[part] = layer
             else:
@@ -48,8 +51,8 @@ def input_grams(linear: Mapping[nn.Module, str]) -> Iterator[dict[str, Tensor]]:
         layer, inputs = linear[part], given.detach().reshape(-1, given.shape[-1])
         with torch.autocast(inputs.device.type, enabled=False):
             inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-            gram = (inputs.mT @ inputs).double()
-        grams[layer] = grams[layer].add_(gram) if layer in grams else gram
+            gram = inputs.mT @ inputs
+        grams[layer] = grams[layer].add_(gram) if layer in grams else gram.double()
         rows[layer] = rows.get(layer, 0) + len(inputs)
 
     handles = [part.register_forward_pre_hook(look, with_kwargs=True) for part in linear]

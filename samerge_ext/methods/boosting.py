@@ -39,7 +39,7 @@ def subspace_boosting(
         (``partial(sm.ties, density=0.2)``, ``lambda packed: sm.task_arithmetic(packed, result.coefficients)``).
     left_out: shell-style patterns of matrices that stay ("*embeddings*").
 
-    A matrix [m, n] takes some 24 m n + 24 min(m, n)² bytes, in fp64. Raises ValueError for a share outside of 0 … 1; the other
+    A matrix [m, n] takes some 40 (m n + min(m, n)²) bytes, in fp64. Raises ValueError for a share outside of 0 … 1; the other
     errors are those of `matrixwise.recalibrate`.
     """
     if not 0 <= beta <= 1:

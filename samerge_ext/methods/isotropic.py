@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.matrixwise import merge_matrixwise
 from samerge_ext.ops.singular import polar_factor, singular_vectors
-from samerge_ext.packing.matrices import Patterns
+from samerge_ext.packing.matrices import MatrixChange, Patterns, shape_of, whole
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
@@ -33,7 +33,8 @@ def iso_c(packed: PackedWeights, scale: float = 1.0, *, averaged: Patterns = (),
 
     scale: λ. averaged: shell-style patterns of matrices that are averaged as well ("*embeddings*").
 
-    A matrix [m, n] takes some 24 m n + 24 min(m, n)² bytes, in fp64. The errors are those of `matrixwise.merge_matrixwise`.
+    A matrix [m, n] takes some 40 (m n + min(m, n)²) bytes, in fp64; of T experts' LoRA factors (task_vector_dtype="lora") of
+    rank r, one of T r rows is decomposed. The errors are those of `matrixwise.merge_matrixwise`.
     """
     return merge_matrixwise(packed, _common, "iso_c", scale, averaged=averaged, module=module)
 
@@ -61,24 +62,39 @@ def iso_cts(
     return merge_matrixwise(packed, rule, "iso_cts", scale, transposed=transposed, averaged=averaged, module=module)
 
 
-def _common(task_vectors: Sequence[Tensor]) -> Tensor:
-    factor, sigma = polar_factor(_sum(task_vectors))
-    return sigma.mean() * factor
+def _common(changes: Sequence[MatrixChange]) -> Tensor:
+    total = _sum(changes)
+    if isinstance(total, Tensor):
+        factor, sigma = polar_factor(total)
+        return factor.mul_(sigma.mean())
+    left, sigma, right = singular_vectors(total)
+    return left.mul_(sigma.sum() / min(shape_of(total))) @ right.mT
 
 
-def _common_and_own(task_vectors: Sequence[Tensor], common: float) -> Tensor:
-    tasks, rank = len(task_vectors), min(task_vectors[0].shape)
+def _common_and_own(changes: Sequence[MatrixChange], common: float) -> Tensor:
+    tasks, rank = len(changes), min(shape_of(changes[0]))
     # As many for every task; rounding up must not take more directions than there are.
     own = min(round((rank - int(common * rank)) / tasks), rank // tasks)
-    shared = singular_vectors(_sum(task_vectors), rank - own * tasks)
-    basis = shared[0]
-    parts = [shared, *(singular_vectors(tau.double() - basis @ (basis.mT @ tau.double()), own) for tau in task_vectors)]
+    shared = singular_vectors(_sum(changes), rank - own * tasks)
+    basis, longest = shared[0], shared[1][:1].sum()  # 0 where nothing is common
+    parts = [shared, *(singular_vectors(_apart(change, basis), own, beside=longest) for change in changes)]
     left, sigma, right = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-    return sigma.mean() * polar_factor(left)[0] @ polar_factor(right)[0].mT
+    return polar_factor(left)[0].mul_(sigma.sum() / rank) @ polar_factor(right)[0].mT
 
 
-def _sum(task_vectors: Sequence[Tensor]) -> Tensor:
-    total = task_vectors[0].double()
-    for tau in task_vectors[1:]:
-        total = total + tau
+def _sum(changes: Sequence[MatrixChange]) -> MatrixChange:
+    """Σ_t τ_t; of factors, all of them side by side."""
+    factors = [change for change in changes if isinstance(change, tuple)]
+    if len(factors) == len(changes):
+        return torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 0)
+    total = whole(changes[0]).clone()
+    for change in changes[1:]:
+        total += change if isinstance(change, Tensor) else whole(change)
     return total
+
+
+def _apart(change: MatrixChange, basis: Tensor) -> MatrixChange:
+    """(I − U_c U_cᵀ) τ_t for U_c = basis [m, c]."""
+    left = change.double() if isinstance(change, Tensor) else change[0].double()
+    rest = left - basis @ (basis.mT @ left)
+    return rest if isinstance(change, Tensor) else (rest, change[1])

@@ -13,7 +13,7 @@ counts as [m, rest], one of one dimension as [1, n]. Directions below 1e-6 of th
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,9 @@ from samerge_ext.elementwise.piecewise import Combination, merge_packed, per_tas
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.ties import Ties
 from samerge_ext.ops.singular import singular_vectors
-from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.layout import Layout
-from samerge_ext.packing.matrices import Patterns, check_finite, fitting, oriented
+from samerge_ext.packing.matrices import MatrixChange, Patterns, fitting, matrix_changes, oriented, whole
 from samerge_ext.packing.packed_weights import PackedWeights
-
-Factors = tuple[Tensor, ...]  # a change [m, n] as it is, or as [m, r] and [r, n]
 
 
 def knots(
@@ -46,8 +43,9 @@ def knots(
     transposed: shell-style patterns of matrices that are stored [inputs, outputs].
 
     Task vectors may be factors (task_vector_dtype="lora"): of a matrix [m, n], coefficients and bases then take (T n + m) T r
-    numbers; otherwise as many as task vectors, and up to m² for a basis. Raises ValueError for a density outside of 0 … 1, a
-    pattern that fits nothing, NaN and Inf, and where task vectors are quantised; TypeError where they lie in a file.
+    numbers; otherwise as many as task vectors, and up to m² for a basis, beside 16 T m n + 40 m² bytes for a decomposition.
+    Raises ValueError for a density outside of 0 … 1, a pattern that fits nothing, NaN and Inf, and where task vectors are
+    quantised; TypeError where they lie in a file.
     """
     started = time.perf_counter()
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
@@ -57,8 +55,7 @@ def knots(
     wide = torch.promote_types(packed.base.dtype, torch.float32)
     bases: dict[str, Tensor] = {}
     coefficients: dict[str, Tensor] = {}
-    for name, changes in _changes(packed, turned):
-        check_finite(name, [factor for change in changes for factor in change])
+    for name, changes in matrix_changes(packed, "knots", transposed=transposed):
         bases[name], coefficients[name] = (part.to(wide) for part in _in_one_basis(changes))
     rotated = _packed(packed.tasks, coefficients)
     elected = merge_packed(rotated, lambda name, shape: Ties(shape.numel(), wide, densities, combination), whole=True)
@@ -69,33 +66,15 @@ def knots(
     return Result.of_weights(packed, merged, "knots", module, time.perf_counter() - started)
 
 
-def _changes(packed: PackedWeights, turned: Collection[str]) -> Iterator[tuple[str, list[Factors]]]:
-    """Every tensor's name and, of each task, its change [m, n]."""
-    stored = packed.task_vectors
-    if not isinstance(stored, FactoredTaskVectors):
-        views = [packed.layout.views(row) for row in packed.exact_task_vectors("knots")]
-        for name in views[0]:
-            yield name, [(oriented(of_task[name], name in turned),) for of_task in views]
-        return
-    bases = packed.layout.views(packed.base)
-    for layer, of_tasks in stored.changes.items():
-        name = packed.layout.names[layer]
-        m, n = oriented(bases[name], False).shape
-        nothing = packed.base.new_zeros(m, 0), packed.base.new_zeros(0, n)
-        changes = [nothing if change is None else change for change in of_tasks]
-        whole = [(oriented(change, False),) if isinstance(change, Tensor) else change for change in changes]
-        yield name, [tuple(factor.mT for factor in reversed(change)) if name in turned else change for change in whole]
-
-
-def _in_one_basis(changes: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+def _in_one_basis(changes: Sequence[MatrixChange]) -> tuple[Tensor, Tensor]:
     """U [m, r] and the tasks' C_t [T, r, n], fp64."""
-    outer = None
-    if all(len(change) == 2 for change in changes):
-        outer, inner = torch.linalg.qr(torch.cat([left.double() for left, _ in changes], 1))
-        ranks = [left.shape[1] for left, _ in changes]
-        blocks = [part @ right.double() for part, (_, right) in zip(inner.split(ranks, 1), changes, strict=True)]
+    outer, factors = None, [change for change in changes if isinstance(change, tuple)]
+    if len(factors) == len(changes):
+        outer, inner = torch.linalg.qr(torch.cat([left.double() for left, _ in factors], 1))
+        ranks = [left.shape[1] for left, _ in factors]
+        blocks = [part @ right.double() for part, (_, right) in zip(inner.split(ranks, 1), factors, strict=True)]
     else:
-        blocks = [change[0].double() if len(change) == 1 else change[0].double() @ change[1].double() for change in changes]
+        blocks = [whole(change) for change in changes]
     left, sigma, right = singular_vectors(torch.cat(blocks, 1))
     rank = int(sigma.count_nonzero())
     coefficients = (right * sigma)[:, :rank].mT.unflatten(1, (len(changes), -1)).transpose(0, 1)

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.in_pieces import InPieces
-from samerge_ext.packing.matrices import Patterns, check_finite, matrix_views
+from samerge_ext.packing.matrices import (
+    MatrixChange,
+    Patterns,
+    check_finite,
+    fitting,
+    matrix_changes,
+    matrix_views,
+    oriented,
+)
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
 def merge_matrixwise(
     packed: PackedWeights,
-    rule: Callable[[Sequence[Tensor]], Tensor],
+    rule: Callable[[Sequence[MatrixChange]], Tensor],
     method: str,
     scale: float,
     *,
@@ -25,18 +33,20 @@ def merge_matrixwise(
     averaged: Patterns = (),
     module: nn.Module | None = None,
 ) -> Result:
-    """θ₀ + λ M. rule: T task vectors [m, n] of a matrix -> its M [m, n]. Of all else M is the mean of the task vectors.
+    """θ₀ + λ M. rule: what T tasks change of a matrix [m, n] -> M [m, n], fp64. Of all else M is the mean of the task vectors.
 
     Raises ValueError for a scale that is not finite, a pattern that fits nothing, NaN and Inf, and where task vectors are
-    quantised; TypeError where they lie in a file or are factors.
+    quantised; TypeError where they lie in a file. LoRA factors are taken as they are.
     """
     started = time.perf_counter()
-    stored = packed.exact_task_vectors(method)
+    turned, left_out = fitting(packed.layout, transposed), fitting(packed.layout, averaged)
+    changes = matrix_changes(packed, method, transposed=transposed)
     merged = packed.merge(packed.coefficients(scale / packed.num_tasks))
-    rows = [packed.base, merged, *stored]
-    for name, (base, target, *task_vectors) in matrix_views(packed.layout, rows, transposed=transposed, left_out=averaged):
-        check_finite(name, task_vectors)
-        target.copy_(base + scale * rule(task_vectors))
+    bases, targets = packed.layout.views(packed.base), packed.layout.views(merged)
+    for name, of_tasks in changes:
+        if bases[name].dim() > 1 and name not in left_out:
+            base, target = (oriented(views[name], name in turned) for views in (bases, targets))
+            target.copy_(rule(of_tasks).mul_(scale).add_(base))
     return Result.of_weights(packed, merged, method, module, time.perf_counter() - started)
 
 
@@ -68,5 +78,5 @@ def recalibrate(
     rows = [packed.base, merged, moved.merged, *task_vectors]
     for name, (base, target, change, *taus) in matrix_views(packed.layout, rows, transposed=transposed, left_out=left_out):
         check_finite(name, [change, *taus], "the merge or a task vector")
-        target.copy_(base + rule(change.double(), *taus))
+        target.copy_(rule(change.double(), *taus).add_(base))
     return Result.of_weights(packed, merged, f"{moved.method}+{method}", module, time.perf_counter() - started)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.learning.calibration import Calibration
-from samerge_ext.learning.layer_inputs import input_grams, layers_of, linear_layers
+from samerge_ext.learning.layer_inputs import input_grams, layers_by_module, linear_layers
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, call_logits
 from samerge_ext.merged.model import MergedModel
@@ -61,7 +61,7 @@ def regmean(
     transposed: of weights [inputs, outputs] that another module than nn.Linear multiplies its inputs with: GPT-2's Conv1D.
 
     Experts run one after the other. Beside the model and its gradient it takes 16 n² + 8 m n bytes for every linear layer [m, n]
-    at once, or for those of a unit.
+    at once, or for those of a unit, and some 40 n² more for the one that is solved.
 
     Raises ValueError for a setting out of range, a calibration set that does not fit the tasks, a module without linear layers,
     Grams that are singular, and where task vectors are quantised; TypeError where they lie in a file or are factors;
@@ -75,12 +75,13 @@ def regmean(
     stored, turned = packed.exact_task_vectors("regmean"), fitting(packed.layout, transposed)
     held = Calibration(calibration, packed.tasks)
     model = MergedModel(module, packed, 1 / packed.num_tasks)
-    linear = linear_layers(model, turned)
+    layers = layers_by_module(model)
+    linear = linear_layers(layers, turned)
     if not linear:
         raise ValueError("the module has no nn.Linear that the experts changed; name the weights of other modules in transposed")
     groups = [Group(linear)]
     if inputs == "merged":
-        groups = _as_they_run(model, _by_unit(model, linear, find_units(model.module, units)), held, logits)
+        groups = _as_they_run(model, _by_unit(layers, linear, find_units(model.module, units)), held, logits)
     merged = packed.merge(model.coefficients.detach())  # the average, layer by layer replaced
     views, base = packed.layout.views(merged), packed.layout.views(packed.base)
     unseen = set(linear.values())
@@ -95,13 +96,14 @@ def regmean(
                         current[layer].copy_(base[layer] + changes[layer])
                 for batch in held.batches[task]:
                     call_logits(logits, model.module, to_device(batch, model.device), task)
-            for layer, gram in grams.items():
+            for layer in list(grams):
+                gram = grams.pop(layer)
                 if not gram.isfinite().all():
                     raise FloatingPointError(f"expert '{task}' gives '{layer}' inputs that are NaN or Inf")
-                gram = alpha * gram + (1 - alpha) * gram.diagonal().diag()
+                squares = gram.diagonal().clone()
+                gram.mul_(alpha).diagonal().copy_(squares)
                 product = oriented(changes[layer], layer in turned).double() @ gram
-                before = sums.get(layer, (0.0, 0.0))
-                sums[layer] = before[0] + gram, before[1] + product
+                sums[layer] = (sums[layer][0].add_(gram), sums[layer][1].add_(product)) if layer in sums else (gram, product)
         unseen -= sums.keys()
         for layer in list(sums):
             mean = torch.stack([oriented(packed.layout.views(row)[layer], layer in turned).double() for row in stored]).mean(0)
@@ -125,7 +127,9 @@ def _solution(gram: Tensor, product: Tensor, mean: Tensor, what: str) -> Tensor:
     return torch.where(never, mean, torch.cholesky_solve(product.mT, factor).mT)
 
 
-def _by_unit(model: MergedModel, linear: Mapping[nn.Module, str], units: Mapping[str, nn.Module]) -> list[Group]:
+def _by_unit(
+    layers: Mapping[nn.Module, Mapping[str, str]], linear: Mapping[nn.Module, str], units: Mapping[str, nn.Module]
+) -> list[Group]:
     """A group for every unit that has linear layers, and for every one outside of units. A layer belongs to its first group."""
     unit_of = {part: unit for unit in units.values() for part in unit.modules()}
     groups: dict[nn.Module, Group] = {}
@@ -134,7 +138,7 @@ def _by_unit(model: MergedModel, linear: Mapping[nn.Module, str], units: Mapping
         unit = first.setdefault(layer, unit_of.get(part, part))
         group = groups.setdefault(unit, Group())
         group.linear[part] = layer
-        group.unit.update(name for below in unit.modules() for name in layers_of(model, below).values())
+        group.unit.update(name for below in unit.modules() for name in layers[below].values())
     return list(groups.values())
 
 

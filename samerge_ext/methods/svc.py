@@ -42,7 +42,7 @@ def svc(
     transposed: shell-style patterns of matrices that are stored [inputs, outputs]; u_r are directions of outputs.
     left_out: of matrices that stay as they are.
 
-    A matrix [m, n] takes some 32 m n + 24 min(m, n)² bytes, in fp64. Raises ValueError for an α that is not positive and where
+    A matrix [m, n] takes some 48 (m n + min(m, n)²) bytes, in fp64. Raises ValueError for an α that is not positive and where
     task vectors are quantised, TypeError where they lie in a file or are factors; the other errors are those of
     `matrixwise.recalibrate`.
     """

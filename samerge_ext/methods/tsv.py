@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.matrixwise import merge_matrixwise
 from samerge_ext.ops.singular import inverse_root, singular_vectors
-from samerge_ext.packing.matrices import Patterns
+from samerge_ext.packing.matrices import MatrixChange, Patterns, shape_of
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
@@ -31,15 +31,15 @@ def tsv_m(
 
     scale: λ. averaged: shell-style patterns of matrices that are averaged as well ("*embeddings*").
 
-    One matrix [m, n] of one task is decomposed after the other, in some 24 m n + 24 min(m, n)² bytes, in fp64. The errors are
-    those of `matrixwise.merge_matrixwise`.
+    One matrix [m, n] of one task is decomposed after the other, in some 40 (m n + min(m, n)²) bytes, in fp64; LoRA factors
+    (task_vector_dtype="lora") of rank r as matrices of r rows. The errors are those of `matrixwise.merge_matrixwise`.
     """
     return merge_matrixwise(packed, _merged, "tsv_m", scale, averaged=averaged, module=module)
 
 
-def _merged(task_vectors: Sequence[Tensor]) -> Tensor:
-    kept = max(1, min(task_vectors[0].shape) // len(task_vectors))
-    parts = (singular_vectors(tau, kept) for tau in task_vectors)
+def _merged(changes: Sequence[MatrixChange]) -> Tensor:
+    kept = max(1, min(shape_of(changes[0])) // len(changes))
+    parts = (singular_vectors(change, kept) for change in changes)
     left, sigma, right = (torch.cat(part, -1) for part in zip(*parts, strict=True))
     core = inverse_root(left)[0] * sigma @ inverse_root(right)[0]  # M = U core Vᵀ
     return left @ core @ right.mT

@@ -1,8 +1,9 @@
 """Singular vectors and polar factors by products and one symmetric eigenproblem, in fp64.
 
 The Gram of a matrix's short side has the eigenvalues σ² and the singular vectors of that side; one more product gives those of
-the long side, and a polar factor is the matrix times the inverse root of its Gram. On a GPU that is all products but for one
-eigh. Newton–Schulz, products alone, takes 40 steps for a matrix of condition 10³, ten times as long on a CPU.
+the long side, and a polar factor is the matrix times the inverse root of its Gram. Newton–Schulz, which is products alone, is
+exact to 1e-14 after 26 steps for a square matrix of condition 3 · 10³, where this is to 5e-12; on a CPU they take eight times as
+long, and of a matrix of low rank they make directions of rounding in the end.
 
 What it costs is accuracy at small σ: a vector is off by about ε (σ₁ / σ)² for the ε of fp64, at most 1e-4 at σ = 1e-6 σ₁.
 What lies below counts as nothing: its σ and both its vectors are zero. LAPACK's vectors there are arbitrary, and a polar factor
@@ -18,21 +19,29 @@ FLOOR = 1e-6  # of σ₁
 _BLOCKS = 4  # columns of a Gram that are computed at a time; eigh reads its lower triangle, so that the rest is left out
 
 
-def singular_vectors(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def singular_vectors(
+    matrix: Tensor | tuple[Tensor, Tensor], k: int | None = None, *, beside: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest singular values, all by default, and their vectors: U [m, k], σ [k] descending, V [n, k]; fp64.
 
-    matrix: [m, n] of any float type, finite. Beyond min(m, n) columns there are none.
+    matrix: [m, n] of any float type, finite; or two factors [m, r] and [r, n], of whose product no more than r rows and columns
+    are decomposed. Beyond min(m, n), or r, there are none.
+    beside: a length, where a matrix is what is left of a longer one: below 1e-6 of it a σ is nothing, too.
     """
+    if isinstance(matrix, tuple):
+        (outer, rows), (inner, columns) = (torch.linalg.qr(side.double()) for side in (matrix[0], matrix[1].mT))
+        left, sigma, right = singular_vectors(rows @ columns.mT, k, beside=beside)
+        return outer @ left, sigma, inner @ right
     m, n = matrix.shape
     tall = (matrix if m >= n else matrix.mT).double()
-    sigma, short = _right(tall, k)
+    sigma, short = _right(tall, k, beside)
     long = tall @ (short / sigma.where(sigma > 0, 1))
     return (long, sigma, short) if m >= n else (short, sigma, long)
 
 
 def inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(XᵀX)^(−1/2) [n, n] of X = matrix [m, n], which makes X's polar factor of it, and σ [n] descending; fp64."""
-    sigma, right = _right(matrix.double(), None)
+    sigma, right = _right(matrix.double(), None, 0.0)
     return right / sigma.where(sigma > 0, 1) @ right.mT, sigma
 
 
@@ -45,14 +54,15 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.double() @ root, sigma
 
 
-def _right(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+def _right(matrix: Tensor, k: int | None, beside: Tensor | float) -> tuple[Tensor, Tensor]:
     """σ [k] descending and V [n, k] of a matrix [m, n], zero below the floor."""
     n = matrix.shape[1]
     gram = matrix.new_zeros(n, n)
-    for start in range(0, n, -(-n // _BLOCKS)):
-        end = min(n, start + -(-n // _BLOCKS))
+    width = max(1, -(-n // _BLOCKS))
+    for start in range(0, n, width):
+        end = min(n, start + width)
         gram[start:end, :end] = matrix[:, start:end].mT @ matrix[:, :end]
     squares, vectors = torch.linalg.eigh(gram)
     sigma = squares.flip(0)[:k].clamp(min=0).sqrt()
-    known = sigma > FLOOR * sigma[:1]
+    known = sigma > FLOOR * sigma[:1].clamp(min=beside)
     return sigma * known, vectors.flip(1)[:, :k] * known

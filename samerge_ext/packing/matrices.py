@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.sources import matches
+from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.layout import Layout
+from samerge_ext.packing.packed_weights import PackedWeights
 
 Patterns = str | Sequence[str]
+MatrixChange = Tensor | tuple[Tensor, Tensor]  # what an expert adds to a matrix: [m, n], or its factors [m, r] and [r, n]
 
 
 def matrix_views(
@@ -28,6 +31,32 @@ def matrix_views(
         for name, first in views[0].items()
         if first.dim() > 1 and name not in out
     )
+
+
+def matrix_changes(
+    packed: PackedWeights, method: str, *, transposed: Patterns = ()
+) -> Iterator[tuple[str, list[MatrixChange]]]:
+    """Every tensor's name and what each of the T tasks adds to it, as [outputs, inputs], or [1, n] for a vector.
+
+    LoRA factors are given as they are. Raises ValueError for a pattern that fits nothing and where task vectors are quantised,
+    TypeError where they lie in a file; while it goes on, ValueError for NaN and Inf.
+    """
+    turned, stored = fitting(packed.layout, transposed), packed.task_vectors
+    if isinstance(stored, FactoredTaskVectors):
+        return _of_factors(packed, stored, turned)
+    views = [packed.layout.views(row) for row in packed.exact_task_vectors(method)]
+    return ((name, _checked(name, [oriented(of_task[name], name in turned) for of_task in views])) for name in views[0])
+
+
+def whole(change: MatrixChange) -> Tensor:
+    """A change [m, n], in fp64."""
+    return change.double() if isinstance(change, Tensor) else change[0].double() @ change[1].double()
+
+
+def shape_of(change: MatrixChange) -> tuple[int, int]:
+    """m and n of a change."""
+    left, right = (change, change) if isinstance(change, Tensor) else change
+    return left.shape[0], right.shape[1]
 
 
 def check_finite(name: str, found: Sequence[Tensor], of: str = "a task vector") -> None:
@@ -53,3 +82,25 @@ def oriented(tensor: Tensor, turned: bool) -> Tensor:
     """[m, …] as [m, rest], or turned as [rest, m]; a vector [n] as [1, n]."""
     matrix = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return matrix.mT if turned else matrix
+
+
+def _of_factors(
+    packed: PackedWeights, stored: FactoredTaskVectors, turned: Collection[str]
+) -> Iterator[tuple[str, list[MatrixChange]]]:
+    bases = packed.layout.views(packed.base)
+    for layer, of_tasks in stored.changes.items():
+        name = packed.layout.names[layer]
+        m, n = oriented(bases[name], False).shape
+        found: list[MatrixChange] = []
+        for change in of_tasks:
+            if isinstance(change, Tensor):
+                found.append(oriented(change.view(bases[name].shape), name in turned))
+            else:
+                left, right = (packed.base.new_zeros(m, 0), packed.base.new_zeros(0, n)) if change is None else change
+                found.append((right.mT, left.mT) if name in turned else (left, right))
+        yield name, _checked(name, found)
+
+
+def _checked(name: str, found: list[MatrixChange]) -> list[MatrixChange]:
+    check_finite(name, [part for change in found for part in ((change,) if isinstance(change, Tensor) else change)])
+    return found

@@ -1,16 +1,12 @@
 """KnOTS beside its definition, written with torch.linalg.svd in fp64: on whole task vectors and on factors."""
 
-import json
-
 import pytest
 import torch
 from helpers import assert_close, largest_kept
-from matrices import SHAPES, assert_near, change_of, models, packed_of, task_vectors
-from safetensors.torch import save_file
+from matrices import SHAPES, adapters, assert_near, change_of, models, packed_of, task_vectors, whole_vectors
 from tiny import make_problem
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.adapter_edits import PREFIX
 
 NAMES = tuple(SHAPES)
 
@@ -63,43 +59,12 @@ def test_matrices_may_be_stored_the_other_way_round():
     assert_near(found.state_dict()["tall"].mT, plain.state_dict()["tall"], "tall")
 
 
-WIDTH, RANK = 24, 2
-
-
-def adapters(folder, tasks=3):
-    """A base of two matrices and a bias in fp32, and adapters: one of another rank, one that has nothing of the second matrix
-    and a bias of its own."""
-    torch.manual_seed(0)
-    base = {"first.weight": torch.randn(2 * WIDTH, WIDTH), "second.weight": torch.randn(WIDTH, 2 * WIDTH)}
-    base |= {"first.bias": torch.randn(2 * WIDTH), "second.bias": torch.randn(WIDTH)}
-    for name in ("base", *(f"task{t}" for t in range(tasks))):
-        (folder / name).mkdir()
-    save_file(base, folder / "base/model.safetensors")
-    for t in range(tasks):
-        rank, tensors = RANK + (t == 1), {}
-        for name in ("first", "second")[: 1 if t == 2 else 2]:
-            out, width = base[f"{name}.weight"].shape
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, width)
-            tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(out, rank)
-        if t == 2:
-            tensors["first.bias"] = torch.randn(2 * WIDTH)
-        save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / f"task{t}/adapter_model.safetensors")
-        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
-        (folder / f"task{t}/adapter_config.json").write_text(json.dumps(settings))
-    experts = {f"task{t}": folder / f"task{t}" for t in range(tasks)}
-    return base, sm.PackedWeights.from_folders(folder / "base", experts, task_vector_dtype="lora")
-
-
 @pytest.mark.parametrize("transposed", [(), "second*"])
 def test_factors_are_not_multiplied_out(tmp_path, monkeypatch, transposed):
     base, packed = adapters(tmp_path)
-    whole = packed.in_memory().task_vectors
-    vectors = {}
-    for name in packed.layout.views(packed.base):
-        taus = [packed.layout.views(row)[name].double() for row in whole]
-        vectors[name] = [tau if tau.dim() > 1 else tau[None] for tau in taus]
-        if transposed and name == "second.weight":
-            vectors[name] = [tau.mT for tau in vectors[name]]
+    vectors = {name: [tau if tau.dim() > 1 else tau[None] for tau in taus] for name, taus in whole_vectors(packed).items()}
+    if transposed:
+        vectors["second.weight"] = [tau.mT for tau in vectors["second.weight"]]
     truth = literal_knots(vectors, 0.4)
     monkeypatch.setattr(type(packed.task_vectors), "read_into", None)
     result = sm.knots(packed, 0.4, transposed=transposed)

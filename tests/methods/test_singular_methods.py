@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_close
-from matrices import MATRICES, assert_near, change_of, models, packed_of, task_vectors
+from matrices import MATRICES, adapters, assert_near, change_of, models, packed_of, task_vectors, whole_vectors
 from tiny import make_problem
 
 import samerge_ext as sm
@@ -114,6 +114,30 @@ def test_experts_of_low_rank_add_no_directions():
         parts = [svd(tau) for tau in vectors]
         u, v = polar(torch.cat([u[:, :1] for u, _, _ in parts], 1)), polar(torch.cat([vh[:1] for _, _, vh in parts], 0))
         assert_near(change_of(sm.tsv_m(packed), base, name), u @ torch.diag(torch.stack([s[0] for _, s, _ in parts])) @ v, name)
+
+
+def test_rounding_is_not_taken_for_directions_of_the_tasks():
+    """Of experts of low rank all is common: what is left for their own is nothing but rounding."""
+    base, experts = models(rank=1)
+    for dtype in (torch.float64, torch.float32):
+        packed = packed_of(base, experts, dtype)
+        assert_close(sm.iso_cts(packed, common=0.5).merged, sm.iso_c(packed).merged.double(), str(dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_are_decomposed_as_they_are(tmp_path, case):
+    """Adapters of rank 2, 3 and 2, the last without the second matrix: as whole matrices, but for their null directions."""
+    method, _ = CASES[case]
+    base, packed = adapters(tmp_path)
+    vectors = whole_vectors(packed)
+    base = {name: base[name].double() for name in vectors}
+    experts = {task: {name: base[name] + taus[t] for name, taus in vectors.items()} for t, task in enumerate(packed.tasks)}
+    whole = packed_of(base, experts)
+    truth = method(whole).state_dict()
+    found = method(packed).state_dict()
+    for name in base:
+        assert_close(found[name], truth[name], name)
+        assert (truth[name] - base[name]).norm() > 1e-2
 
 
 def test_what_two_experts_share_is_there_once():

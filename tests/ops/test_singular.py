@@ -73,3 +73,20 @@ def test_what_has_no_length_has_no_direction(shape):
 def test_scale_does_not_matter():
     matrix = drawn((20, 12), dtype=torch.float32)
     torch.testing.assert_close(polar_factor(matrix * 2.0**-100)[0], polar_factor(matrix)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, 15])
+def test_factors_give_what_their_product_does(rank):
+    left, right = drawn((9, rank)), drawn((rank, 12), seed=1)
+    found, (u, s, vh) = singular_vectors((left, right)), torch.linalg.svd(left @ right, full_matrices=False)
+    count = min(rank, 9)
+    assert [part.shape for part in found] == [(9, count), (count,), (12, count)]
+    torch.testing.assert_close(found[1], s[:count], rtol=1e-11, atol=0)
+    torch.testing.assert_close(found[0] @ found[2].mT, u[:, :count] @ vh[:count], rtol=0, atol=1e-10)
+
+
+def test_what_is_left_of_something_longer_may_be_nothing():
+    rest = 1e-9 * drawn((9, 5))
+    assert singular_vectors(rest)[1].count_nonzero() == 5
+    for part in (*singular_vectors(rest, beside=1.0), *singular_vectors((rest, torch.eye(5)), beside=torch.tensor(1.0))):
+        assert part.count_nonzero() == 0

@@ -171,6 +171,14 @@ def test_the_roofline_is_drawn_without_a_display(tiny_run, tmp_path, monkeypatch
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_merges_by_singular_values_beside_the_published_calls(tmp_path):
+    done = run("singular.py", "--model", "tiny", "--save-to", tmp_path)
+    assert done.returncode == 0, done.stderr
+    held = json.loads((tmp_path / "singular-cpu.json").read_text())
+    assert [row["method"] for row in held["rows"]] == ["tsv_m", "iso_c", "tsv_m", "iso_c", "knots"]
+    assert all(row["samerge_s"] > 0 and row["published_s"] > 0 for row in held["rows"]) and held["environment"]["threads"] == 1
+
+
 def test_the_whole_of_statsmerging_beside_the_published_way(tmp_path):
     """On tiny experts; both candidates' first loss and gradient are compared before anything is printed."""
     transformers = pytest.importorskip("transformers")
