@@ -45,8 +45,8 @@ def preconditioned(packed: PackedWeights, ridge: float = RIDGE, *, transposed: P
     transposed: shell-style patterns of the matrices that are stored [inputs, outputs], GPT-2's Conv1D say ("*.c_attn.weight").
 
     Teachers are the experts as they were packed, which are held for them. One matrix is solved after the other, in some
-    16 n (n + 2 m) bytes for [m, n]: Grams in the task vectors' type, fp32 at least, the equations in fp64. LoRA factors stay
-    factors of their rank, and are solved for among all tasks' R ranks, in some 16 R (n + R) bytes.
+    16 n (n + 2 m) bytes for [m, n] and those of T Grams where n ≤ m: in the task vectors' type, fp32 at least, the equations in
+    fp64. LoRA factors stay factors of their rank, and are solved for among all tasks' R ranks, in some 16 R (n + R) bytes.
 
     Raises ValueError for a ridge that is not positive, a pattern that fits nothing, NaN and Inf, and where task vectors are
     quantised; TypeError where they lie in a file.
@@ -84,7 +84,10 @@ def wudi(
     merged = packed.merge(packed.coefficients(scale))
     for name, (base, target, *matrices) in matrix_views(packed.layout, [packed.base, merged, *stored], transposed=transposed):
         factor, sides = _equations(matrices, ridge, name)
-        target.copy_(base + scale * torch.cholesky_solve(torch.stack(list(sides)).sum(0).mT, factor).mT)
+        total = next(sides)
+        for side in sides:
+            total += side
+        target.copy_(base + scale * torch.cholesky_solve(total.mT, factor).mT)
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
 
 
@@ -208,7 +211,7 @@ def _factor(terms: Iterable[Tensor], mu: float) -> Tensor:
     """The Cholesky factor of G + μ I, fp64, from the terms of G [n, n]."""
     left: Tensor | None = None
     for term in terms:
-        left = term.double() if left is None else left.add_(term)
+        left = term.to(torch.float64, copy=True) if left is None else left.add_(term)
     assert left is not None
     left.diagonal().add_(mu)
     return torch.linalg.cholesky(left)
@@ -217,20 +220,24 @@ def _factor(terms: Iterable[Tensor], mu: float) -> Tensor:
 def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:
     """The Cholesky factor of G + μ I [n, n], and of every τ_t [m, n] the right side τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t; fp64."""
     wide = torch.promote_types(matrices[0].dtype, torch.float32)
-    squares = [float(matrix.double().square().sum()) for matrix in matrices]
+    squares = [float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2 for matrix in matrices]
     m, n = matrices[0].shape
     mu = _mu(ridge, squares, n, name)
+    terms: list[Tensor] = []  # of G, where both sides of the equations are made of them
 
     def term(matrix: Tensor, square: float) -> Tensor:
         exact = matrix.to(wide)
-        return (exact.mT @ exact).double() / (square or 1.0)
+        found = exact.mT @ exact / (square or 1.0)
+        if m >= n:
+            terms.append(found)
+        return found
 
-    def side(matrix: Tensor, square: float) -> Tensor:
+    def side(task: int, matrix: Tensor, square: float) -> Tensor:
         exact = matrix.to(wide)
-        own = (exact @ exact.mT) @ exact if m < n else exact @ (exact.mT @ exact)
-        return own.double() / (square or 1.0) + mu * exact.double()
+        own = exact @ terms[task] if m >= n else (exact @ exact.mT) @ exact / (square or 1.0)
+        return own.double().add_(exact, alpha=mu)
 
-    return _factor(map(term, matrices, squares), mu), map(side, matrices, squares)
+    return _factor(map(term, matrices, squares), mu), map(side, range(len(matrices)), matrices, squares)
 
 
 def _preconditioned_factors(stored: FactoredTaskVectors, ridge: float, transposed: Patterns) -> FactoredTaskVectors:
