@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 
 import samerge_ext as sm
-from samerge_ext.elementwise import inner_products, piecewise
+from samerge_ext.elementwise import piecewise
 
 SHAPES = {"w": (40, 70), "conv": (6, 5, 3, 3), "b": (33,), "scale": ()}
 
@@ -54,7 +54,6 @@ def pieces(request, monkeypatch):
         monkeypatch.setattr(piecewise, "PIECE", 1)
         monkeypatch.setattr(piecewise, "ALIGNMENT", 1024)
         monkeypatch.setattr(piecewise, "CHUNK", 256)
-        monkeypatch.setattr(inner_products, "CHUNK", 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -29,9 +29,7 @@ REFUSED = {
     "lies outside of 0 … 1": "a density outside of 0 … 1",
     "unknown [": "a parameter that no method of mergekit reads",
     "is not a method here": "a method that mergekit does not have",
-    "one slice of all layers": "parts of models",
-    "all are merged: [0": "parts of models",
-    "'modules'": "parts of models",
+    "'modules'": "`modules`",
     "'tokenizer.": "`tokenizer.tokens` and `pad_to_multiple_of`",
     "sum of the weights, which is 0": "a mean whose weights sum to 0",
     "there is no key": "a key that nobody reads",
@@ -46,8 +44,8 @@ WIDER = {
 CHOOSING = (
     "ties", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "sce", "arcee_fusion", "ram", "ramplus_tl",
 )  # fmt: skip
-WITHOUT_BASE = ("linear", "nuslerp", "multislerp", "karcher")  # or with one
-ONE = ("slerp", "nearswap", "arcee_fusion")  # expert beside the base
+WITHOUT_BASE = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")  # or with one
+ONE = ("slerp", "nearswap", "arcee_fusion", "passthrough")  # expert, beside the base or alone
 EXPERTS = {**dict.fromkeys(ONE, (1, 1)), "nuslerp": (2, 2), "model_stock": (2, 4)}  # fewest and most; of others 1 … 4
 NEEDED = ("t",)
 # Parameters for all of the methods that do not share those of task_arithmetic: each by a draw and the function `setting`.
@@ -66,6 +64,7 @@ SETTINGS: dict = {
     "ramplus_tl": {key: lambda draw, setting: setting(0.0, 0.1) for key in ("r", "alpha", "epsilon")},
     "model_stock": {"filter_wise": lambda draw, _: draw.choice([True, False])},
 }
+SETTINGS["passthrough"] = {}
 METHODS = [
     "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
     *SETTINGS,
@@ -150,6 +149,8 @@ def recipe(draw: random.Random, root: Path, methods: list[str]) -> dict:
             own["density"] = density()
         if method.startswith("breadcrumbs") and draw.random() < 0.5:
             own["gamma"] = setting(0.0, 0.3)
+        if method == "passthrough":
+            own = {"scale": setting(0.0, 1.0)}
         if draw.random() < 0.04:
             own.pop("weight", None)
         entries.append({"model": str(root / name), "parameters": own or None})
@@ -183,7 +184,11 @@ def recipe(draw: random.Random, root: Path, methods: list[str]) -> dict:
             entries.insert(draw.randint(0, len(entries)), listed)
         else:
             content["base_model"] = spelled
-    if draw.random() < 0.12:
+    if draw.random() < (0.7 if method == "passthrough" else 0.15):
+        content["slices"] = [sliced(draw, entries, content, base) for _ in range(draw.choice([1, 2, 3]))]
+        if draw.random() < 0.3:
+            content["slices"][0]["parameters"] = {"lambda": 0.8}
+    elif draw.random() < 0.12:
         layers = draw.choice([[0, 3], [0, 3], [0, 3], [0, 2]])
         if "base_model" in content and all(entry["model"] != base for entry in entries) and draw.random() < 0.8:
             entries.append({"model": content["base_model"], "parameters": {"weight": 0.5}})
@@ -208,6 +213,19 @@ def recipe(draw: random.Random, root: Path, methods: list[str]) -> dict:
     if draw.random() < 0.1:
         content["random_seed"] = 3
     return content
+
+
+def sliced(draw: random.Random, entries: list, content: dict, base: str) -> dict:
+    """A slice of some layers of the models of a recipe, which need not be the same ones."""
+    count = draw.randint(1, 3)
+    named = {entry["model"] for entry in entries}
+    if "base_model" in content and not named & {base, content["base_model"]} and content["merge_method"] not in WITHOUT_BASE:
+        entries = [*entries, {"model": content["base_model"], "parameters": {"weight": 0.5}}]
+    sources = []
+    for entry in entries:
+        first = draw.randint(0, 3 - count)
+        sources.append({**entry, "layer_range": [first, first + count]})
+    return {"sources": sources}
 
 
 def ours(path: Path) -> str | None:
