@@ -157,6 +157,12 @@ def test_a_model_of_two_stacks_has_no_slices(root):
         merged(root, slices(source("a", 0, 2), source("a", 0, 2)))
 
 
+def test_models_that_call_their_layers_otherwise_are_not_stacked(root):
+    save_file({f"base.{name}": tensor for name, tensor in read_all(root / "b").items()}, root / "b/model.safetensors")
+    with pytest.raises(ValueError, match="layers are called 'base.model.layers.' in .*b.* and 'model.layers.' in"):
+        merged(root, slices(source("a", 0, 2), source("b", 0, 2)))
+
+
 def test_a_layer_that_is_no_number_names_its_models(root):
     tensors = read_all(root / "b")
     tensors["model.layers.2.mlp.weight"][0] = torch.nan
