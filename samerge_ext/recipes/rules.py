@@ -57,7 +57,8 @@ def _linear(given: Given) -> Rule:
 
 
 def _ties(given: Given) -> Rule:
-    return Ties(given.shape.numel(), given.dtype, given.each("density", 1.0), _combination(given, True, True))
+    combination = _combination(given, True, True)
+    return Ties(given.shape.numel(), given.dtype, given.each("density", 1.0), combination, given.one("rescale", False))
 
 
 def _dare(given: Given, elect: bool) -> Rule:

@@ -8,6 +8,7 @@ import samerge_ext as sm
 from samerge_ext.elementwise import piecewise
 from samerge_ext.elementwise.piecewise import Combination, Piece, merge_pieces
 from samerge_ext.methods.breadcrumbs import Breadcrumbs
+from samerge_ext.methods.ties import Ties
 
 
 def packed(dtype=torch.float32):
@@ -45,8 +46,15 @@ def test_with_an_elected_sign_it_is_ties_of_what_is_left():
     assert torch.equal(found, sm.ties(weights, 0.4).merged)  # without outliers the largest are kept
 
 
+RESCALED = {
+    "breadcrumbs": lambda: (Breadcrumbs(1000, torch.float32, [0.5], [0.1], Combination([1.0]), True), 0.1),
+    "ties": lambda: (Ties(1000, torch.float32, [0.5], Combination([1.0]), True), 0.0),
+}
+
+
 @pytest.mark.parametrize("size", [1000, 300])
-def test_rescaling_keeps_the_sum_of_magnitudes(size):
+@pytest.mark.parametrize("method", RESCALED)
+def test_rescaling_keeps_the_sum_of_magnitudes(method, size):
     """Of a tensor of one piece, which is seen again as it is, and of several."""
     torch.manual_seed(0)
     change = torch.zeros(1, 1024).index_copy(1, torch.arange(1000), torch.randn(1, 1000))
@@ -58,9 +66,9 @@ def test_rescaling_keeps_the_sum_of_magnitudes(size):
             yield Piece(start, min(size, 1000 - start), torch.zeros(1024), rows, rows)
 
     only = list(cut())
-    rule = Breadcrumbs(1000, torch.float32, [0.5], [0.1], Combination([1.0]), rescale=True)
+    rule, gamma = RESCALED[method]()
     merged = torch.cat([m[: p.size] for p, m in merge_pieces(rule, lambda: iter(only if len(only) == 1 else cut()))])
-    expected = crumbs(change[0, :1000].double(), 0.5, 0.1)
+    expected = crumbs(change[0, :1000].double(), 0.5, gamma)
     assert_close(merged, expected * change.double().abs().sum() / expected.abs().sum())
 
 
