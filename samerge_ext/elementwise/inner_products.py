@@ -44,7 +44,7 @@ class InnerProducts(Rule):
 
     def next_round(self) -> None:
         if self._grams is not None and self._over == "tensor":
-            self._sum = Combination(self._coefficients(self._grams[0]).tolist())
+            self._sum = Combination(self._coefficients(self._grams[0].cpu()).tolist())  # few numbers, and many small steps
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
         if self._sum is not None:
