@@ -52,7 +52,7 @@ class Sce(Rule):
         self._selecting -= 1
         if self._largest is None:
             kept = int(self._varying * self._select)
-            self._largest = LargestMagnitudes([kept], self._numel + 1, self._wide)
+            self._largest = LargestMagnitudes([kept], self._numel, self._wide)
         elif self._largest.rounds:
             self._largest.next_round()
 
