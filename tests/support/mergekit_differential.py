@@ -25,7 +25,7 @@ from samerge_ext.recipes.run import run_recipe
 
 # What mergekit merges and is refused here: a part of the message -> the words of docs/files.md that list it.
 REFUSED = {
-    "lies outside of 0 … 1": "a density outside of 0 … 1",
+    "lies outside of 0 … 1": "a density or gamma outside of 0 … 1",
     "unknown [": "a parameter that no method of mergekit reads",
     "is not a method here": "a method that mergekit does not have",
     "'modules'": "`modules`",
