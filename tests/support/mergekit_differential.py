@@ -145,7 +145,8 @@ def recipe(draw: random.Random, root: Path, methods: list[str]) -> dict:
     for name in experts:
         own = {}
         if not shared_weight or draw.random() < 0.3:
-            own["weight"] = setting(-0.3 if draw.random() < 0.2 else 0.1, 1.2)
+            below_0 = draw.random() < 0.2 and method != "nuslerp"  # which goes ever further beyond the two as weights cancel
+            own["weight"] = setting(-0.3 if below_0 else 0.1, 1.2)
         if draw.random() < (0.8 if method != "linear" else 0.1):
             own["density"] = density()
         if method.startswith("breadcrumbs") and draw.random() < 0.5:
