@@ -214,6 +214,19 @@ def test_finished_shards_are_written_again_where_they_are_not_what_was_written(m
     }
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_an_interrupted_merge_ends_with_the_same_bytes(models, tmp_path, monkeypatch, method):
+    merge_files(merge_of(models, method, shard_bytes=5000), tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(file_merge._Run, "finish", raise_killed)
+        with pytest.raises(Killed):
+            merge_files(merge_of(models, method, shard_bytes=5000), tmp_path / "out")
+    flip(sorted((tmp_path / "out.state/merged").iterdir())[1])
+    merge_files(merge_of(models, method, shard_bytes=5000), tmp_path / "out")
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 300), flip])
 def test_a_damaged_record_is_an_error_with_the_mend(models, tmp_path, stopped, harm):
     stopped(False)
