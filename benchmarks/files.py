@@ -1,20 +1,23 @@
 """Data-free merges from file to file: `samerge merge` beside mergekit-yaml, whole commands on the same folders.
 
     python benchmarks/files.py --folder DIR [--mergekit .../bin/mergekit-yaml] [--device cuda] [--rounds 3] [--method ties …]
-                               [--save-to FILE]
+                               [--layers 20] [--vocabulary 32000] [--save-to FILE]
 
 Makes a base and four experts, a Llama of 317 M random numbers in bf16, 3.2 GB in all; they are used again where they are there.
+slerp merges one of them.
 The commands take turns, and every one finds the files in the page cache. Time is from start to end of the process, memory
 its peak resident set, in which mapped and touched files count. mergekit is no dependency: without it only ours is timed.
 With --device cuda both merge on a GPU too, as commands of their own; that has not been run yet.
 
-Values agree where they differ by at most one rounding to bf16 of the largest of the numbers they are made from. mergekit
-breaks ties with TIES's threshold by the order of a sort; numbers that lie on it are counted apart. mergekit also rounds weights,
-products and sums to bf16: how many numbers of each are off the sum in fp64 by more than one rounding is counted too.
+Values agree where they differ by at most one rounding to bf16 of the largest of the numbers they are made from. mergekit breaks
+ties with a threshold of TIES or breadcrumbs by the order of a sort; numbers that lie on it are counted apart. mergekit also
+rounds weights, products and sums to bf16: how many numbers of each are off the sum in fp64 by more than one rounding is counted
+too.
 
 What DARE drops is random: there the change of the weights is compared with what it is on average, the change without dropping.
 slope: its regression on that, 1 where the mean is kept. spread: the mean square of what remains, over that which independent
-draws at this density have, 1 where every number is dropped by itself. unchanged: the share of numbers that are the base's.
+draws at this density have, 1 where every number is dropped by itself. unchanged: the share of numbers that are the base's, which
+is all that is compared of DELLA.
 """
 
 from __future__ import annotations
@@ -36,38 +39,47 @@ from torch import Tensor
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.elementwise.magnitudes import kept_count
+from samerge_ext.methods.breadcrumbs import GAMMA
 
 EXPERTS = ("a", "b", "c", "d")
-WIDTH, MLP, LAYERS, VOCABULARY = 1024, 2736, 20, 32000
+WIDTH, MLP = 1024, 2736
 DENSITY = 0.2
 RECIPES = {
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 1.0, "density": DENSITY},
     "dare_linear": {"weight": 0.3, "density": DENSITY},
+    "breadcrumbs": {"weight": 0.3, "density": DENSITY},
+    "della": {"weight": 1.0, "density": DENSITY},
+    "slerp": {},
 }
+SHARED = {"slerp": {"t": 0.4}}
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    found = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
-    for i in range(LAYERS):
+def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    found = {"model.embed_tokens.weight": (vocabulary, WIDTH)}
+    for i in range(layers):
         layer = f"model.layers.{i}."
         found |= {f"{layer}self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
         found |= {f"{layer}mlp.{name}_proj.weight": (MLP, WIDTH) for name in ("gate", "up")}
         found |= {f"{layer}mlp.down_proj.weight": (WIDTH, MLP)}
         found |= {f"{layer}{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
-    return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+    return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (vocabulary, WIDTH)}
 
 
-def make_folders(folder: Path) -> None:
+def experts_of(method: str) -> tuple[str, ...]:
+    return EXPERTS[:1] if method == "slerp" else EXPERTS
+
+
+def make_folders(folder: Path, layers: int, vocabulary: int) -> None:
     configuration = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": WIDTH,
         "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
@@ -76,7 +88,7 @@ def make_folders(folder: Path) -> None:
             continue
 
         def tensors(seed=seed):
-            for i, (tensor, shape) in enumerate(shapes().items()):
+            for i, (tensor, shape) in enumerate(shapes(layers, vocabulary).items()):
                 pretrained = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
                 change = 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
                 yield tensor, (pretrained + change * bool(seed)).bfloat16()
@@ -86,10 +98,10 @@ def make_folders(folder: Path) -> None:
 
 
 def write_recipe(folder: Path, method: str) -> Path:
-    lines = [f"merge_method: {method}", f"base_model: {folder / 'base'}", "dtype: bfloat16", "models:"]
-    for name in EXPERTS:
-        lines += [f"  - model: {folder / name}", "    parameters:"]
-        lines += [f"      {key}: {value}" for key, value in RECIPES[method].items()]
+    lines = [f"merge_method: {method}", f"base_model: {folder / 'base'}", "dtype: bfloat16"]
+    lines += [f"parameters: {SHARED.get(method, {})}", "models:"]
+    for name in experts_of(method):
+        lines += [f"  - model: {folder / name}", f"    parameters: {RECIPES[method]}"]
     path = folder / f"{method}.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -126,7 +138,7 @@ def _peak_kib(pid: int) -> int | None:
 def agreement(folder: Path, method: str, ours: Path, theirs: Path) -> dict[str, int]:
     """How many of theirs are equal to ours, within one rounding, on TIES's threshold, and none of these; and off the truth."""
     counts = dict.fromkeys(("numbers", "equal", "one_rounding", "on_the_threshold", "differ"), 0)
-    models = [open_checkpoint(path) for path in (folder / "base", *(folder / name for name in EXPERTS), ours, theirs)]
+    models = [open_checkpoint(path) for path in (folder / "base", *(folder / name for name in experts_of(method)), ours, theirs)]
     for name in models[0].names:
         base, *experts, a, b = (model.read(name).flatten() for model in models)
         changes = torch.stack([expert - base for expert in experts])  # [T, n]
@@ -134,7 +146,7 @@ def agreement(folder: Path, method: str, ours: Path, theirs: Path) -> dict[str, 
         rounding = torch.exp2(torch.frexp(largest).exponent - 8.0)  # the last of bf16's 8 bits
         equal = a == b
         close = (a.float() - b.float()).abs() <= rounding
-        tied = on_threshold(changes) if method == "ties" else torch.zeros_like(close)
+        tied = on_thresholds(changes, method)
         counts["numbers"] += a.numel()
         counts["equal"] += int(equal.sum())
         counts["one_rounding"] += int((close & ~equal).sum())
@@ -170,11 +182,27 @@ def statistics(folder: Path, method: str, outs: dict[str, Path]) -> dict[str, di
     return {command: {key: sums[key] / totals[key] for key in totals} for command, sums in found.items()}
 
 
-def on_threshold(changes: Tensor) -> Tensor:  # [T, n] -> [n]
-    count = kept_count(DENSITY, changes.shape[1])
-    magnitudes = changes.abs().float()
-    smallest = magnitudes.kthvalue(changes.shape[1] - count + 1).values  # [T]
-    return (magnitudes == smallest[:, None]).any(0)
+def unchanged(folder: Path, outs: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """The share of numbers that are the base's by command."""
+    base, shares = open_checkpoint(folder / "base"), {}
+    for command, out in outs.items():
+        merged = open_checkpoint(out)
+        same = sum(int((merged.read(name) == base.read(name)).sum()) for name in base.names)
+        shares[command] = {"unchanged": same / sum(base.shape(name).numel() for name in base.names)}
+    return shares
+
+
+def on_thresholds(changes: Tensor, method: str) -> Tensor:  # [T, n] -> [n]
+    """Which numbers are as large as the smallest that TIES or breadcrumbs keeps of a task vector, or the smallest it drops as too
+    large."""
+    numel = changes.shape[1]
+    outliers = int(GAMMA * numel)
+    counts = {"ties": [kept_count(DENSITY, numel)], "breadcrumbs": [outliers, outliers + int(DENSITY * numel)]}.get(method, [])
+    magnitudes, on = changes.abs().float(), torch.zeros(numel, dtype=torch.bool)
+    for count in filter(None, counts):
+        smallest = magnitudes.kthvalue(numel - count + 1).values  # [T]
+        on |= (magnitudes == smallest[:, None]).any(0)
+    return on
 
 
 def main() -> None:
@@ -182,13 +210,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for models and results, 6 GB")
     parser.add_argument("--mergekit", type=Path, help="the executable mergekit-yaml, version 0.1.5")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU beside the CPU")
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", choices=RECIPES, action="append", help="task_arithmetic and ties by default")
     parser.add_argument("--save-to", type=Path, help="a JSON file")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    make_folders(folder)
-    numbers = sum(torch.Size(shape).numel() for shape in shapes().values())
+    make_folders(folder, options.layers, options.vocabulary)
+    numbers = sum(torch.Size(shape).numel() for shape in shapes(options.layers, options.vocabulary).values())
     rows, results = [], []
     for method in options.method or ("task_arithmetic", "ties"):
         recipe = write_recipe(folder, method)
@@ -207,6 +237,8 @@ def main() -> None:
         outs = {name: folder / f"{method}-{name}" for name in commands}
         if method.startswith("dare"):
             what, agrees = "statistics", statistics(folder, method, outs)
+        elif method == "della":
+            what, agrees = "statistics", unchanged(folder, outs)
         else:
             what, agrees = "agreement", {name: agreement(folder, method, outs["samerge"], out) for name, out in outs.items()}
         for name, runs in found.items():

@@ -38,6 +38,17 @@ _LAZY = {  # public name -> module that defines it
     "subspace_boosting": "methods.boosting",
     "svc": "methods.svc",
     "dare": "methods.dare",
+    "slerp": "methods.slerp",
+    "nuslerp": "methods.nuslerp",
+    "multislerp": "methods.multislerp",
+    "karcher": "methods.karcher",
+    "model_stock": "methods.model_stock",
+    "breadcrumbs": "methods.breadcrumbs",
+    "della": "methods.della",
+    "sce": "methods.sce",
+    "nearswap": "methods.nearswap",
+    "arcee_fusion": "methods.arcee_fusion",
+    "ram": "methods.ram",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
     "available": "backend",
@@ -69,24 +80,35 @@ __all__ = [
     "adamerging",
     "align_norms",
     "apply_learner",
+    "arcee_fusion",
     "argmax_cross_entropy",
     "argmax_cross_entropy_with_grad",
     "available",
     "average",
+    "breadcrumbs",
     "coefficient_grad",
     "dare",
+    "della",
     "distill_expert",
     "entropy",
     "entropy_with_grad",
     "iso_c",
     "iso_cts",
+    "karcher",
     "knots",
     "layer_stats",
+    "model_stock",
     "models",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
     "ops",
     "preconditioned",
+    "ram",
     "regmean",
     "samerging",
+    "sce",
+    "slerp",
     "softmax_kl",
     "softmax_kl_with_grad",
     "statsmerging",
@@ -110,16 +132,27 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .merged.model import MergedModel
     from .merged.result import Result
     from .methods.adamerging import adamerging
+    from .methods.arcee_fusion import arcee_fusion
     from .methods.arithmetic import average, task_arithmetic
     from .methods.boosting import subspace_boosting
+    from .methods.breadcrumbs import breadcrumbs
     from .methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
     from .methods.dare import dare
+    from .methods.della import della
     from .methods.distac import align_norms
     from .methods.distillation import DistillationConfig, distill_expert
     from .methods.isotropic import iso_c, iso_cts
+    from .methods.karcher import karcher
     from .methods.knots import knots
+    from .methods.model_stock import model_stock
+    from .methods.multislerp import multislerp
+    from .methods.nearswap import nearswap
+    from .methods.nuslerp import nuslerp
+    from .methods.ram import ram
     from .methods.regmean import regmean
     from .methods.samerging import samerging
+    from .methods.sce import sce
+    from .methods.slerp import slerp
     from .methods.statsmerging import apply_learner, statsmerging
     from .methods.svc import svc
     from .methods.ties import ties, trimmed

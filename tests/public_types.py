@@ -51,6 +51,9 @@ def distilling(teacher: nn.Module, target: Classifier, data: list[Tensor]) -> No
 def without_data(packed: sm.PackedWeights) -> None:
     for result in (sm.average(packed), sm.task_arithmetic(packed, 0.3), sm.ties(packed, trim="vector"), sm.dare(packed)):
         assert_type(result, sm.Result)
+    assert_type(sm.breadcrumbs(packed, rule="ties"), sm.Result)
+    assert_type(sm.della(packed, [0.5, 0.4], epsilon=0.1), sm.Result)
+    assert_type(sm.nuslerp(packed, [1.0, 2.0], over="rows"), sm.Result)
     assert_type(sm.align_norms(sm.trimmed(packed)), sm.PackedWeights)
     sm.ties(packed, trim="row")  # type: ignore[arg-type]
 

@@ -30,12 +30,19 @@ class Stack:
     def of(self, models: Mapping[Path, Source], label: str) -> Stacked:
         """The new model; what belongs to no layer is that of the first layer's model, or, what comes after all, of the last's.
 
-        Raises ValueError for a model whose layers are not in one stack, and for a layer that is not there.
+        Raises ValueError for a model whose layers are not in one stack of the same name as the others', and for a layer that is
+        not there.
         """
         places: dict[str, tuple[Source, str]] = {}
+        first = models[self.layers[0][0]]
         for place, (path, layer) in enumerate(self.layers):
             source = models[path]
             stack = stack_of(source)
+            if stack != stack_of(first):
+                raise ValueError(
+                    f"layers are called '{stack}' in {source.label} and '{stack_of(first)}' in {first.label}; save both models "
+                    "with the same class, so that their tensors have the same names"
+                )
             found = [(part[2], name) for name in source.names if (part := layer_in(name)) and part[1] == layer]
             if not found:
                 raise ValueError(f"{source.label} has no layer {layer}; the last one is {number_of_layers(source.names) - 1}")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samerge_ext.elementwise.piecewise import CHUNK, Combination, Piece, Rule, by_chunks
+from samerge_ext.elementwise.piecewise import Combination, Piece, Rule, by_chunks, chunks
 
 Over = Literal["tensor", "rows", "columns"]
 
@@ -38,14 +38,13 @@ class InnerProducts(Rule):
         columns = self.unit if over == "columns" else 1
         if self._grams is None:
             self._grams = torch.zeros(columns, len(rows), len(rows), dtype=torch.float64, device=rows.device)
-        at_once = max(1, (CHUNK if rows.device.type == "cpu" else piece.size) // columns) * columns
-        for part in rows.split(at_once, 1):
-            wide = part.double().unflatten(1, (-1, columns)).permute(2, 0, 1)  # [C, T, m]
+        for place in chunks(piece, columns):
+            wide = rows[:, place].double().unflatten(1, (-1, columns)).permute(2, 0, 1)  # [C, T, m]
             self._grams += wide @ wide.mT
 
     def next_round(self) -> None:
         if self._grams is not None and self._over == "tensor":
-            self._sum = Combination(self._coefficients(self._grams[0]).tolist())
+            self._sum = Combination(self._coefficients(self._grams[0].cpu()).tolist())  # few numbers, and many small steps
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
         if self._sum is not None:

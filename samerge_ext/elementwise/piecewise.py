@@ -211,14 +211,17 @@ _ROWS: dict[str, Callable[[Piece], Piece]] = {
 
 def by_chunks(piece: Piece, merged: Callable[[Tensor, Tensor], Tensor], step: int = 1) -> Tensor:  # [n]
     """The numbers that ``merged(base [m], rows [T, m]) -> [m]`` gives, in fp32 or wider, a chunk of whole ``step``s at a time."""
-    base, rows = piece.base, piece.task_vectors
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    at_once = max(1, (CHUNK if base.device.type == "cpu" else piece.size) // step) * step
-    out = torch.zeros_like(base)
-    for start in range(0, piece.size, at_once):
-        place = slice(start, min(start + at_once, piece.size))
-        out[place] = merged(base[place].to(wide), rows[:, place].to(wide))
+    out, wide = torch.zeros_like(piece.base), torch.float64 if piece.base.dtype == torch.float64 else torch.float32
+    for place in chunks(piece, step):
+        out[place] = merged(piece.base[place].to(wide), piece.task_vectors[:, place].to(wide))
     return out
+
+
+def chunks(piece: Piece, step: int = 1) -> Iterator[slice]:
+    """The places of a piece's numbers that are computed with at once: whole ``step``s; on a GPU all."""
+    at_once = max(1, (CHUNK if piece.base.device.type == "cpu" else piece.size) // step) * step
+    for start in range(0, piece.size, at_once):
+        yield slice(start, min(start + at_once, piece.size))
 
 
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:

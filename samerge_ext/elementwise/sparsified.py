@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samerge_ext.elementwise.piecewise import CHUNK, Combination, Piece, Rule
+from samerge_ext.elementwise.piecewise import Combination, Piece, Rule, chunks
 
 LEAST = 1e-7  # a sum of magnitudes that is divided by
 
@@ -39,9 +39,9 @@ class Sparsified(Rule):
         if self._choosing:
             self.choose(piece)
             return
-        before = _magnitudes(piece.rows())
+        before = _magnitudes(piece)
         self._dropped = (piece, self._left_of(piece))
-        sums = torch.stack([before, _magnitudes(self._dropped[1].rows())])
+        sums = torch.stack([before, _magnitudes(self._dropped[1])])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def next_round(self) -> None:
@@ -67,7 +67,6 @@ class Sparsified(Rule):
         return self.combination.shares
 
 
-def _magnitudes(rows: Tensor) -> Tensor:  # [T, n] -> [T]
-    at_once = CHUNK if rows.device.type == "cpu" else rows.shape[1] or 1
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.stack([part.abs().sum(1, dtype=wide).double() for part in rows.split(at_once, 1)]).sum(0)
+def _magnitudes(piece: Piece) -> Tensor:  # [T]
+    rows = piece.rows()
+    return torch.stack([rows[:, place].abs().sum(1, dtype=torch.float64) for place in chunks(piece)]).sum(0)

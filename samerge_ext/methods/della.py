@@ -21,6 +21,7 @@ from samerge_ext.elementwise.sparsified import Sparsified
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.dare import random_key
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.reference.count_digits import magnitudes_of
 from samerge_ext.reference.drop import STRETCH, uniform
 
 EPSILON = 0.15
@@ -46,7 +47,7 @@ class Della(Sparsified):
             if 0 < density < 1 and not (epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0):
                 raise ValueError(f"'{name}': density ± epsilon, {density} ± {epsilon}, is to lie between 0 and 1; lower epsilon")
         self.name, self.densities, self.epsilons, self.seed = name, densities, epsilons, seed
-        _, self._length, self._apart = _rows(shape)
+        self._length, self._apart = _rows(shape)
         row = max(1, self._length * self._apart)
         self.unit = max(1, STRETCH // row) * row  # as many rows as share keys
         self.unseen = [task for task, density in enumerate(densities) if density < 1]
@@ -68,32 +69,31 @@ class Della(Sparsified):
         of_one = -(-self.unit // STRETCH)
         keys = [random_key(self.seed, task, unit * of_one + i, self.name) for i in range(-(-numbers.numel() // STRETCH))]
         drawn = torch.cat([uniform(torch.tensor(key, dtype=torch.int32, device=numbers.device)) for key in keys])
-        magnitudes = numbers.abs().view(-1, self._length, self._apart)  # [R, C, K]
-        return larger_or_lucky(magnitudes, drawn[: numbers.numel()].view_as(magnitudes), density, epsilon).flatten()
+        rows = numbers.view(-1, self._length, self._apart).mT  # [R, K, C]
+        kept = larger_or_lucky(rows.flatten(0, 1), drawn[: numbers.numel()].view(-1, self._length), density, epsilon)
+        return kept.view_as(rows).mT.flatten()
 
 
-def larger_or_lucky(magnitudes: Tensor, drawn: Tensor, density: float, epsilon: float) -> Tensor:  # [R, C, K] each -> bool
+def larger_or_lucky(rows: Tensor, drawn: Tensor, density: float, epsilon: float) -> Tensor:  # [R, C] each -> bool
     """What is kept; drawn: integers of 0 … 2³¹ − 1. The other number of a row is chosen by how far they are beyond d − ε.
 
     Of equal magnitudes the first is the smaller; a number that is alone is kept with probability d.
     """
-    others = magnitudes.shape[1] - 1
+    others = rows.shape[1] - 1
     if others == 0 or epsilon == 0:
         return drawn < density * 2**31
-    beyond = (drawn - (density - epsilon) * 2**31) * (others / (2 * epsilon * 2**31))  # 0 … C − 1 where the other decides
-    index = torch.arange(others + 1, device=magnitudes.device)[:, None]
+    scale = others / (2 * epsilon * 2**31)
+    beyond = (drawn * scale).sub_((density - epsilon) * 2**31 * scale)  # 0 … C − 1 where the other decides
     other = beyond.clamp(0, others - 1).long()
-    other += other >= index
-    theirs = magnitudes.gather(1, other)
-    larger = (theirs < magnitudes) | ((theirs == magnitudes) & (other < index))
+    is_after = other >= torch.arange(others + 1, device=rows.device)
+    magnitudes = magnitudes_of(rows)
+    larger = magnitudes.gather(1, other.add_(is_after)) + is_after <= magnitudes
     return (beyond < 0) | (larger & (beyond < others))
 
 
-def _rows(shape: torch.Size) -> tuple[int, int, int]:
-    """How many rows, how long they are, and how far apart the numbers of a row lie."""
-    if len(shape) < 2:
-        return 1, shape.numel(), 1
-    return shape[0], shape[1], shape[2:].numel()
+def _rows(shape: torch.Size) -> tuple[int, int]:
+    """How long rows are, and how far apart the numbers of a row lie."""
+    return (shape.numel(), 1) if len(shape) < 2 else (shape[1], shape[2:].numel())
 
 
 def della(

@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.elementwise.piecewise import Piece, Rule, by_chunks, merge_packed
+from samerge_ext.elementwise.piecewise import Piece, Rule, by_chunks, chunks, merge_packed
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
 
@@ -30,11 +30,11 @@ class Ram(Rule):
         self._own = torch.ones(count)
 
     def look(self, piece: Piece) -> None:
-        changed = piece.rows().abs() > self._epsilon
-        together = changed.sum(0)
-        self._counts = self._counts.to(changed.device) + torch.stack(
-            [(changed & (together > 1)).sum(1), (changed & (together == 1)).sum(1)]
-        )
+        self._counts = self._counts.to(piece.base.device)
+        for place in chunks(piece):
+            changed = piece.task_vectors[:, place].abs() > self._epsilon
+            together = changed.sum(0)
+            self._counts += torch.stack([(changed & (together > 1)).sum(1), (changed & (together == 1)).sum(1)])
 
     def next_round(self) -> None:
         shared, own = self._counts.double()

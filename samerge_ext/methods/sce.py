@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.elementwise.magnitudes import LargestMagnitudes
-from samerge_ext.elementwise.piecewise import Piece, Rule, by_chunks, merge_packed
+from samerge_ext.elementwise.piecewise import Piece, Rule, by_chunks, chunks, merge_packed
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
 
@@ -52,7 +52,7 @@ class Sce(Rule):
         self._selecting -= 1
         if self._largest is None:
             kept = int(self._varying * self._select)
-            self._largest = LargestMagnitudes([kept], self._numel + 1, self._wide)
+            self._largest = LargestMagnitudes([kept], self._numel, self._wide)
         elif self._largest.rounds:
             self._largest.next_round()
 
@@ -65,8 +65,11 @@ class Sce(Rule):
         return base + (weights * rows).sum(0) / weights.sum(0).clamp(min=LEAST)
 
     def _variance(self, piece: Piece) -> Tensor:  # [size]
-        wide = replace(piece, base=piece.base.to(self._wide))
-        return by_chunks(wide, lambda base, rows: rows.var(0, correction=0))[: piece.size]
+        out = torch.empty(piece.size, dtype=self._wide, device=piece.base.device)
+        for place in chunks(piece):
+            rows = piece.task_vectors[:, place].to(self._wide)
+            out[place] = (rows - rows.mean(0)).square_().mean(0)
+        return out
 
     def _selected(self, piece: Piece) -> Piece:
         """With zeros for what is not kept, in new memory: the piece may be seen again."""

@@ -12,29 +12,36 @@ from torch import Tensor, nn
 
 from samerge_ext.elementwise.magnitudes import LargestMagnitudes, kept_count
 from samerge_ext.elementwise.piecewise import Combination, Piece, WholeRule, merge_packed, per_task
+from samerge_ext.elementwise.sparsified import Sparsified
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
 
 Scope = Literal["tensor", "vector"]
 
 
-class Ties(WholeRule):
+class Ties(Sparsified, WholeRule):
     """TIES over one vector of ``numel`` numbers in all: a `piecewise.Rule`.
 
-    densities: one per task. combination: what follows trimming.
+    densities: one per task. combination: what follows trimming. rescale: of one tensor's numbers alone.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype, densities: Sequence[float], combination: Combination):
+    def __init__(
+        self, numel: int, dtype: torch.dtype, densities: Sequence[float], combination: Combination, rescale: bool = False
+    ):
         self.largest = LargestMagnitudes([kept_count(density, numel) for density in densities], numel, dtype)
         self.unseen = [task for task, density in enumerate(densities) if not kept_count(density, numel)]
-        self.combination = combination
-        self.rounds = self.largest.rounds
+        super().__init__(combination, rescale, self.largest.rounds)
 
-    def look(self, piece: Piece) -> None:
+    def choose(self, piece: Piece) -> None:
         self.largest.look(piece.rows())
 
-    def next_round(self) -> None:
+    def next_choice(self) -> None:
         self.largest.next_round()
+
+    def drop(self, out: Tensor, numbers: Tensor, start: int) -> None:
+        if self.rescale and start == 0:  # as a vector of many tensors, each of which starts at 0, nothing is seen again
+            self.largest.begin()
+        self.largest.trim(out, numbers)
 
     def state(self) -> list[list[int]]:
         """What decides over the numbers to come, once the rounds are over: every task's key and ties, ready for JSON."""
@@ -43,13 +50,6 @@ class Ties(WholeRule):
     def restore(self, state: Sequence[Sequence[int]]) -> None:
         for target, values in zip((self.largest.keys, self.largest.ties), torch.tensor(state).unbind(1), strict=True):
             target.copy_(values)
-
-    def merge(self, piece: Piece) -> Tensor:  # [n]
-        return self.combination.merge(piece.changed(self.largest.trim))
-
-    @property
-    def shares(self) -> list[float]:
-        return self.combination.shares
 
 
 def ties(

@@ -20,10 +20,10 @@ from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Rule
 from samerge_ext.methods.distac import shortening
 from samerge_ext.recipes.entries import SliceEntry
-from samerge_ext.recipes.parameters import METHODS, VALUES, boolean, read_by, seed
+from samerge_ext.recipes.parameters import METHODS, boolean, read_by
 from samerge_ext.recipes.rules import RULES, Given
 from samerge_ext.recipes.slices import Slices
-from samerge_ext.recipes.tensor_settings import depths, resolve
+from samerge_ext.recipes.tensor_settings import depths
 
 
 def file_merge(
@@ -50,17 +50,13 @@ def file_merge(
     sliced = Slices(method, slices, base_model) if slices else None
     folders = [(task, folder) for task, folder, _ in experts]
     of_models = [{key: value for key, value in own.items() if key in settings.of_models} for _, _, own in experts]
-    needs_weight = [False] * len(folders)  # beyond what the method asks for
-    takes_base = sliced is None and (settings.base == "first" or _counts(method, shared))
-    if base_model and takes_base and not _is_among(base_model, folders):
+    added = None
+    if base_model and sliced is None and _takes_base(method, shared) and not _is_among(base_model, folders):
         (name,) = names_of_folders([base_model])
-        place = 0 if settings.base == "first" else len(folders)
-        folders.insert(place, (unused(name, [task for task, _ in folders]), base_model))
-        of_models.insert(place, {})
-        needs_weight.insert(place, True)
+        added = 0 if settings.base == "first" else len(folders)
+        folders.insert(added, (unused(name, [task for task, _ in folders]), base_model))
+        of_models.insert(added, {})
     count = len(sliced.merged if sliced else folders)
-    if sliced is not None:
-        needs_weight = [False] * count
     names_from = base_model or model_of(folders[0][1])
     whole = shared.get("trim") == "vector"
 
@@ -69,34 +65,14 @@ def file_merge(
         with open_checkpoint(names_from) as checkpoint:
             return depths(CheckpointSource(checkpoint, "base").names)
 
+    def lookup(name: str, model: int | None) -> tuple[list[Mapping[str, Any]], str, float]:
+        if sliced is not None:
+            return sliced.lookup(name, model)
+        return [] if model is None else [of_models[model]], name, depth_of()[name]
+
     def rule_of(name: str, shape: torch.Size, merged: torch.dtype) -> Rule:
         names = list(depth_of()) if whole else [name]
-
-        def lookup(n: str, model: int | None) -> tuple[list[Mapping[str, Any]], str, float]:
-            if sliced is not None:
-                return sliced.lookup(n, model)
-            return [] if model is None else [of_models[model]], n, depth_of()[n]
-
-        def value(key: str, model: int | None, default: Any, whose: str = "") -> Any:
-            found = set()
-            for n in names:
-                sources, called, depth = lookup(n, model)
-                found.add(resolve(key, [*sources, shared], called, depth, VALUES[key]))
-            if len(found) > 1:
-                raise ValueError(f"{key} differs between tensors; trimming the whole vector needs one value for all")
-            (one,) = found
-            if one is None and default is None:
-                raise ValueError(f"{method} needs '{key}'{whose}; '{name or names[0]}' has none")
-            return default if one is None else one
-
-        def each(key: str, default: Any) -> list:
-            needed = needs_weight if key == "weight" else [False] * count
-            return [value(key, model, None if must else default, " for every model") for model, must in enumerate(needed)]
-
-        def one(key: str, default: Any) -> Any:
-            return value(key, None, default)
-
-        return RULES[method](Given(name, shape, merged, count, seed(shared.get("seed", 0)), one, each))
+        return RULES[method](Given(method, name, names, shape, merged, count, shared, lookup, added))
 
     return FileMerge(
         experts=folders,
@@ -117,9 +93,9 @@ def file_merge(
     )
 
 
-def _counts(method: str, shared: Mapping[str, Any]) -> bool:
+def _takes_base(method: str, shared: Mapping[str, Any]) -> bool:
     """Whether a base that is not listed is one of the models; of a mean where a weight is given for it, as for all."""
-    return method == "karcher" or (method == "linear" and "weight" in shared)
+    return METHODS[method].base == "first" or method == "karcher" or (method == "linear" and "weight" in shared)
 
 
 def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:

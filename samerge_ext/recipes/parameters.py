@@ -101,8 +101,8 @@ def check_parameters(method: str, parameters: Mapping[str, Any], of_models: Sequ
             )
     if parameters.get("trim", "tensor") not in ("tensor", "vector"):
         raise ValueError(f"trim: {shown(parameters['trim'])}; choose tensor or vector")
-    if method == "ties" and boolean(parameters.get("rescale", False)):
-        raise ValueError("ties does not rescale here; leave 'rescale' out, or merge by dare_ties")
+    if parameters.get("trim") == "vector" and parameters.get("rescale", False) not in (False, 0):
+        raise ValueError("'rescale' is by tensor; leave it out where the whole vector is trimmed")
 
 
 def read_by(method: str) -> set[str]:

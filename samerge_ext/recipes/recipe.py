@@ -48,9 +48,8 @@ class Recipe(Strict):
         promote to, and write it unless out_dtype is given. Learned ones pack and write dtype; by default they merge in float32
         and write the base's dtypes. linear, nuslerp, multislerp, karcher and passthrough do without base_model.
     slices: of data-free methods, what the merged model's layers are; models are then those that are in them.
-    parameters: of data-free methods mergekit's (weight, normalize, lambda, density, rescale; int8_mask changes nothing), each
-        one value, a gradient over the layers or values by name; and seed (dare), trim: tensor or vector (ties), align_norms,
-        device.
+    parameters: of data-free methods mergekit's (`parameters.METHODS`; int8_mask changes nothing), each one value, a gradient over
+        the layers or values by name; and seed (dare, della), trim: tensor or vector (ties), align_norms, device.
         Of learned methods their configuration's fields.
     task_vector_dtype: of learned methods, how task vectors are stored while merging: the packed weights' dtype by default; int8,
         int4 and int4-residual quantise them; lora keeps the factors, where all models are LoRA adapters.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,23 +25,55 @@ from samerge_ext.methods.sce import Sce
 from samerge_ext.methods.slerp import Slerp
 from samerge_ext.methods.ties import Ties
 from samerge_ext.methods.wudi import Wudi
+from samerge_ext.recipes.parameters import VALUES, seed
+from samerge_ext.recipes.tensor_settings import resolve
 
 
 @dataclass
 class Given:
     """A tensor, or all of them as one vector, called "", and what a recipe says of it.
 
-    dtype: that it is merged in. count: of the models whose rows a piece has. seed: of what is random.
-    one, each: a parameter for all, or of every model; None as its default where it must be given.
+    names: of the tensors that the rule is for. dtype: that they are merged in. count: of the models whose rows a piece has.
+    shared: parameters for all. lookup: a tensor's name, and None or one of the models -> what stands before these, the name and
+        the depth that they are resolved with (`tensor_settings.resolve`).
+    added: a model that is none of the recipe's, and whose weight has to be given.
     """
 
+    method: str
     name: str
+    names: Sequence[str]
     shape: torch.Size
     dtype: torch.dtype
     count: int
-    seed: int
-    one: Callable[[str, Any], Any]
-    each: Callable[[str, Any], list]
+    shared: Mapping[str, Any]
+    lookup: Callable[[str, int | None], tuple[list[Mapping[str, Any]], str, float]]
+    added: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of what is random."""
+        return seed(self.shared.get("seed", 0))
+
+    def one(self, key: str, default: Any) -> Any:
+        """A parameter for all. Raises ValueError where it has no value and no default."""
+        return self._value(key, None, default)
+
+    def each(self, key: str, default: Any) -> list:
+        """A parameter of every model."""
+        return [self._value(key, model, None if model == self.added else default) for model in range(self.count)]
+
+    def _value(self, key: str, model: int | None, default: Any) -> Any:
+        found = set()
+        for tensor in self.names:
+            sources, name, depth = self.lookup(tensor, model)
+            found.add(resolve(key, [*sources, self.shared], name, depth, VALUES[key]))
+        if len(found) > 1:
+            raise ValueError(f"{key} differs between tensors; trimming the whole vector needs one value for all")
+        (one,) = found
+        if one is None and default is None:
+            whose = "" if model is None else " for every model"
+            raise ValueError(f"{self.method} needs '{key}'{whose}; '{self.names[0]}' has none")
+        return default if one is None else one
 
 
 def _combination(given: Given, normalize: bool, elect: bool, weight: float | None = None) -> Combination:
@@ -58,7 +90,8 @@ def _linear(given: Given) -> Rule:
 
 
 def _ties(given: Given) -> Rule:
-    return Ties(given.shape.numel(), given.dtype, given.each("density", 1.0), _combination(given, True, True))
+    combination = _combination(given, True, True)
+    return Ties(given.shape.numel(), given.dtype, given.each("density", 1.0), combination, given.one("rescale", False))
 
 
 def _dare(given: Given, elect: bool) -> Rule:

@@ -249,7 +249,7 @@ def test_an_interrupted_merge_continues(models, write, tmp_path, monkeypatch):
         ({"calibration": {"files": {}}}, "task_arithmetic does not read 'calibration'"),
         ({"tasks": ["one"]}, "tasks names 1, models lists 2"),
         ({"base_model": None}, "task_arithmetic needs 'base_model'"),
-        ({"merge_method": "ties", "parameters": {"rescale": True}}, "ties does not rescale here"),
+        ({"merge_method": "ties", "parameters": {"rescale": True, "trim": "vector"}}, "'rescale' is by tensor"),
         ({"merge_method": "ties", "parameters": {"trim": "row"}}, "choose tensor or vector"),
     ],
 )

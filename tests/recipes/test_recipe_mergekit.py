@@ -198,9 +198,9 @@ def test_a_slices_parameters_come_before_the_files(root):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (sliced({"model": "a", "layer_range": [0, 1]}, "b"), r"a has 2 layers and layer_range is \[0, 1\]; all are merged"),
+        (sliced({"model": "a", "layer_range": [0, 3]}, "b"), r"a has 2 layers, and layer_range is \[0, 3\]; it lies in \[0, 2\]"),
+        (sliced({"model": "a", "layer_range": [0, 1]}, "b"), r"the sources of a slice have \[1, 2\] layers"),
         (sliced({"model": "a"}), "every source needs a model and its layer_range"),
-        ({**sliced("a"), "slices": sliced("a")["slices"] * 2}, "2 slices; one slice of all layers is merged"),
         (sliced("a", layers=3), "no key 'layers'; the keys are sources"),
         (sliced("a", base_model="b"), "another one than the file's"),
     ],

@@ -5,8 +5,14 @@ import torch
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Combination
+from samerge_ext.methods.arcee_fusion import ArceeFusion
+from samerge_ext.methods.breadcrumbs import Breadcrumbs
 from samerge_ext.methods.dare import Dare
+from samerge_ext.methods.della import Della
 from samerge_ext.methods.distac import shortening
+from samerge_ext.methods.nuslerp import NuSlerp
+from samerge_ext.methods.ram import Ram
+from samerge_ext.methods.sce import Sce
 from samerge_ext.methods.ties import Ties
 
 TASKS = ("news", "spam")
@@ -20,7 +26,19 @@ def rules(method, density=0.3):
         "ties": lambda name, shape, dtype: Ties(shape.numel(), dtype, [density, 0.5], elect),
         "dare": lambda name, shape, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
         "dare_ties": lambda name, shape, dtype: Dare(name, [density, 0.5], 3, elect),
+        "breadcrumbs": lambda name, shape, dtype: Breadcrumbs(shape.numel(), dtype, [density, 0.5], [0.1, 0.2], elect, True),
+        "della": lambda name, shape, dtype: Della(name, shape, [density, 0.5], [0.1, 0.2], 3, elect),
+        "sce": lambda name, shape, dtype: Sce(shape.numel(), dtype, 2, 0.4),
+        "nuslerp": lambda name, shape, dtype: NuSlerp(shape, [0.7, 0.4]),
+        "nuslerp of rows": lambda name, shape, dtype: NuSlerp(shape, [0.7, 0.4], "rows"),
+        "nuslerp of columns": lambda name, shape, dtype: NuSlerp(shape, [0.7, 0.4], "columns"),
+        "fusion": lambda name, shape, dtype: ArceeFusion(shape),  # of the first task
+        "ram": lambda name, shape, dtype: Ram(2, 0.05, 0.1),
     }[method]
+
+
+# Of those, what mergekit has beside task vectors that are added up, trimmed or dropped.
+OTHERS = ("breadcrumbs", "della", "sce", "nuslerp", "nuslerp of rows", "nuslerp of columns", "fusion", "ram")
 
 
 def write(folder, shapes=None, dtype=torch.bfloat16, tasks=TASKS, **files):

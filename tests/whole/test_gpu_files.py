@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import assert_same, read_all, same_bytes
 from helpers import assert_close, need_backend
-from merges import TASKS, merge_of, rules, write
+from merges import OTHERS, TASKS, merge_of, rules, write
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -76,6 +76,7 @@ def of_several_types(models):
 
 CASES = {
     **{method: lambda models, method=method: merge_of(models, method) for method in ("arithmetic", "ties", "dare", "dare_ties")},
+    **{method: lambda models, method=method: merge_of(models, method) for method in OTHERS},
     "the whole vector": lambda models: merge_of(models, "ties", whole=True),
     "norms aligned": lambda models: merge_of(models, "arithmetic", align=True),
     "without a base": without_a_base,
