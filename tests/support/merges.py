@@ -14,6 +14,7 @@ from samerge_ext.methods.nuslerp import NuSlerp
 from samerge_ext.methods.ram import Ram
 from samerge_ext.methods.sce import Sce
 from samerge_ext.methods.ties import Ties
+from samerge_ext.methods.wudi import Wudi
 
 TASKS = ("news", "spam")
 SHAPES = {"embed": (700, 300), "layers.0.w": (40, 50), "layers.0.b": (50,), "layers.1.w": (40, 50), "scale": ()}
@@ -26,6 +27,7 @@ def rules(method, density=0.3):
         "ties": lambda name, shape, dtype: Ties(shape.numel(), dtype, [density, 0.5], elect),
         "dare": lambda name, shape, dtype: Dare(name, [density, 0.5], 3, Combination([0.7, 0.4])),
         "dare_ties": lambda name, shape, dtype: Dare(name, [density, 0.5], 3, elect),
+        "wudi": lambda name, shape, dtype: Wudi(name, shape, 2) if len(shape) > 1 else Combination([1.0, 1.0]),
         "breadcrumbs": lambda name, shape, dtype: Breadcrumbs(shape.numel(), dtype, [density, 0.5], [0.1, 0.2], elect, True),
         "della": lambda name, shape, dtype: Della(name, shape, [density, 0.5], [0.1, 0.2], 3, elect),
         "sce": lambda name, shape, dtype: Sce(shape.numel(), dtype, 2, 0.4),

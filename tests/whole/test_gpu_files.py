@@ -77,6 +77,7 @@ def of_several_types(models):
 CASES = {
     **{method: lambda models, method=method: merge_of(models, method) for method in ("arithmetic", "ties", "dare", "dare_ties")},
     **{method: lambda models, method=method: merge_of(models, method) for method in OTHERS},
+    "wudi": lambda models: merge_of(models, "wudi"),
     "the whole vector": lambda models: merge_of(models, "ties", whole=True),
     "norms aligned": lambda models: merge_of(models, "arithmetic", align=True),
     "without a base": without_a_base,
