@@ -153,6 +153,19 @@ def of_factors(own_tensor=False, seed=5):
     return packed, replace(packed, task_vectors=factors)
 
 
+def test_matrices_may_be_added_up_as_vectors_are():
+    packed, factored = of_factors()
+    summed, solved = (packed.layout.views(sm.wudi(packed, 0.2, summed=out).merged) for out in ("wi*", ()))
+    plain = packed.layout.views(packed.merge(packed.coefficients(1.0)))
+    torch.testing.assert_close(summed["wide"], plain["wide"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(summed["tall"], solved["tall"], rtol=0, atol=0)
+    assert not torch.allclose(solved["wide"], plain["wide"])
+    for name, found in packed.layout.views(sm.wudi(factored, 0.2, summed="wi*").merged).items():
+        torch.testing.assert_close(found, summed[name], rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="'embed' fits no matrix"):
+        sm.wudi(packed, summed="embed")
+
+
 @pytest.mark.parametrize("transposed", [(), "*ll"])
 @pytest.mark.parametrize("own_tensor", [False, True])
 def test_factors_are_solved_for_as_factors(own_tensor, transposed):
