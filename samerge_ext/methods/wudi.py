@@ -93,7 +93,7 @@ def wudi(
         total = next(sides)
         for side in sides:
             total += side
-        target.copy_(base + scale * torch.cholesky_solve(total.mT, factor).mT)
+        target.copy_(base + scale * _solve(total, factor))
     return Result.of_weights(packed, merged, "wudi", module, time.perf_counter() - started)
 
 
@@ -132,7 +132,7 @@ class Wudi(Rule):
         squares = self._grams.diagonal(dim1=1, dim2=2).double().sum(1)
         self._mu = _mu(self.ridge, squares.tolist(), self.inputs, self.name)
         self._grams /= torch.where(squares > 0, squares, 1).to(self._grams)[:, None, None]
-        self._factor = _factor(self._grams, self._mu)
+        self._factor = _factor(self._grams, self._mu, self.name)
 
     def merge(self, piece: Piece) -> Tensor:  # [n]
         out = piece.base.clone()
@@ -155,7 +155,7 @@ class Wudi(Rule):
         side = self._mu * wide.sum(0, dtype=torch.float64)
         for matrix, gram in zip(wide, self._grams, strict=True):
             side += matrix @ gram
-        return torch.cholesky_solve(side.mT, self._factor).mT
+        return _solve(side, self._factor)
 
     @property
     def shares(self) -> list[float]:
@@ -202,7 +202,7 @@ def _check(ridge: float) -> None:
 def _solved(matrices: Sequence[Tensor], ridge: float, name: str) -> Iterator[Tensor]:
     """τ'_t [m, n] for every τ_t [m, n], fp64."""
     factor, sides = _equations(matrices, ridge, name)
-    return (torch.cholesky_solve(side.mT, factor).mT for side in sides)
+    return (_solve(side, factor) for side in sides)
 
 
 def _mu(ridge: float, squares: Sequence[float], n: int, name: str) -> float:
@@ -213,14 +213,30 @@ def _mu(ridge: float, squares: Sequence[float], n: int, name: str) -> float:
     return ridge * sum(square > 0 for square in squares) / n or 1.0
 
 
-def _factor(terms: Iterable[Tensor], mu: float) -> Tensor:
-    """The Cholesky factor of G + μ I, fp64, from the terms of G [n, n]."""
+def _factor(terms: Iterable[Tensor], mu: float, name: str) -> Tensor:
+    """The Cholesky factor of G + μ I, fp64, from the terms of G [n, n]; in the place of G, which may be the largest there is.
+
+    Raises ValueError where a small ridge leaves it singular.
+    """
     left: Tensor | None = None
     for term in terms:
-        left = term.to(torch.float64, copy=True) if left is None else left.add_(term)
+        if left is None:
+            left = torch.zeros_like(term, dtype=torch.float64)
+        for rows, added in zip(left.split(AT_ONCE), term.split(AT_ONCE), strict=True):
+            rows += added  # all at once they would be copied into fp64
     assert left is not None
     left.diagonal().add_(mu)
-    return torch.linalg.cholesky(left)
+    factor, info = left.mT, torch.empty((), dtype=torch.int32, device=left.device)  # its own mirror image, columns side by side
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    if info:
+        raise ValueError(f"'{name}': the equations are singular, of task vectors with as few directions; raise ridge")
+    return factor
+
+
+def _solve(side: Tensor, factor: Tensor) -> Tensor:
+    """side [m, n] (G + μ I)⁻¹."""
+    half = torch.linalg.solve_triangular(factor, side.mT, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
 
 
 def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Tensor, Iterator[Tensor]]:
@@ -243,7 +259,7 @@ def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Ten
         own = exact @ terms[task] if m >= n else (exact @ exact.mT) @ exact / (square or 1.0)
         return own.double().add_(exact, alpha=mu)
 
-    return _factor(map(term, matrices, squares), mu), map(side, range(len(matrices)), matrices, squares)
+    return _factor(map(term, matrices, squares), mu, name), map(side, range(len(matrices)), matrices, squares)
 
 
 def _preconditioned_factors(

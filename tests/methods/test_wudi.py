@@ -261,6 +261,9 @@ def test_what_it_cannot_solve_is_refused():
     for method in (sm.preconditioned, sm.wudi):
         with pytest.raises(ValueError, match="'tall' of a task vector holds NaN or Inf"):
             method(broken)
+    few = {name: tensor.expand(9, 9).clone() for name, tensor in {"w": torch.ones(1, 1, dtype=torch.float64)}.items()}
+    with pytest.raises(ValueError, match="'w': the equations are singular.*raise ridge"):
+        sm.wudi(packed_of({"w": torch.zeros(9, 9, dtype=torch.float64)}, {"a": few}), 1e-300)
     quantised = sm.PackedWeights.from_state_dicts(base, experts, dtype=torch.float32, task_vector_dtype="int8")
     for method in (sm.preconditioned, sm.wudi):
         with pytest.raises(ValueError, match="needs task vectors that are not quantised"):
