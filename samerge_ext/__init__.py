@@ -49,6 +49,7 @@ _LAZY = {  # public name -> module that defines it
     "nearswap": "methods.nearswap",
     "arcee_fusion": "methods.arcee_fusion",
     "ram": "methods.ram",
+    "consensus": "methods.consensus",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
     "available": "backend",
@@ -87,6 +88,7 @@ __all__ = [
     "average",
     "breadcrumbs",
     "coefficient_grad",
+    "consensus",
     "dare",
     "della",
     "distill_expert",
@@ -137,6 +139,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.boosting import subspace_boosting
     from .methods.breadcrumbs import breadcrumbs
     from .methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
+    from .methods.consensus import consensus
     from .methods.dare import dare
     from .methods.della import della
     from .methods.distac import align_norms

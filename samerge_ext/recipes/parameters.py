@@ -38,7 +38,7 @@ class Method:
 # int8_mask is how mergekit saves memory of its own: files that have it are taken, and it changes no number here or there.
 _SHARED = ("normalize", "lambda", "int8_mask", "align_norms")
 _SPARSE = ("weight", "density")
-OURS = ("seed", "trim", "align_norms", "device", "ridge", "transposed")  # that mergekit does not know
+OURS = ("seed", "trim", "align_norms", "device", "ridge", "transposed", "mask_lambda", "agreeing")  # that mergekit does not know
 OF_THE_WHOLE = ("seed", "align_norms", "device")  # one value, whatever the tensor
 LARGEST = 1e30  # of a number of a recipe: sums of it are finite in fp32
 METHODS = {
@@ -63,6 +63,7 @@ METHODS = {
     "ram": Method(("epsilon",)),
     "ramplus_tl": Method(("r", "alpha", "epsilon")),
     "wudi": Method(("ridge", "lambda", "transposed", "align_norms")),
+    "consensus": Method(("lambda", "mask_lambda", "agreeing", "align_norms"), fewest=2),
 }
 # What some method of mergekit reads, which ignores it in others.
 OF_MERGEKIT = {key for method in METHODS.values() for key in (*method.parameters, *method.of_models)} - set(OURS)
@@ -195,6 +196,8 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "r": number,
     "alpha": not_negative,
     "ridge": positive,
+    "mask_lambda": not_negative,
+    "agreeing": steps,
     "transposed": boolean,
     "normalize": boolean,
     "rescale": boolean,

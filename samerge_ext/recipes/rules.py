@@ -13,6 +13,7 @@ from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.methods import della, karcher, multislerp, ram, wudi
 from samerge_ext.methods.arcee_fusion import ArceeFusion
 from samerge_ext.methods.breadcrumbs import GAMMA, Breadcrumbs
+from samerge_ext.methods.consensus import AGREEING, MASK_LAMBDA, Consensus
 from samerge_ext.methods.dare import Dare
 from samerge_ext.methods.della import Della
 from samerge_ext.methods.karcher import Karcher
@@ -162,4 +163,7 @@ RULES: dict[str, Callable[[Given], Rule]] = {
     "ram": lambda given: _ram(given, 0.0),
     "ramplus_tl": lambda given: _ram(given, given.one("r", ram.R)),
     "wudi": _wudi,
+    "consensus": lambda given: Consensus(
+        given.count, given.one("lambda", 0.3), given.one("mask_lambda", MASK_LAMBDA), given.one("agreeing", AGREEING)
+    ),
 }
