@@ -1,7 +1,6 @@
 #!/bin/sh
 # First contact with a GPU: make first-gpu. Within nine minutes, on a machine with nvcc, torch, Triton, pytest-benchmark, -xdist and no
-# network: what tells most comes first, every stage has its time, and what it printed is in the results when it ends. On an H100 with
-# 16 cores the build took 33 s and the tests, by an estimate from two runs, some 200.
+# network: what tells most comes first, every stage has its time, and what it printed is in the results when it ends.
 # PYTHON: the python that has torch. RESULTS: where the folder of this run goes.
 set -u
 PYTHON=${PYTHON:-python3}

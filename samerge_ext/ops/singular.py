@@ -1,9 +1,8 @@
 """Singular vectors and polar factors by products and one symmetric eigenproblem, in fp64.
 
 The Gram of a matrix's short side has the eigenvalues σ² and the singular vectors of that side; one more product gives those of
-the long side, and a polar factor is the matrix times the inverse root of its Gram. Newton–Schulz, which is products alone, is
-exact to 1e-14 after 26 steps for a square matrix of condition 3 · 10³, where this is to 5e-12; on a CPU they take eight times as
-long, and of a matrix of low rank they make directions of rounding in the end.
+the long side, and a polar factor is the matrix times the inverse root of its Gram. Newton–Schulz, which is products alone, takes tens
+of them for a matrix of some condition, is more exact there, and of a matrix of low rank makes directions of rounding in the end.
 
 What it costs is accuracy at small σ: a vector is off by about ε (σ₁ / σ)² for the ε of fp64, at most 1e-4 at σ = 1e-6 σ₁.
 What lies below counts as nothing: its σ and both its vectors are zero. LAPACK's vectors there are arbitrary, and a polar factor
