@@ -224,6 +224,16 @@ def chunks(piece: Piece, step: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + at_once, piece.size))
 
 
+def combination_of(
+    packed: PackedWeights, rule: str, weights: float | Sequence[float], scale: float, normalize: bool
+) -> Combination:
+    """What follows dropping: "linear", or "ties" with an election. Raises ValueError for another rule and for weights."""
+    if rule not in ("linear", "ties"):
+        raise ValueError(f"rule={rule!r}; choose 'linear' or 'ties'")
+    each = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
+    return Combination(each, scale, normalize=normalize, elect=rule == "ties")
+
+
 def per_task(value: float | Sequence[float], tasks: Sequence[str], what: str, low: float, high: float) -> list[float]:
     """One finite number in low … high for every task, from one for all or one each."""
     values = [float(value)] * len(tasks) if isinstance(value, int | float) else [float(v) for v in value]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.elementwise.magnitudes import LargestMagnitudes
-from samerge_ext.elementwise.piecewise import Combination, Piece, merge_packed, per_task
+from samerge_ext.elementwise.piecewise import Combination, Piece, combination_of, merge_packed, per_task
 from samerge_ext.elementwise.sparsified import Sparsified
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
@@ -83,12 +83,9 @@ def breadcrumbs(
     The result has no coefficients. Raises ValueError for a share outside of 0 … 1.
     """
     started = time.perf_counter()
-    if rule not in ("linear", "ties"):
-        raise ValueError(f"rule={rule!r}; choose 'linear' or 'ties'")
+    combination = combination_of(packed, rule, weights, scale, normalize)
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
     gammas = per_task(gamma, packed.tasks, "gamma", 0.0, 1.0)
-    weights = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
-    combination = Combination(weights, scale, normalize=normalize, elect=rule == "ties")
     stored = packed.task_vectors
     dtype = stored.dtype if isinstance(stored, Tensor) else torch.float32  # quantised ones are read as fp32
     merged = merge_packed(packed, lambda name, shape: Breadcrumbs(shape.numel(), dtype, densities, gammas, combination))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext import backend
-from samerge_ext.elementwise.piecewise import Combination, Piece, Rule, merge_packed, per_task
+from samerge_ext.elementwise.piecewise import Combination, Piece, Rule, combination_of, merge_packed, per_task
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.reference.drop import STRETCH, uniform
@@ -88,10 +88,7 @@ def dare(
     The result has no coefficients. Raises ValueError for a probability outside of 0 … 1.
     """
     started = time.perf_counter()
-    if rule not in ("linear", "ties"):
-        raise ValueError(f"rule={rule!r}; choose 'linear' or 'ties'")
+    combination = combination_of(packed, rule, weights, scale, normalize)
     densities = [1 - p for p in per_task(drop, packed.tasks, "drop", 0.0, 1.0)]
-    weights = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
-    combination = Combination(weights, scale, normalize=normalize, elect=rule == "ties")
     merged = merge_packed(packed, lambda name, shape: Dare(name, densities, seed, combination))
     return Result.of_weights(packed, merged, f"dare_{rule}", module, time.perf_counter() - started)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.elementwise.piecewise import Combination, merge_packed, per_task
+from samerge_ext.elementwise.piecewise import Combination, combination_of, merge_packed, per_task
 from samerge_ext.elementwise.sparsified import Sparsified
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.dare import random_key
@@ -120,11 +120,8 @@ def della(
     The result has no coefficients. Raises ValueError for a density outside of 0 … 1 and where d ± ε leaves it.
     """
     started = time.perf_counter()
-    if rule not in ("linear", "ties"):
-        raise ValueError(f"rule={rule!r}; choose 'linear' or 'ties'")
+    combination = combination_of(packed, rule, weights, scale, normalize)
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
     epsilons = per_task(epsilon, packed.tasks, "epsilon", 0.0, 1.0)
-    weights = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
-    combination = Combination(weights, scale, normalize=normalize, elect=rule == "ties")
     merged = merge_packed(packed, lambda name, shape: Della(name, shape, densities, epsilons, seed, combination, rescale))
     return Result.of_weights(packed, merged, f"della_{rule}", module, time.perf_counter() - started)

@@ -18,7 +18,6 @@ A_tᵀA_t / ‖τ_t‖² is G = Rᵀ D R, and since R (Rᵀ D R + μ I)⁻¹ = (
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,12 +25,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints.lora import Change
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.elementwise.piecewise import Piece, Rule
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.factors import FactoredTaskVectors
-from samerge_ext.packing.matrices import Patterns, fitting, matrix_views
+from samerge_ext.packing.matrices import MatrixChange, Patterns, fitting, matrix_changes, matrix_views, turned_round, whole
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
@@ -56,8 +54,9 @@ def preconditioned(
     quantised; TypeError where they lie in a file.
     """
     _check(ridge)
-    if isinstance(packed.task_vectors, FactoredTaskVectors):
-        task_vectors: Tensor | FactoredTaskVectors = _preconditioned_factors(packed.task_vectors, ridge, transposed, summed)
+    stored, task_vectors = packed.task_vectors, packed.task_vectors
+    if isinstance(stored, FactoredTaskVectors):
+        task_vectors = _preconditioned_factors(packed, stored, ridge, transposed, summed)
     else:
         task_vectors = packed.exact_task_vectors("preconditioning").clone()
         for name, matrices in matrix_views(packed.layout, task_vectors, transposed=transposed, left_out=summed):
@@ -263,31 +262,25 @@ def _equations(matrices: Sequence[Tensor], ridge: float, name: str) -> tuple[Ten
 
 
 def _preconditioned_factors(
-    stored: FactoredTaskVectors, ridge: float, transposed: Patterns, summed: Patterns
+    packed: PackedWeights, stored: FactoredTaskVectors, ridge: float, transposed: Patterns, summed: Patterns
 ) -> FactoredTaskVectors:
     layout, changes = stored.layout, dict(stored.changes)
     turned, left_out = fitting(layout, transposed), fitting(layout, summed)
-    for layer in stored.changes:
-        name = layout.names[layer]
+    for name, found in matrix_changes(packed, "preconditioning", transposed=transposed):
+        layer = layout.names.index(name)
         if len(layout.shapes[layer]) < 2 or name in left_out:
             continue
-        turn = _other_way_round if name in turned else lambda change: change
-        found = [turn(change) for change in changes[layer]]
-        if any(isinstance(change, Tensor) for change in found):  # an adapter's own tensor, beside factors
-            m, *rest = layout.shapes[layer][::-1] if name in turned else layout.shapes[layer]
-            dense = [_multiplied(change, (m, math.prod(rest)), stored) for change in found]
-            solved: Sequence[Change] = [part.to(stored.dtype) for part in _solved(dense, ridge, name)]
-        else:
-            solved = _solved_factors(found, ridge, name)
-        changes[layer] = tuple(turn(change) for change in solved)
+        factors = [change for change in found if not isinstance(change, Tensor)]
+        if len(factors) == len(found):
+            solved: Sequence[MatrixChange] = _solved_factors(factors, ridge, name)
+        else:  # an adapter's own tensor, beside factors
+            solved = [part.to(stored.dtype) for part in _solved([whole(change) for change in found], ridge, name)]
+        changes[layer] = tuple(turned_round(change) if name in turned else change for change in solved)
     return FactoredTaskVectors(layout, changes, stored.num_tasks, stored.dtype)
 
 
-def _solved_factors(changes: Sequence[Change], ridge: float, name: str) -> list[Change]:
-    """The factors of τ'_t for those of every τ_t; nothing stays nothing."""
-    factors = [change for change in changes if isinstance(change, tuple)]
-    if not factors:
-        return list(changes)
+def _solved_factors(factors: Sequence[tuple[Tensor, Tensor]], ridge: float, name: str) -> list[MatrixChange]:
+    """The factors of τ'_t for those of every τ_t, which may have none."""
     rows = torch.cat([right for _, right in factors])  # [R, n]
     ranks = [len(right) for _, right in factors]
     products = rows.double() @ rows.double().mT
@@ -300,18 +293,4 @@ def _solved_factors(changes: Sequence[Change], ridge: float, name: str) -> list[
     system = products @ torch.block_diag(*scaled) + mu * unit
     sides = torch.block_diag(*(p @ c for p, c in zip(own, scaled, strict=True))) + mu * unit
     solved = (torch.linalg.solve(system, sides, left=False) @ rows.double()).to(rows).split(ranks)
-    parts = iter([(left, right) for (left, _), right in zip(factors, solved, strict=True)])
-    return [next(parts) if isinstance(change, tuple) else None for change in changes]
-
-
-def _other_way_round(change: Change) -> Change:
-    if change is None or isinstance(change, Tensor):
-        return None if change is None else change.mT
-    left, right = change
-    return right.mT, left.mT
-
-
-def _multiplied(change: Change, shape: tuple[int, int], stored: FactoredTaskVectors) -> Tensor:  # [m, n]
-    if change is None:
-        return torch.zeros(shape, dtype=stored.dtype, device=stored.device)
-    return change.reshape(shape) if isinstance(change, Tensor) else change[0] @ change[1]
+    return [(left, right) for (left, _), right in zip(factors, solved, strict=True)]

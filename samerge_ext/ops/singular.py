@@ -1,8 +1,8 @@
 """Singular vectors and polar factors by products and one symmetric eigenproblem, in fp64.
 
 The Gram of a matrix's short side has the eigenvalues σ² and the singular vectors of that side; one more product gives those of
-the long side, and a polar factor is the matrix times the inverse root of its Gram. Newton–Schulz, which is products alone, takes tens
-of them for a matrix of some condition, is more exact there, and of a matrix of low rank makes directions of rounding in the end.
+the long side, and a polar factor is the matrix times the inverse root of its Gram. Newton–Schulz, which is products alone, takes
+tens of them for a matrix of some condition, and of one of low rank it makes directions of rounding in the end.
 
 What it costs is accuracy at small σ: a vector is off by about ε (σ₁ / σ)² for the ε of fp64, at most 1e-4 at σ = 1e-6 σ₁.
 What lies below counts as nothing: its σ and both its vectors are zero. LAPACK's vectors there are arbitrary, and a polar factor
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # of σ₁
+OVERSAMPLING, ITERATIONS = 8, 4  # of a search for a few
 _BLOCKS = 4  # columns of a Gram that are computed at a time; eigh reads its lower triangle, so that the rest is left out
 
 
@@ -36,6 +37,25 @@ def singular_vectors(
     sigma, short = _right(tall, k, beside)
     long = tall @ (short / sigma.where(sigma > 0, 1))
     return (long, sigma, short) if m >= n else (short, sigma, long)
+
+
+def leading_components(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """left [m, k] and right [n, k] with left · rightᵀ near the best approximation of rank k; less where the matrix has no k.
+    In the matrix's type, and for few of many directions faster than `singular_vectors`, which is exact.
+
+    Subspace iteration from a fixed random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1); the columns of
+    ``left`` are orthonormal, and ``right`` carries the singular values.
+    """
+    m, n = matrix.shape
+    width = min(k + OVERSAMPLING, m, n)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix)
+    space = torch.linalg.qr(matrix @ start).Q  # [m, width]
+    for _ in range(ITERATIONS):
+        space = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ space).Q).Q
+    u, sigma, vh = torch.linalg.svd(space.mT @ matrix, full_matrices=False)
+    k = min(k, width)
+    return space @ u[:, :k], (sigma[:k, None] * vh[:k]).mT.contiguous()
 
 
 def inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from samerge_ext.ops.component_sum import component_grad, component_sum
+from samerge_ext.ops.singular import leading_components
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import narrow
-
-OVERSAMPLING, ITERATIONS = 8, 4  # of the search
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,3 @@ class Components:
             for name, (left, right) in self.factors.items()
         ]
         return torch.cat(found, 1)
-
-
-def leading_components(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """left [m, k] and right [n, k] with left · rightᵀ near the best approximation of rank k; less where the matrix has no k.
-
-    Subspace iteration from a fixed random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1); the columns of
-    ``left`` are orthonormal, and ``right`` carries the singular values.
-    """
-    m, n = matrix.shape
-    width = min(k + OVERSAMPLING, m, n)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix)
-    space = torch.linalg.qr(matrix @ start).Q  # [m, width]
-    for _ in range(ITERATIONS):
-        space = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ space).Q).Q
-    u, sigma, vh = torch.linalg.svd(space.mT @ matrix, full_matrices=False)
-    k = min(k, width)
-    return space @ u[:, :k], (sigma[:k, None] * vh[:k]).mT.contiguous()

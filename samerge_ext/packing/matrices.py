@@ -33,9 +33,7 @@ def matrix_views(
     )
 
 
-def matrix_changes(
-    packed: PackedWeights, method: str, *, transposed: Patterns = ()
-) -> Iterator[tuple[str, list[MatrixChange]]]:
+def matrix_changes(packed: PackedWeights, method: str, *, transposed: Patterns = ()) -> Iterator[tuple[str, list[MatrixChange]]]:
     """Every tensor's name and what each of the T tasks adds to it, as [outputs, inputs], or [1, n] for a vector.
 
     LoRA factors are given as they are. Raises ValueError for a pattern that fits nothing and where task vectors are quantised,
@@ -51,6 +49,11 @@ def matrix_changes(
 def whole(change: MatrixChange) -> Tensor:
     """A change [m, n], in fp64."""
     return change.double() if isinstance(change, Tensor) else change[0].double() @ change[1].double()
+
+
+def turned_round(change: MatrixChange) -> MatrixChange:
+    """The transposed change, [n, m]."""
+    return change.mT if isinstance(change, Tensor) else (change[1].mT, change[0].mT)
 
 
 def shape_of(change: MatrixChange) -> tuple[int, int]:
@@ -96,8 +99,8 @@ def _of_factors(
             if isinstance(change, Tensor):
                 found.append(oriented(change.view(bases[name].shape), name in turned))
             else:
-                left, right = (packed.base.new_zeros(m, 0), packed.base.new_zeros(0, n)) if change is None else change
-                found.append((right.mT, left.mT) if name in turned else (left, right))
+                factors = (packed.base.new_zeros(m, 0), packed.base.new_zeros(0, n)) if change is None else change
+                found.append(turned_round(factors) if name in turned else factors)
         yield name, _checked(name, found)
 
 

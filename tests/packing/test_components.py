@@ -6,7 +6,8 @@ import torch
 from helpers import SIGMA_TOLERANCE, assert_close
 
 import samerge_ext as sm
-from samerge_ext.packing.components import Components, leading_components
+from samerge_ext.ops.singular import leading_components
+from samerge_ext.packing.components import Components
 
 
 def spectrum(m, n, decay, dtype=torch.float64):
