@@ -35,6 +35,7 @@ _LAZY = {  # public name -> module that defines it
     "iso_cts": "methods.isotropic",
     "knots": "methods.knots",
     "regmean": "methods.regmean",
+    "refit_heads": "methods.refit_heads",
     "subspace_boosting": "methods.boosting",
     "svc": "methods.svc",
     "dare": "methods.dare",
@@ -107,6 +108,7 @@ __all__ = [
     "ops",
     "preconditioned",
     "ram",
+    "refit_heads",
     "regmean",
     "samerging",
     "sce",
@@ -152,6 +154,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.nearswap import nearswap
     from .methods.nuslerp import nuslerp
     from .methods.ram import ram
+    from .methods.refit_heads import refit_heads
     from .methods.regmean import regmean
     from .methods.samerging import samerging
     from .methods.sce import sce
