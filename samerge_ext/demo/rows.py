@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from samerge_ext.demo.cells import STEPS, Row
+from samerge_ext.demo.report import CEILING, FLOOR
 from samerge_ext.methods.wudi import RIDGE
 from samerge_ext.packing.quantised import FORMATS
 
@@ -50,13 +51,13 @@ def main_rows(full: bool) -> list[Row]:
     rows = [
         Row("pretrained", "pretrained"),
         Row("average", "average"),
-        Row("Task Arithmetic, λ = 0.3", "task_arithmetic", {"scale": 0.3}),
+        Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
         Row("Task Arithmetic, best λ", "task_arithmetic"),
         learned("StatsMerging, task-wise", "statsmerging", granularity="task"),
         learned("AdaMerging", "adamerging"),
         learned("StatsMerging", "statsmerging"),
         learned(OURS, "samerging"),
-        Row("experts", "experts"),
+        Row(CEILING, "experts"),
     ]
     return rows if full else [quick(row) for row in rows]
 
@@ -66,16 +67,33 @@ def methods_rows(full: bool) -> list[Row]:
     small variant are quick."""
     heads = {"train_heads": "prototypes", "head_learning_rate": HEAD_RATE}
     rows = [
-        Row("Task Arithmetic, λ = 0.3", "task_arithmetic", {"scale": 0.3}),
+        Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
         Row("TIES", "ties"),
         Row("Iso-C, best λ", "iso_c", {"scales": SPECTRAL_SCALES}),
         Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
         Row("RegMean", "regmean"),
         Row("WUDI", "wudi"),
+        Row("WUDI, heads refitted", "wudi_refitted"),
+        Row("WUDI, heads refitted, 16 texts", "wudi_refitted", {"texts": 16}),
         learned(OURS, "samerging"),
         learned("SAMerging, heads too", "samerging", **heads),
         learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads),
-        Row("experts", "experts"),
+        Row(CEILING, "experts"),
+    ]
+    return rows if full else [quick(row) for row in rows]
+
+
+def many_rows(full: bool) -> list[Row]:
+    """What shows how methods bear more tasks, and what SAM adds to them; learned rows of the small variant are quick."""
+    rows = [
+        Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
+        Row("TIES", "ties"),
+        Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
+        Row("WUDI", "wudi"),
+        Row("WUDI, heads refitted", "wudi_refitted"),
+        learned("SAMerging, no SAM", "samerging", sam="off"),
+        learned(OURS, "samerging"),
+        Row(CEILING, "experts"),
     ]
     return rows if full else [quick(row) for row in rows]
 

@@ -19,6 +19,7 @@ from samerge_ext.demo.cells import STEPS, Row, as_cell, run_cell
 from samerge_ext.demo.estimate import announcement
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.heterogeneous import heterogeneous_study
+from samerge_ext.demo.many import many_study
 from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, write_card
 from samerge_ext.demo.robustness import robustness_study
 from samerge_ext.demo.rows import (
@@ -85,6 +86,7 @@ STUDIES: dict[str, Study] = {
     "main": main_study,
     **{name: of_rows(name) for name in ("methods", "claims", "tuning", "ablation", "features")},
     "quantised": quantised_study,
+    "many": many_study,
     "unseen": unseen_study,
     "robustness": robustness_study,
     "heterogeneous": heterogeneous_study,

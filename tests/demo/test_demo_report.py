@@ -23,6 +23,17 @@ def test_rows_are_means_and_sample_deviations_over_seeds():
     assert experts == ["experts", "90.0", "80.0", "85.0", "–", "–"]
 
 
+def test_the_gap_that_is_closed_is_told_where_both_its_ends_are_known():
+    ends = [Cell(report.FLOOR, seed, {"r8": 0.5, "icd": 0.3}) for seed in (0, 1)]
+    ends += [Cell(report.CEILING, 0, {"r8": 0.9, "icd": 0.7}), Cell(report.CEILING, 1, {"r8": 0.7, "icd": 0.5})]
+    between = [Cell("WUDI", seed, {"r8": 0.6, "icd": 0.4}) for seed in (0, 1)]
+    header, rows = report.table_rows([*ends, *between])
+    assert [row[header.index("gap closed")] for row in rows] == ["0.0 ± 0.0", "100.0 ± 0.0", "37.5 ± 17.7"]
+    assert "gap closed" not in report.table_rows([*ends[:2], *between])[0]
+    header, rows = report.table_rows([*ends[:3], *between])  # one seed has no experts
+    assert [row[header.index("gap closed")] for row in rows] == ["0.0", "100.0", "25.0"]
+
+
 def test_both_tables_hold_every_row_uncut_in_a_narrow_terminal():
     console = Console(width=40, file=StringIO())
     console.print(report.accuracy_table(CELLS), crop=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from samerge_ext.demo import cells, estimate, experts, heterogeneous, robustness, rows, studies, unseen, workbench
+from samerge_ext.demo import cells, estimate, experts, heterogeneous, many, robustness, rows, studies, unseen, workbench
 from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
 from samerge_ext.demo.data import Split, load_tasks
@@ -120,6 +120,22 @@ def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, main, monkeypa
     experts = by_method(found[: len(labels)])["experts"]
     assert experts.accuracies == {"election": by_method(main[0])["experts"].accuracies["election"]}
     assert "election, whose experts were not merged" in (out / "unseen-small.md").read_text()
+
+
+def test_more_tasks_have_a_table_for_each_number_and_one_of_means(run, monkeypatch):
+    labels = ["Task Arithmetic, λ = 0.3", "WUDI", "experts"]
+    few = [row for row in rows.many_rows(full=False) if row.label in labels]
+    monkeypatch.setattr(many, "many_rows", lambda full: few)
+    monkeypatch.setattr(many, "ORDER", TINY.tasks)
+    monkeypatch.setattr(many, "COUNTS", (1, 2))
+    found, _, out = run(study="many")
+    assert [cell.method for cell in found] == labels * 3
+    one, two, means = found[:3], found[3:6], found[6:]
+    assert [set(cell.accuracies) for cell in (*one, *two)] == [set(TINY.tasks[:1])] * 3 + [set(TINY.tasks)] * 3
+    assert [cell.accuracies for cell in means] == [
+        {"1 tasks": first.mean, "2 tasks": second.mean} for first, second in zip(one, two, strict=True)
+    ]
+    assert "mean accuracy by number of tasks" in (out / "many-small.md").read_text()
 
 
 def test_quantised_rows_say_what_their_task_vectors_take(run, main):
