@@ -50,6 +50,7 @@ _LAZY = {  # public name -> module that defines it
     "arcee_fusion": "methods.arcee_fusion",
     "ram": "methods.ram",
     "consensus": "methods.consensus",
+    "emr": "methods.emr",
     "align_norms": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
     "available": "backend",
@@ -92,6 +93,7 @@ __all__ = [
     "dare",
     "della",
     "distill_expert",
+    "emr",
     "entropy",
     "entropy_with_grad",
     "iso_c",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.della import della
     from .methods.distac import align_norms
     from .methods.distillation import DistillationConfig, distill_expert
+    from .methods.emr import emr
     from .methods.isotropic import iso_c, iso_cts
     from .methods.karcher import karcher
     from .methods.knots import knots

@@ -55,6 +55,7 @@ def without_data(packed: sm.PackedWeights) -> None:
     assert_type(sm.della(packed, [0.5, 0.4], epsilon=0.1), sm.Result)
     assert_type(sm.nuslerp(packed, [1.0, 2.0], over="rows"), sm.Result)
     assert_type(sm.align_norms(sm.trimmed(packed)), sm.PackedWeights)
+    assert_type(sm.emr(packed, "published").merge("news"), sm.Result)
     sm.ties(packed, trim="row")  # type: ignore[arg-type]
 
 
