@@ -52,6 +52,8 @@ _LAZY = {  # public name -> module that defines it
     "consensus": "methods.consensus",
     "emr": "methods.emr",
     "align_norms": "methods.distac",
+    "distac": "methods.distac",
+    "DisTaCConfig": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
     "available": "backend",
     "use_backend": "backend",
@@ -71,6 +73,7 @@ _LAZY_MODULES = ("backend", "models", "ops")
 __all__ = [
     "AdaMergingConfig",
     "CompatibilityWarning",
+    "DisTaCConfig",
     "DistillationConfig",
     "Layout",
     "MergedModel",
@@ -92,6 +95,7 @@ __all__ = [
     "consensus",
     "dare",
     "della",
+    "distac",
     "distill_expert",
     "emr",
     "entropy",
@@ -144,7 +148,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.consensus import consensus
     from .methods.dare import dare
     from .methods.della import della
-    from .methods.distac import align_norms
+    from .methods.distac import DisTaCConfig, align_norms, distac
     from .methods.distillation import DistillationConfig, distill_expert
     from .methods.emr import emr
     from .methods.isotropic import iso_c, iso_cts

@@ -36,6 +36,8 @@ def learning(module: nn.Module, packed: sm.PackedWeights, batches: dict[str, Seq
     assert_type(sm.adamerging(module, packed, batches, logits), sm.Result)
     assert_type(sm.statsmerging(module, packed, batches, logits, config=sm.StatsMergingConfig()), sm.Result)
     assert_type(result.learner, sm.StatsMergeLearner | None)
+    conditioned = sm.distac(module, packed, batches, logits, norm="own", config=sm.DisTaCConfig(penalty=1.0))
+    assert_type(conditioned, sm.PackedWeights)
     assert_type(sm.MergedModel(module, packed, 0.3).coefficients, nn.Parameter)
     encoder = sm.models.SharedEncoder(lambda module, batch: module(batch), lambda features, task: features)
     sm.samerging(module, packed, batches, encoder)
