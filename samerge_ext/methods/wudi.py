@@ -7,6 +7,8 @@ second term makes unique and keeps near the sum of the task vectors:
     min_M Σ_t ‖(M − τ_t) τ_tᵀ‖² / ‖τ_t‖² + μ ‖M − Σ_t τ_t‖²   ⇒   M = (B + μ Σ_t τ_t)(G + μ I)⁻¹
     G = Σ_t τ_tᵀτ_t / ‖τ_t‖²,   B = Σ_t τ_t τ_tᵀτ_t / ‖τ_t‖²,   μ = ridge · mean diag G
 
+ACE-Merging (arXiv 2603.02945) solves a neighbouring problem; docs/methods.md says what differs.
+
 M is a sum of one part for each task, τ'_t = (τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t)(G + μ I)⁻¹: preconditioned task vectors. Tensors of
 one dimension are added up, which is what a matrix becomes for a large μ; a tensor [m, …] counts as [m, rest].
 
