@@ -28,7 +28,7 @@ help:
 	@echo "make test-levels   run the tests of numbers as on other processors, at four levels"
 	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
-	@echo "make mergekit-differential   two hundred random recipes through mergekit and through samerge"
+	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make first-gpu   the most telling tests and timings on a GPU, in nine minutes"
@@ -100,7 +100,7 @@ $(VENV)/fuzz-ready: $(VENV)/test-ready
 	$(INSTALL) --group fuzz
 	touch $@
 
-# Two hundred random recipes, beside mergekit in an environment of its own.
+# Random recipes of each method, beside mergekit in an environment of its own.
 MERGEKIT := .cache-mergekit
 
 mergekit-differential: $(VENV)/test-ready $(MERGEKIT)/ready

@@ -51,7 +51,10 @@ _LAZY = {  # public name -> module that defines it
     "arcee_fusion": "methods.arcee_fusion",
     "ram": "methods.ram",
     "consensus": "methods.consensus",
+    "emr": "methods.emr",
     "align_norms": "methods.distac",
+    "distac": "methods.distac",
+    "DisTaCConfig": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
     "available": "backend",
     "use_backend": "backend",
@@ -71,6 +74,7 @@ _LAZY_MODULES = ("backend", "models", "ops")
 __all__ = [
     "AdaMergingConfig",
     "CompatibilityWarning",
+    "DisTaCConfig",
     "DistillationConfig",
     "Layout",
     "MergedModel",
@@ -92,7 +96,9 @@ __all__ = [
     "consensus",
     "dare",
     "della",
+    "distac",
     "distill_expert",
+    "emr",
     "entropy",
     "entropy_with_grad",
     "iso_c",
@@ -144,8 +150,9 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.consensus import consensus
     from .methods.dare import dare
     from .methods.della import della
-    from .methods.distac import align_norms
+    from .methods.distac import DisTaCConfig, align_norms, distac
     from .methods.distillation import DistillationConfig, distill_expert
+    from .methods.emr import emr
     from .methods.isotropic import iso_c, iso_cts
     from .methods.karcher import karcher
     from .methods.knots import knots

@@ -36,6 +36,8 @@ def learning(module: nn.Module, packed: sm.PackedWeights, batches: dict[str, Seq
     assert_type(sm.adamerging(module, packed, batches, logits), sm.Result)
     assert_type(sm.statsmerging(module, packed, batches, logits, config=sm.StatsMergingConfig()), sm.Result)
     assert_type(result.learner, sm.StatsMergeLearner | None)
+    conditioned = sm.distac(module, packed, batches, logits, norm="own", config=sm.DisTaCConfig(penalty=1.0))
+    assert_type(conditioned, sm.PackedWeights)
     assert_type(sm.MergedModel(module, packed, 0.3).coefficients, nn.Parameter)
     encoder = sm.models.SharedEncoder(lambda module, batch: module(batch), lambda features, task: features)
     sm.samerging(module, packed, batches, encoder)
@@ -55,6 +57,7 @@ def without_data(packed: sm.PackedWeights) -> None:
     assert_type(sm.della(packed, [0.5, 0.4], epsilon=0.1), sm.Result)
     assert_type(sm.nuslerp(packed, [1.0, 2.0], over="rows"), sm.Result)
     assert_type(sm.align_norms(sm.trimmed(packed)), sm.PackedWeights)
+    assert_type(sm.emr(packed, "published").merge("news"), sm.Result)
     sm.ties(packed, trim="row")  # type: ignore[arg-type]
 
 

@@ -24,18 +24,15 @@ WARM_UP = 0.1  # of the steps, in which the learning rate rises from 0; then it 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """How an expert is distilled.
+class DescentConfig:
+    """How a model's weights are trained.
 
-    temperature: τ of the KL divergence. label_share: a, the share of the cross-entropy in the loss.
     steps: of one batch each; otherwise ``epochs`` over the data.
     learning_rate, weight_decay: AdamW's; the rate rises to it over a tenth of the steps, then falls linearly to 0.
     gradient_norm: gradients longer than this are scaled down to it.
     seed: of the order of the batches, new in every epoch, and of the student's dropout.
     """
 
-    temperature: float = 4.0
-    label_share: float = 0.7
     steps: int | None = None
     epochs: int = 3
     learning_rate: float = 1e-4
@@ -46,9 +43,24 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_least(self, 0, "temperature", "gradient_norm", above=True)
+        check_least(self, 0, "gradient_norm", above=True)
         check_least(self, 0, "learning_rate", "weight_decay")
         check_least(self, 1, "steps", "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig(DescentConfig):
+    """How an expert is distilled: DescentConfig, and:
+
+    temperature: τ of the KL divergence. label_share: a, the share of the cross-entropy in the loss.
+    """
+
+    temperature: float = 4.0
+    label_share: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "temperature", above=True)
         if not 0 <= self.label_share <= 1:
             raise ValueError(f"label_share={self.label_share!r}; expected a number in [0, 1]")
 
@@ -99,18 +111,32 @@ def distill_expert(
         _check_student(student_logits(target, to_device(batches[0], device)), teachers[0])
 
     order = Calibration({"expert": batches}, ("expert",), shuffle=True, seed=config.seed)
-    steps = config.steps or config.epochs * len(batches)
+
+    def loss_at(step: int) -> Tensor:
+        index = order.at(step)["expert"]
+        student = student_logits(target, to_device(batches[index], device))
+        return distillation_loss(student, teachers[index], truths[index], config)
+
+    descend(trained, loss_at, config.steps or config.epochs * len(batches), config, "distill")
+    return target
+
+
+def descend(
+    trained: Sequence[nn.Parameter], loss_at: Callable[[int], Tensor], steps: int, config: DescentConfig, label: str
+) -> None:
+    """So many steps down the gradients of ``loss_at(step)``, whose random numbers are of the seed whatever torch's state is.
+
+    Leaves no gradients. Raises FloatingPointError where a loss is not finite.
+    """
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), tqdm(total=steps, desc="distill", disable=not config.progress, unit="step") as bar:
+    devices = [trained[0].device] if trained[0].device.type == "cuda" else []
+    with torch.random.fork_rng(devices), tqdm(total=steps, desc=label, disable=not config.progress, unit="step") as bar:
         torch.manual_seed(config.seed)
         for step in range(steps):
-            index = order.at(step)["expert"]
-            student = student_logits(target, to_device(batches[index], device))
-            loss = distillation_loss(student, teachers[index], truths[index], config)
+            loss = loss_at(step)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}; try a smaller learning_rate")
+                raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}; try a smaller learning_rate")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, config.gradient_norm)
@@ -119,7 +145,6 @@ def distill_expert(
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
     optimizer.zero_grad()
-    return target
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: DistillationConfig) -> Tensor:

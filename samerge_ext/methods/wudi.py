@@ -7,6 +7,8 @@ second term makes unique and keeps near the sum of the task vectors:
     min_M Σ_t ‖(M − τ_t) τ_tᵀ‖² / ‖τ_t‖² + μ ‖M − Σ_t τ_t‖²   ⇒   M = (B + μ Σ_t τ_t)(G + μ I)⁻¹
     G = Σ_t τ_tᵀτ_t / ‖τ_t‖²,   B = Σ_t τ_t τ_tᵀτ_t / ‖τ_t‖²,   μ = ridge · mean diag G
 
+ACE-Merging (arXiv 2603.02945) solves a neighbouring problem; docs/methods.md says what differs.
+
 M is a sum of one part for each task, τ'_t = (τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t)(G + μ I)⁻¹: preconditioned task vectors. Tensors of
 one dimension are added up, which is what a matrix becomes for a large μ; a tensor [m, …] counts as [m, rest].
 
@@ -25,10 +27,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.checkpoints.sources import Source
 from samerge_ext.elementwise.piecewise import Piece, Rule
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.packing.kept_experts import experts_of
 from samerge_ext.packing.matrices import MatrixChange, Patterns, fitting, matrix_changes, matrix_views, turned_round, whole
 from samerge_ext.packing.packed_weights import PackedWeights
 
@@ -62,8 +64,7 @@ def preconditioned(
         for name, matrices in matrix_views(packed.layout, task_vectors, transposed=transposed, left_out=summed):
             for matrix, solved in zip(matrices, _solved(matrices, ridge, name), strict=True):
                 matrix.copy_(solved)
-    experts = {task: _Expert(packed, row, f"expert '{task}'") for row, task in enumerate(packed.tasks)}
-    return replace(packed, task_vectors=task_vectors, experts={**experts, **packed.experts})
+    return replace(packed, task_vectors=task_vectors, experts=experts_of(packed))
 
 
 def wudi(
@@ -159,38 +160,6 @@ class Wudi(Rule):
     @property
     def shares(self) -> list[float]:
         return [self.scale] * self.count
-
-
-class _Expert(Source):
-    """An expert as it was packed: base and task vector, added up tensor by tensor."""
-
-    _stored: dict[str, Tensor]
-
-    def __init__(self, packed: PackedWeights, row: int, label: str):
-        self.label, self.names, self.aliases = label, packed.layout.names, packed.aliases
-        self._stored = {**packed.unchanged, **packed.layout.views(packed.base)}
-        stored = packed.task_vectors
-        self._task_vector = stored.of_task(row) if isinstance(stored, FactoredTaskVectors) else packed.whole_task_vectors()[row]
-        self._layout = packed.layout
-
-    def _shape(self, name: str) -> torch.Size:
-        return self._stored[name].shape
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return self._stored[name].dtype
-
-    def _read(self, name: str) -> Tensor:
-        layer = self._layout.names.index(name)
-        if self._layout.offsets[layer] is None:
-            return self._stored[name]
-        start, length = self._layout.extent(layer)
-        if isinstance(self._task_vector, Tensor):
-            change = self._task_vector[start : start + length]
-        else:
-            room = self._task_vector.empty(length, self._task_vector.device)
-            self._task_vector.read_into(start, length, room)
-            change = room[0]
-        return self._stored[name] + change[: self._layout.shapes[layer].numel()].view(self._layout.shapes[layer])
 
 
 def _check(ridge: float) -> None:

@@ -37,6 +37,10 @@ LEARNED: dict[str, type[LearningConfig]] = {
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
 MAX_FAULTS = 10  # that are listed
+IN_PYTHON = {  # methods that are none of a recipe's, and why
+    "emr": "emr makes a model for each task, which differ from the experts only in that all of them take little room together; "
+    "sm.emr makes them in Python"
+}
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -117,6 +121,8 @@ class Recipe(Strict):
     @classmethod
     def _known_method(cls, method: str) -> str:
         known = (*METHODS, *LEARNED)
+        if method in IN_PYTHON:
+            raise ValueError(IN_PYTHON[method])
         if method not in known:
             meant = method.lower().replace("-", "_")
             hint = f"; it is written {meant}" if meant in known else ""

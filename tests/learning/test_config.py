@@ -9,7 +9,7 @@ import pytest
 
 import samerge_ext as sm
 
-CONFIGS = (sm.SAMergingConfig, sm.AdaMergingConfig, sm.StatsMergingConfig, sm.DistillationConfig)
+CONFIGS = (sm.SAMergingConfig, sm.AdaMergingConfig, sm.StatsMergingConfig, sm.DistillationConfig, sm.DisTaCConfig)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

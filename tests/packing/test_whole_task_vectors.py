@@ -10,6 +10,8 @@ NEED_THEM_WHOLE = {
     "random": sm.dare,
     "trimmed": sm.trimmed,
     "one length": sm.align_norms,
+    "distilled": lambda packed: sm.distac(None, packed, {}, None),
+    "a model for each task": sm.emr,
     "statistics": sm.layer_stats,
     "features": Features.of_packed,
 }

@@ -1,9 +1,10 @@
 """Random recipes through mergekit 0.1.5 and through samerge: the same numbers to rounding, or a refusal that docs/files.md lists.
 
-    python tests/support/mergekit_differential.py --mergekit PYTHON [--recipes 200] [--seed 0] [--methods slerp …]
+    python tests/support/mergekit_differential.py --mergekit PYTHON [--each 10] [--seed 0] [--methods slerp …]
 
 PYTHON: of an environment that has mergekit (`make mergekit-differential` makes one). Models are tiny Llamas, one of them stored
-in bf16, with one tokenizer. Prints how many recipes ended how and each that did not end as it should; then it exits 1.
+in bf16, with one tokenizer. Of each method recipes are drawn until so many were merged by both. Prints a table of the methods,
+how many recipes ended how, and each that did not end as it should; then it exits 1.
 """
 
 import argparse
@@ -71,6 +72,8 @@ METHODS = [
 # Of the largest magnitude of a tensor. fp32: mergekit adds and divides in another order. Others: it rounds after every step.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float64: 1e-5}
 
+SAME = "same numbers"  # how a recipe that both merge is to end
+ROUNDS = 6  # of recipes drawn
 SLACK = {"karcher": 4}  # tolerances: it ends at a step shorter than 1e-5, which rounding may be the cause of
 
 MERGEKIT = """
@@ -101,7 +104,8 @@ def write_models(root: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # Norms of ones would differ from bf16 by equal numbers, of which mergekit keeps now these and now those.
+    start = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     for seed, name in enumerate(("base", "a", "b", "c", "d")):
         torch.manual_seed(seed)
         by = 0.05 if seed else 0.0
@@ -111,9 +115,8 @@ def write_models(root: Path) -> None:
         tokenizer.save_pretrained(root / name)
 
 
-def recipe(draw: random.Random, root: Path, methods: list[str]) -> dict:
+def recipe(draw: random.Random, root: Path, method: str) -> dict:
     """A recipe: mostly what people write, now and then what one side or both refuse."""
-    method = draw.choice(methods)
     if draw.random() < 0.03:
         method = draw.choice(["dare-ties", "slurp"])
     elects, drops = method in CHOOSING, method.startswith(("dare", "della"))
@@ -262,7 +265,7 @@ def verdict(path: Path, our_message: str | None, their_message: str | None, docu
     """How a recipe ended, and what is wrong with that, if anything."""
     if our_message is None and their_message is None:
         difference, name = largest_difference(path)
-        return "same numbers", "" if difference <= 1 else f"'{name}' differs by {difference:.3g} tolerances"
+        return SAME, "" if difference <= 1 else f"'{name}' differs by {difference:.3g} tolerances"
     if our_message is None:
         reason = next((words for part, words in WIDER.items() if part in str(their_message)), None)
         return f"merged here, not by mergekit: {reason}", "" if reason in documented else f"mergekit: {their_message}"
@@ -272,41 +275,65 @@ def verdict(path: Path, our_message: str | None, their_message: str | None, docu
     return f"refused here: {reason}", "" if reason and reason in documented else our_message
 
 
+def mergekits(python: str, paths: list[Path], found: Path) -> dict[str, str | None]:
+    """Merges beside the recipes: each one's error, or None. Raises RuntimeError where mergekit does not run."""
+    command = [python, "-c", MERGEKIT, str(found), *map(str, paths)]
+    run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if not found.exists():
+        raise RuntimeError(run.stderr[-3000:])
+    return json.loads(found.read_text())
+
+
+def table(endings: dict[str, Counter[str]]) -> str:
+    """Of each method the recipes that were drawn, those that both merged to the same numbers or to others, and the rest."""
+    columns = ("recipes", "equal", "different", "not merged by both")
+    rows = [[method, *(str(counts[column]) for column in columns)] for method, counts in endings.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [["method", *columns], ["---"] + ["---:"] * len(columns), *rows])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mergekit", required=True, help="python that has mergekit")
-    parser.add_argument("--recipes", type=int, default=200)
+    parser.add_argument("--each", type=int, default=10, help="recipes of each method that both are to have merged, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", default=METHODS, help="of these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     documented = (Path(__file__).parents[2] / "docs/files.md").read_text()
     draw = random.Random(arguments.seed)
+    counts: Counter[str] = Counter()
+    endings: dict[str, Counter[str]] = {method: Counter() for method in arguments.methods}
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_models(root)
-        paths = []
-        for number in range(arguments.recipes):
-            paths.append(root / f"{number:03d}.yaml")
-            paths[-1].write_text(yaml.safe_dump(recipe(draw, root, arguments.methods), sort_keys=False))
-        command = [arguments.mergekit, "-c", MERGEKIT, str(root / "found.json"), *map(str, paths)]
-        run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if not (root / "found.json").exists():
-            print(run.stderr[-3000:])
-            return 1
-        theirs = json.loads((root / "found.json").read_text())
-        counts: Counter[str] = Counter()
-        wrong = 0
-        for path in paths:
-            how, fault = verdict(path, ours(path), theirs[str(path)], documented)
-            counts[how] += 1
-            if fault:
-                wrong += 1
-                print(f"{path.name}: {how}: {fault}\n{path.read_text()}")
+        for round_ in range(ROUNDS):
+            drawn: dict[Path, str] = {}
+            for method, ended in endings.items():
+                missing = arguments.each - ended["equal"] - ended["different"]
+                for _ in range(missing + missing // 2 if missing > 0 else 0):  # some are to be refused
+                    path = root / f"{round_}-{len(drawn):03d}.yaml"
+                    path.write_text(yaml.safe_dump(recipe(draw, root, method), sort_keys=False))
+                    drawn[path] = method
+            if not drawn:
+                break
+            theirs = mergekits(arguments.mergekit, list(drawn), root / f"{round_}.json")
+            for path, method in drawn.items():
+                how, fault = verdict(path, ours(path), theirs[str(path)], documented)
+                counts[how] += 1
+                endings[method]["recipes"] += 1
+                endings[method]["not merged by both" if how != SAME else "different" if fault else "equal"] += 1
+                if fault:
+                    wrong += 1
+                    print(f"{path.name}: {how}: {fault}\n{path.read_text()}")
+    few = [method for method, ended in endings.items() if ended["equal"] + ended["different"] < arguments.each]
+    print(table(endings), "", sep="\n")
     for how, count in counts.most_common():
         print(f"{count:4d} {how}")
-    print(f"{arguments.recipes - wrong} of {arguments.recipes} recipes end as they should")
-    return int(wrong > 0)
+    print(f"{counts.total() - wrong} of {counts.total()} recipes end as they should")
+    if few:
+        print(f"fewer than {arguments.each} recipes of {', '.join(few)} were merged by both")
+    return int(wrong > 0 or bool(few))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ GPU_TESTS = ("tests/whole/test_gpu.py", "tests/whole/test_gpu_files.py")
 # Of the tests marked gpu, what is left to a GPU, by the words of their names.
 LEFT_TO_A_GPU = (
     *("triton",),  # interpreted, by test_triton.py
-    *("opcheck", "compile", "captured", "do_not_wait"),  # torch's own, for a device that it knows
+    *("opcheck", "compile", "captured", "do_not_wait", "are_distilled"),  # torch's own, for a device that it knows
     *("large_output", "more_than_2_to_the_31", "many_blocks", "262144", "stays_within_its_plan"),  # minutes and gigabytes
     *("threads", "20000", "100003"),  # minutes, which test_emulated_kernels.py spends better
     *("sanitized",),  # the emulated device looks for the same

@@ -282,6 +282,7 @@ MERGES = {
     "ties, whole": lambda packed: sm.ties(packed, 0.1, 0.7, weights=[1.0, 0.5, 2.0], trim="vector"),
     "dare": lambda packed: sm.dare(packed, [0.3, 0.0, 1.0], 0.7, seed=5),
     "dare, elected": lambda packed: sm.dare(packed, 0.9, rule="ties", normalize=True),
+    "emr": lambda packed: sm.emr(packed).merge("b"),
     "adamerging++": lambda packed: sm.task_arithmetic(sm.trimmed(packed, 0.2), 0.3),
     "adamerging++, whole": lambda packed: sm.task_arithmetic(sm.trimmed(packed, [0.2, 0.9, 0.0], trim="vector"), 0.3),
 }
@@ -512,3 +513,15 @@ def test_inputs_are_collected_on_the_device(on_gpu_by_name, problem, inputs):
     found = sm.regmean(tiny.make(1), on_device, device_batches, tiny.plain(device_heads), inputs=inputs).merged
     assert found.device.type == "cuda"
     assert (found.cpu() - expected).norm() < 1e-11 * expected.norm()
+
+
+@pytest.mark.parametrize("adapter", (tiny.shared_encoder, tiny.plain))
+def test_task_vectors_are_distilled_on_the_device(on_gpu_by_name, problem, adapter):
+    (base, experts, heads, batches), (on_device, device_heads, device_batches) = problem
+    config = sm.DisTaCConfig(steps=5, learning_rate=1e-2, progress=False)
+    with sm.use_backend("reference"):
+        on_cpu = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64)
+        expected = sm.distac(tiny.make(1), on_cpu, batches, adapter(heads), config=config).task_vectors
+    found = sm.distac(tiny.make(1), on_device, device_batches, adapter(device_heads), config=config).task_vectors
+    assert found.device.type == "cuda"
+    assert (found.cpu() - expected).norm() < 1e-9 * expected.norm()
