@@ -142,7 +142,9 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="all eight tasks and six layers")] = False,
     study: Annotated[
         str,
-        typer.Option(help="main, methods, claims, tuning, ablation, features, quantised, unseen, robustness or heterogeneous"),
+        typer.Option(
+            help="main, methods, claims, tuning, ablation, features, learner, quantised, unseen, robustness or heterogeneous"
+        ),
     ] = "main",
     seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,
     out: Annotated[Path, typer.Option(help="folder for the table, the plots and the merged model")] = Path("samerge-demo"),
