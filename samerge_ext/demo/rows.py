@@ -158,6 +158,20 @@ def features_rows(full: bool) -> list[Row]:
     return [learned(label, "statsmerging", **settings) for label, settings in variations.items()]
 
 
+def learner_rows(full: bool) -> list[Row]:
+    """What StatsMerging's network can tell apart: layers, layers and tasks, tasks; and λ that no network predicts, learned from
+    the same most likely classes. Rows of the small variant are quick."""
+    # A teacher so cold that all of its probability is on one class: the divergence from it is the cross-entropy.
+    most_likely = {"sam": "off", "temperature": 1.0, "teacher_temperature": 1e-3, "weight_decay": 0.0}
+    rows = [
+        learned("StatsMerging", "statsmerging"),
+        learned("StatsMerging, the whole expert's statistics too", "statsmerging", whole_model=True),
+        learned("StatsMerging, task-wise", "statsmerging", granularity="task"),
+        learned("λ itself, without a network", "samerging", **most_likely),
+    ]
+    return rows if full else [quick(row) for row in rows]
+
+
 def quantised_rows(full: bool) -> list[Row]:
     """How far fewer bits of the task vectors take the result from that of fp32."""
     quantised = [learned(f"{OURS}, {form}", "samerging", task_vector_dtype=form) for form in FORMATS]

@@ -27,6 +27,7 @@ from samerge_ext.demo.rows import (
     ablation_rows,
     claims_rows,
     features_rows,
+    learner_rows,
     main_rows,
     methods_rows,
     quantised_rows,
@@ -51,6 +52,7 @@ ROWS: dict[str, Callable[[bool], list[Row]]] = {
     "tuning": tuning_rows,
     "ablation": ablation_rows,
     "features": features_rows,
+    "learner": learner_rows,
     "quantised": quantised_rows,
 }
 SPLITS = {"tuning": "tuning"}
@@ -84,7 +86,7 @@ def quantised_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
 
 STUDIES: dict[str, Study] = {
     "main": main_study,
-    **{name: of_rows(name) for name in ("methods", "claims", "tuning", "ablation", "features")},
+    **{name: of_rows(name) for name in ("methods", "claims", "tuning", "ablation", "features", "learner")},
     "quantised": quantised_study,
     "many": many_study,
     "unseen": unseen_study,

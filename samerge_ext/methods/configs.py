@@ -53,6 +53,8 @@ class StatsMergingConfig(TaughtConfig):
     temperature: τ of both soft-maxes of "kl".
     of: the statistics are those of the "experts"' weights, or of the "task_vectors".
     singular_values: how many of the largest ones are features beside mean, variance and norm.
+    whole_model: layer-wise, the network reads the statistics of the whole expert beside those of each layer. By the latter
+        alone it hardly tells experts of one base apart, and λ is nearly the same for all tasks.
     per_layer: a network for every layer, as the published code has it, in place of one for all.
     hidden: units of the network's hidden layer.
     learning_rate_decay: factor on the learning rate after every fifth of the run (published: ×0.1 every 100 of 500 epochs).
@@ -79,6 +81,7 @@ class StatsMergingConfig(TaughtConfig):
     temperature: float = 2.0
     of: str = "experts"
     singular_values: int = 3
+    whole_model: bool = False
     per_layer: bool = False
     hidden: int = 64
     learning_rate_decay: float = 0.1
@@ -92,6 +95,8 @@ class StatsMergingConfig(TaughtConfig):
             raise ValueError(f"learning_rate_decay={self.learning_rate_decay!r}; expected a number in (0, 1]")
         if self.hidden < 2 or self.hidden % 2:
             raise ValueError(f"hidden={self.hidden!r}; expected an even number ≥ 2")
+        if self.whole_model and self.granularity == "task":
+            raise ValueError("whole_model=True needs granularity='layer': task-wise, nothing but the whole expert's is read")
         if self.per_layer and self.granularity == "task":
             raise ValueError("per_layer=True needs granularity='layer': task-wise, there is one coefficient for all layers")
 

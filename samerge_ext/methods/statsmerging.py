@@ -35,7 +35,7 @@ def statsmerging(
     """Learns a network that predicts λ from statistics of the experts' weights, so that the merged model names the class
     that every expert names on that expert's own unlabelled calibration batches.
 
-        S_{t,l} = [mean, variance, ‖·‖_F, σ₁, σ₂, σ₃] of W_{t,l}
+        S_{t,l} = [mean, variance, ‖·‖_F, σ₁, σ₂, σ₃] of W_{t,l}, and with ``whole_model`` of expert t
         λ_{t,l} = learner(S_{t,l})
         loss    = Σ_t α_t · mean over task t's batch of −log softmax(z_λ)[argmax z_t]
 
@@ -61,7 +61,7 @@ def statsmerging(
             student, teacher, student_temperature=tau, teacher_temperature=tau, row_weights=row_weights
         )
 
-    statistics = features.of_granularity(config.granularity)
+    statistics = features.of_granularity(config.granularity, config.whole_model)
     learner = StatsMergeLearner.made_for(
         statistics,
         learner_settings(config, packed.layout.names),
@@ -101,6 +101,7 @@ def learner_settings(config: StatsMergingConfig, layers: tuple[str, ...]) -> Lea
         of=config.of,
         singular_values=config.singular_values,
         granularity=config.granularity,
+        whole_model=config.whole_model,
         hidden=config.hidden,
         layers=layers if config.per_layer else None,
     )

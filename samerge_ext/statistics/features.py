@@ -82,14 +82,22 @@ class Features:
         values = self.values.cpu().contiguous().flatten().view(torch.uint8).numpy().data
         return f"{zlib.crc32(values, zlib.crc32(json.dumps(self.identity).encode())):08x}"
 
-    def of_granularity(self, granularity: str) -> Tensor:
-        """[T, L, 3 + k] as they are, for "task" the statistics [T, 1, 3 + k] of the whole model.
+    def of_granularity(self, granularity: str, whole_model: bool = False) -> Tensor:
+        """[T, L, 3 + k] as they are, for "task" the statistics [T, 1, 3 + k] of the whole model; [T, L, 2 · (3 + k)] where every
+        layer's are followed by those.
+        """
+        if granularity == "task":
+            return self.of_whole_model()
+        if not whole_model:
+            return self.values
+        return torch.cat([self.values, self.of_whole_model().expand_as(self.values)], dim=-1)
+
+    def of_whole_model(self) -> Tensor:
+        """[T, 1, 3 + k], of each expert's model.
 
         Mean, variance and norm of all numbers together, and the largest singular values of any layer: those of the matrix
         that has the layers as its blocks on the diagonal.
         """
-        if granularity == "layer":
-            return self.values
         sizes = [torch.Size(shape).numel() for _, shape in self.identity["layers"]]
         share = torch.tensor(sizes, dtype=torch.float64, device=self.values.device) / sum(sizes)  # [L]
         layer_mean, layer_variance, layer_norm = self.values[..., :MOMENTS].double().unbind(-1)  # [T, L] each

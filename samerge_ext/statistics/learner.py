@@ -27,6 +27,7 @@ class LearnerSettings:
     of: statistics of the "experts"' weights, or of the "task_vectors".
     singular_values: how many of the largest ones are features; 0 for mean, variance and norm alone.
     granularity: one coefficient per task and "layer", or per "task" from the statistics of the whole model.
+    whole_model: a layer's coefficient is predicted from its own statistics and, beside them, those of the whole model.
     hidden: units of the hidden layer, an even number.
     layers: names of the layers, each of which has a network of its own; None where all share one.
     """
@@ -34,18 +35,23 @@ class LearnerSettings:
     of: str = "experts"
     singular_values: int = 3
     granularity: str = "layer"
+    whole_model: bool = False
     hidden: int = 64
     layers: tuple[str, ...] | None = None
 
     @property
     def num_features(self) -> int:
-        return MOMENTS + self.singular_values
+        return (2 if self.whole_model else 1) * (MOMENTS + self.singular_values)
 
 
 class StatsMergeLearner(nn.Module):
     """λ from statistics S: a two-layer MLP, shared by all layers, or one for each.
 
         λ_{t,l} = v · gelu(W (S_{t,l} − mean) / deviation + b) + c
+
+    S_{t,l} are the statistics of a layer and, with ``settings.whole_model``, of the whole expert beside them. By the former it
+    tells layers apart, but hardly tasks: experts of one base differ in the statistics of a layer by about a thousandth of what
+    layers differ by. The latter, the same for all layers, are standardised over the tasks alone.
 
     It starts at constant λ₀ = c, up to rounding, whatever the statistics: every hidden unit has a twin that starts with the
     same weights and the opposite v. All parameters have a gradient nevertheless, and twins go apart with the first step
@@ -115,7 +121,8 @@ class StatsMergeLearner(nn.Module):
             )
         found = Features.of_packed(packed, of=self.settings.of, singular_values=self.settings.singular_values, path=features)
         with torch.no_grad():
-            predicted = self(found.of_granularity(self.settings.granularity).to(self.weight.device))
+            statistics = found.of_granularity(self.settings.granularity, self.settings.whole_model)
+            predicted = self(statistics.to(self.weight.device))
         return packed.coefficients(predicted.expand(-1, packed.layout.num_layers))
 
     def save(self, path: str | Path) -> None:

@@ -79,21 +79,22 @@ def test_the_start_is_constant_for_any_statistics_and_does_not_last(packed, opti
 
 
 @pytest.mark.parametrize("sam", ["off", "paper"])
-@pytest.mark.parametrize("task_wise", [False, True])
-def test_a_run_follows_a_literal_loop(problem, sam, task_wise, monkeypatch):
+@pytest.mark.parametrize("options", [tiny.LEARNERS[name] for name in ("shared", "whole model too", "task-wise")])
+def test_a_run_follows_a_literal_loop(problem, sam, options, monkeypatch):
     """Autograd through the learner, the merge and the model; a new learner with the same start; StepLR."""
     base, experts, packed, heads, batches = problem
     statistics = literal.statistics(literal.weights(experts))
     monkeypatch.setattr("samerge_ext.statistics.features.layer_stats", lambda packed, **_: statistics)
     steps, decay = 10, 0.5
-    result = run(
-        packed, steps=steps, sam=sam, learning_rate=0.01, learning_rate_decay=decay, granularity="task" if task_wise else "layer"
-    )
-    learner, _ = tiny.make_learner(packed, granularity="task" if task_wise else "layer")
-    if task_wise:
-        vectors = [torch.cat([weight.flatten() for weight in tensors]) for tensors in literal.weights(experts)]
-        moments = torch.stack([torch.stack([v.mean(), v.var(correction=0), v.norm()]) for v in vectors])
-        statistics = torch.cat([moments, statistics[..., 3:].flatten(1).sort(descending=True).values[:, :3]], 1)[:, None]
+    result = run(packed, steps=steps, sam=sam, learning_rate=0.01, learning_rate_decay=decay, **options)
+    learner, _ = tiny.make_learner(packed, **options)
+    vectors = [torch.cat([weight.flatten() for weight in tensors]) for tensors in literal.weights(experts)]
+    moments = torch.stack([torch.stack([v.mean(), v.var(correction=0), v.norm()]) for v in vectors])
+    whole = torch.cat([moments, statistics[..., 3:].flatten(1).sort(descending=True).values[:, :3]], 1)[:, None]
+    if "whole_model" in options:
+        statistics = torch.cat([statistics, whole.expand_as(statistics)], -1)
+    elif "granularity" in options:
+        statistics = whole
     mean, deviation = statistics.flatten(0, 1).mean(0), statistics.flatten(0, 1).std(0, correction=0)
     features = (statistics - mean) / deviation
     W, b, v, c = (parameter.detach().clone().requires_grad_() for parameter in learner.parameters())
@@ -201,7 +202,9 @@ def test_the_learning_rate_falls_after_every_fifth_of_the_run():
     assert [config.decay_at(step, 7) for step in range(7)] == pytest.approx([1, 1, 0.1, 0.01, 0.01, 1e-3, 1e-4])
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "task"}, {"of": "task_vectors", "singular_values": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"whole_model": True}, {"granularity": "task"}, {"of": "task_vectors", "singular_values": 1}]
+)
 def test_a_saved_learner_merges_experts_it_was_not_trained_with(packed, tmp_path, options):
     result = run(packed, learning_rate=0.05, **options)
     result.learner.save(tmp_path / "learner.safetensors")
@@ -213,7 +216,8 @@ def test_a_saved_learner_merges_experts_it_was_not_trained_with(packed, tmp_path
     unseen = sm.PackedWeights.from_modules(base, others, dtype=torch.float64)
     applied = sm.apply_learner(learner, unseen, module=tiny.make(1))
     statistics = Features.of_packed(unseen, of=learner.settings.of, singular_values=learner.settings.singular_values)
-    standardised = (statistics.of_granularity(learner.settings.granularity) - result.learner.mean) * result.learner.scale
+    read = statistics.of_granularity(learner.settings.granularity, learner.settings.whole_model)
+    standardised = (read - result.learner.mean) * result.learner.scale
     W, b, v, c = (parameter.detach()[0] for parameter in result.learner.parameters())
     expected = (torch.nn.functional.gelu(standardised @ W + b) @ v + c).squeeze(-1).expand(2, packed.layout.num_layers)
     assert_close(applied.coefficients, expected)
@@ -251,6 +255,7 @@ def test_settings_out_of_range_are_refused(setting, value):
         sm.StatsMergingConfig(**{setting: value})
 
 
-def test_a_network_per_layer_of_a_task_wise_coefficient_is_refused():
-    with pytest.raises(ValueError, match="per_layer=True needs granularity='layer'"):
-        sm.StatsMergingConfig(per_layer=True, granularity="task")
+@pytest.mark.parametrize("setting", ["per_layer", "whole_model"])
+def test_what_is_of_layers_is_refused_where_the_coefficient_is_task_wise(setting):
+    with pytest.raises(ValueError, match=f"{setting}=True needs granularity='layer'"):
+        sm.StatsMergingConfig(**{setting: True}, granularity="task")

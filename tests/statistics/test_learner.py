@@ -49,10 +49,39 @@ def test_a_constant_feature_is_zero_and_not_nan(packed):
 
 
 def test_features_are_standardised_over_tasks_and_layers(packed):
-    learner, statistics = tiny.make_learner(packed)
+    learner, statistics = tiny.make_learner(packed, whole_model=True)
     rows = ((statistics - learner.mean) * learner.scale).flatten(0, 1)
-    assert_close(rows.mean(0), torch.zeros(6, dtype=torch.float64), at_least=1.0)
-    assert_close(rows.square().mean(0), torch.ones(6, dtype=torch.float64))
+    assert_close(rows.mean(0), torch.zeros(12, dtype=torch.float64), at_least=1.0)
+    assert_close(rows.square().mean(0), torch.ones(12, dtype=torch.float64))
+
+
+def test_a_layers_statistics_are_followed_by_those_of_the_whole_model(packed):
+    features = Features.of_packed(packed)
+    found = features.of_granularity("layer", whole_model=True)
+    assert found.shape == (3, packed.layout.num_layers, 12)
+    assert torch.equal(found[..., :6], features.values)
+    for layer in found[..., 6:].unbind(1):
+        assert torch.equal(layer, features.of_granularity("task")[:, 0])
+    assert torch.equal(features.of_granularity("layer"), features.values)
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_experts_of_one_base_are_told_apart_by_the_whole_models_statistics(whole_model):
+    """They differ by a millionth of what layers differ by: from layers' statistics alone λ is one number for all tasks."""
+    torch.manual_seed(0)
+    noise = torch.randn(4, 20, 6, dtype=torch.float64)
+    values = torch.rand(1, 20, 6, dtype=torch.float64) + 1e-6 * noise
+    statistics = Features(values, {"layers": [[str(l), [5, 5]] for l in range(20)]}).of_granularity("layer", whole_model)
+    settings = LearnerSettings(whole_model=whole_model)
+    learner = StatsMergeLearner.made_for(statistics, settings, start=0.3, seed=0, dtype=torch.float64)
+    wanted = torch.tensor([0.1, 0.2, 0.4, 0.5], dtype=torch.float64)[:, None]
+    optimizer = torch.optim.Adam(learner.parameters(), lr=5e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (learner(statistics) - wanted).square().mean().backward()
+        optimizer.step()
+    error = (learner(statistics) - wanted).abs().mean()
+    assert error < 0.02 if whole_model else error > 0.1
 
 
 @pytest.mark.parametrize("singular_values", [0, 1, 3])

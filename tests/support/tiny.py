@@ -11,7 +11,12 @@ from samerge_ext.statistics.features import Features
 TASKS = ("red", "green", "blue")
 CLASSES = {"red": 3, "green": 5, "blue": 2}
 WIDTH = 8
-LEARNERS = {"shared": {}, "per layer": {"per_layer": True}, "task-wise": {"granularity": "task"}}
+LEARNERS = {
+    "shared": {},
+    "whole model too": {"whole_model": True},
+    "per layer": {"per_layer": True},
+    "task-wise": {"granularity": "task"},
+}
 
 
 class Encoder(nn.Module):
@@ -79,12 +84,11 @@ def plain_modules(heads):
     return lambda module, batch, task: heads[task](module(batch))
 
 
-def make_learner(packed, granularity="layer", per_layer=False, of="experts", singular_values=3, hidden=8, seed=0):
+def make_learner(packed, granularity="layer", seed=0, **settings):
     """A learner at its start, and the statistics that it reads."""
-    config = StatsMergingConfig(
-        granularity=granularity, per_layer=per_layer, of=of, singular_values=singular_values, hidden=hidden
-    )
-    statistics = Features.of_packed(packed, of=of, singular_values=singular_values).of_granularity(granularity)
+    config = StatsMergingConfig(granularity=granularity, **{"hidden": 8, **settings})
+    features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values)
+    statistics = features.of_granularity(granularity, config.whole_model)
     settings = learner_settings(config, packed.layout.names)
     return StatsMergeLearner.made_for(statistics, settings, start=0.3, seed=seed, dtype=packed.coefficient_dtype), statistics
 
