@@ -54,6 +54,9 @@ def losses_and_grads(
         matrices = 1 + len(teachers) + apart
         at_once = _rows_at_once(student, teachers, matrices, workspace_bytes)
         kernel, buffer = backend.kernel("softmax_kl", hidden), None
+        slab = hidden.new_empty(max(each.slab_bytes for each in (student, *teachers)) // of_loss.itemsize, dtype=of_loss)
+        for each in (student, *teachers):
+            each.widen_into(slab)
         for rows, count in _chunks(len(hidden), mask, at_once):
             if buffer is None:  # the first chunk is the largest
                 buffer = hidden.new_empty(matrices, count, len(head), dtype=of_loss)

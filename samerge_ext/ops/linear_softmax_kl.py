@@ -49,7 +49,7 @@ def linear_softmax_kl(
 
     Differentiable in `hidden`, `head`, `bias` and `row_weights`; teachers are constants. Where a gradient is asked for it is
     computed with the loss, and each product is computed once; with "none" the backward computes all of them again. Logits are
-    fp32 (fp64 for fp64 hidden states) whatever the storage: a CPU widens narrow heads, 512 rows at a time, and a GPU multiplies
+    fp32 (fp64 for fp64 hidden states) whatever the storage: a CPU widens narrow heads, a slab at a time, and a GPU multiplies
     bf16 hidden states and heads on tensor cores, rounding the logits' gradient to bf16 for them.
 
     Args:

@@ -10,11 +10,17 @@ from torch.nn.functional import linear
 
 import samerge_ext as sm
 from samerge_ext import backend, reference
-from samerge_ext.ops import chunked_rows
+from samerge_ext.ops import chunked_rows, head_products
 
 LOSSES = ("kl", "cross_entropy", "entropy")
 OPS = (torch.ops.samerge.linear_softmax_kl.default, torch.ops.samerge.linear_softmax_kl_sum.default)
 ALL = (True, True, True)
+
+
+@pytest.fixture(autouse=True)
+def small_slabs(monkeypatch):
+    """So that small heads have several."""
+    monkeypatch.setattr(head_products, "SLAB", {"cpu": 1500, "cuda": 1500})
 
 
 def arguments(loss, rows, width, classes, teachers=1, hidden=torch.float32, head=torch.float32, scale=2.0):
