@@ -23,7 +23,8 @@ struct SoftmaxKl {
   const int64_t* num_classes;   // [R], null for V: the first classes of a row count, the others get gradient 0
   const void* row_scale;        // [R] real, null for no gradient
   void* losses;                 // [R] real
-  void* grad;                   // [R, V] in the student's dtype, null for no gradient
+  void* grad;                   // [R, V] in the student's dtype, null for no gradient; for kl and entropy it may be the
+                                // student itself
   int64_t student_stride, teacher_stride, teacher_row_stride;  // in numbers
   double student_temperature, teacher_temperature;
   DType student_dtype, teacher_dtype;

@@ -62,6 +62,12 @@ def peak_resident_bytes() -> int:
     return _status("VmHWM")
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What a GPU has left for new tensors: what nobody holds, and what torch holds for tensors that are gone."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def machine_bytes() -> int:
     """The memory of this machine, or of the container where that is less."""
     try:

@@ -65,6 +65,7 @@ def operators(packed: sm.PackedWeights, rows: Tensor) -> None:
     with sm.use_backend("reference"):
         assert_type(sm.softmax_kl(rows, rows), Tensor)
     assert_type(sm.softmax_kl_with_grad(rows, rows), tuple[Tensor, Tensor])
+    assert_type(sm.linear_softmax_kl(rows, rows, [rows, rows]), Tensor)
     assert_type(sm.layer_stats(packed), Tensor)
     assert_type(sm.svd_topk([rows], 2), Tensor)
     assert_type(sm.svd_topk([rows], 2, return_bound=True), tuple[Tensor, Tensor])

@@ -30,7 +30,8 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
                       a.num_classes[r], "; num_classes must lie in 1 ... ", a.num_columns,
                       ", the number of columns of student");
   const auto loop = loops().softmax_kl;
-  const bool streamed = call.grad && is_streamed(*call.grad);
+  const bool in_place = call.grad && a.grad == a.student;  // in the caches, which then are not gone past
+  const bool streamed = call.grad && !in_place && is_streamed(*call.grad);
   const int64_t chunks = (a.num_columns + kSoftmaxKlChunk - 1) / kSoftmaxKlChunk;
   const int64_t numbers = (1 + a.num_teachers) * chunks * (kSoftmaxKlChunk + 1);
   const auto rows = [&](int64_t numbers) { return std::max<int64_t>(1, numbers / a.num_columns); };

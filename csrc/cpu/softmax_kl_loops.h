@@ -196,6 +196,7 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Vector>& students, const 
       q_buffer[kChunk + 48], slope_buffer[kChunk];
   auto* teacher = static_cast<Teacher<Vector>*>(__builtin_alloca(a.num_teachers * sizeof(Teacher<Vector>)));  // [K]
   const bool same = inverse_student == inverse_teacher, is_alone = a.num_teachers == 1;
+  const bool overwritten = a.grad == a.student && students.wide && a.num_teachers > 1;
   const auto set_kl = same ? kl_chunk<Vector, true, Slope::set> : kl_chunk<Vector, false, Slope::set>;
   const auto add_kl = same ? kl_chunk<Vector, true, Slope::add> : kl_chunk<Vector, false, Slope::add>;
   const auto stream_kl = same ? kl_chunk<Vector, true, Slope::stream> : kl_chunk<Vector, false, Slope::stream>;
@@ -245,7 +246,11 @@ void row_losses(const SoftmaxKl& a, const RowFunctions<Vector>& students, const 
     char* grad = a.grad ? static_cast<char*>(a.grad) + r * a.num_columns * students.bytes : nullptr;
     const Real grad_scale = grad ? static_cast<const Real*>(a.row_scale)[r] * inverse_student : Real(0);
     if (grad || a.loss == RowLoss::kl) {
-      for_chunks(student, [&](int64_t begin, int64_t count, const ConstChunk<Vector>& x) {
+      for_chunks(student, [&](int64_t begin, int64_t count, ConstChunk<Vector> x) {
+        if (overwritten) {  // by the first teacher's slopes, when the next teacher still needs it
+          __builtin_memcpy(student_buffer, x.values, x.whole * sizeof(Real));
+          x.values = student_buffer;
+        }
         const Exponentials<Real> q = exponentials(student, begin, count, x, q_buffer);
         char* target = grad ? grad + begin * students.bytes : nullptr;
         const bool in_place = target && students.wide;

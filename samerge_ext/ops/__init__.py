@@ -5,6 +5,7 @@ from .component_sum import component_grad, component_sum
 from .elected_sum import elected_sum
 from .gram_product import gram_product, moments
 from .layer_stats import layer_stats
+from .linear_softmax_kl import linear_argmax_cross_entropy, linear_entropy, linear_softmax_kl
 from .softmax_kl import (
     argmax_cross_entropy,
     argmax_cross_entropy_with_grad,
@@ -27,6 +28,9 @@ __all__ = [
     "entropy_with_grad",
     "gram_product",
     "layer_stats",
+    "linear_argmax_cross_entropy",
+    "linear_entropy",
+    "linear_softmax_kl",
     "moments",
     "softmax_kl",
     "softmax_kl_with_grad",

@@ -75,7 +75,8 @@ def softmax_kl_with_grad(
     """`softmax_kl` and its gradient by the student's logits in one call, outside autograd.
 
     Arguments and errors are those of `softmax_kl`. Continue with `student.backward(grad)`.
-    out: [R, V], of the student's dtype, contiguous: the gradient is written there. It may not share memory with the logits.
+    out: [R, V], of the student's dtype, contiguous: the gradient is written there. It may be the student's logits themselves, and
+        may not share memory with them otherwise.
 
     Returns:
         The loss, and its gradient [R, V] in the student's dtype; for "none", row r is the gradient of loss r.
@@ -113,7 +114,8 @@ def argmax_cross_entropy_with_grad(
     reduction: str = "batchmean",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`argmax_cross_entropy` and its gradient [R, V] in one call, outside autograd; as `softmax_kl_with_grad`."""
+    """`argmax_cross_entropy` and its gradient [R, V] in one call, outside autograd; as `softmax_kl_with_grad`, but `out` may not
+    be the student's logits."""
     options = (student_temperature, 1.0, row_weights, teacher_weights, num_classes, reduction, out)
     return _loss_with_grad("cross_entropy", student, teacher, *options)
 

@@ -6,6 +6,7 @@ from .count_digits import count_digits
 from .drop import drop
 from .elected_sum import elected_sum
 from .gram_product import gram_product
+from .linear_softmax_kl import linear_softmax_kl
 from .moments import moments
 from .next_digit import next_digit
 from .softmax_kl import softmax_kl
@@ -20,6 +21,7 @@ __all__ = [
     "drop",
     "elected_sum",
     "gram_product",
+    "linear_softmax_kl",
     "moments",
     "next_digit",
     "softmax_kl",

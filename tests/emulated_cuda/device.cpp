@@ -107,6 +107,17 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& target) {
   return copy_from(self, target, false);
 }
 
+// What a GPU's library does and a CPU's does not: narrow numbers multiplied, summed and stored wide.
+Tensor& mm_wide_into(const Tensor& a, const Tensor& b, at::ScalarType dtype, Tensor& out) {
+  on_cpu(out).copy_(at::mm(on_cpu(a).to(dtype), on_cpu(b).to(dtype)));
+  return out;
+}
+
+Tensor mm_wide(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+  Tensor out = at::empty({a.size(0), b.size(1)}, a.options().dtype(dtype));
+  return mm_wide_into(a, b, dtype, out);
+}
+
 at::Scalar item(const Tensor& self) { return at::_local_scalar_dense(on_cpu(self)); }
 
 Tensor& set_storage_at(Tensor& self, at::Storage source, c10::SymInt offset, Sizes size, Sizes stride) {
@@ -164,5 +175,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   library.impl("view", TORCH_FN(at::native::view));
   library.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
+  library.impl("mm.dtype", TORCH_FN(mm_wide));
+  library.impl("mm.dtype_out", TORCH_FN(mm_wide_into));
   library.impl("unfold", TORCH_FN(at::native::unfold));
 }

@@ -58,6 +58,9 @@ DEVICE = {
     "stream": lambda stream: nullcontext(),
     "Stream": Stream,
     "Event": Event,
+    "mem_get_info": lambda device=None: (2**34, 2**34),
+    "memory_reserved": lambda device=None: 0,
+    "memory_allocated": lambda device=None: 0,
     "cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0),
 }
 for name, value in (NOTHING | DEVICE).items():

@@ -357,6 +357,18 @@ def test_the_gradient_can_be_written_into_a_given_tensor(each_backend, loss, dty
     assert torch.equal(out, expected[1]) and torch.equal(value, expected[0])
 
 
+@pytest.mark.parametrize("loss", ("kl", "entropy"))
+@pytest.mark.parametrize("dtype", (*NARROW, torch.float64))
+@pytest.mark.parametrize("columns", (37, 2053))
+@pytest.mark.parametrize("teachers", (1, 3))
+def test_the_gradient_can_take_the_place_of_the_logits(each_level, loss, dtype, columns, teachers):
+    args = arguments(loss, 5, columns, teachers, student=dtype, teacher=dtype)
+    expected = run(*args)
+    student = args[0].clone()
+    losses = torch.ops.samerge.softmax_kl_grad_out(student, *args[1:5], student, *args[5:])
+    assert torch.equal(losses, expected[0]) and torch.equal(student, expected[1])
+
+
 @pytest.mark.parametrize("columns", (64, 2048))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_where_the_gradient_lies_does_not_matter(each_backend, loss, columns):

@@ -114,13 +114,18 @@ def drop(tasks, dtype, offset=0, size=20_000):
     return call
 
 
-def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0):
+def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0, in_place=False):
     student, teacher = (3 * x for x in random_normal((rows, columns), (teachers, rows, columns), seed=columns))
     student, teacher = moved(student.to(dtype), offset), moved(teacher.to(dtype), offset)
     scale = torch.linspace(-1, 2, rows, dtype=FP64 if dtype == FP64 else FP32) if grad else None
     out = moved(student, offset) if grad else None
-    arguments = student, None if loss == "entropy" else teacher, None, None, scale, out, loss, 2.0, 1.5
-    return lambda: [x for x in backend._C.softmax_kl_cuda(*arguments) if x is not None]
+    arguments = None if loss == "entropy" else teacher, None, None, scale, out, loss, 2.0, 1.5
+
+    def call():
+        logits = out.copy_(student) if in_place else student
+        return [x for x in backend._C.softmax_kl_cuda(logits, *arguments) if x is not None]
+
+    return call
 
 
 def gram_product(shape, dtype, width=8, base=None, offset=0, batch=1, wide=False):
@@ -170,6 +175,8 @@ CASES = {
     "softmax_kl entropy": lambda **options: softmax_kl(3, 4096, FP32, "entropy", **options),
     "softmax_kl losses": lambda **options: softmax_kl(3, 4096, FP64, grad=False, **options),
     "softmax_kl clusters": lambda **options: softmax_kl(2, 40000, FP32, **options),
+    "softmax_kl in place": lambda **options: softmax_kl(3, 5001, BF16, teachers=2, in_place=True, **options),
+    "softmax_kl clusters in place": lambda **options: softmax_kl(2, 40000, FP32, "entropy", in_place=True, **options),
     "gram_product tall": lambda **options: gram_product((300, 130), FP32, batch=2, **options),
     "gram_product wide": lambda **options: gram_product((70, 300), BF16, base=FP32, width=12, **options),
     "gram_product long lines": lambda **options: gram_product((1030, 1100), FP32, base=BF16, **options),
