@@ -39,6 +39,7 @@ WIDER = {
     "Missing required parameter weight": "a weight that is left out",
     "Duplicate merge inputs": "a model that is listed twice",
     "Base input is not present": "slices without the base",
+    "requires exactly 1 inputs": "a base beside the one model of passthrough",
 }
 # Methods that choose numbers, or whose every step mergekit rounds: in a narrow type it is far from the truth, as it is.
 CHOOSING = (
@@ -268,7 +269,7 @@ def verdict(path: Path, our_message: str | None, their_message: str | None, docu
         return SAME, "" if difference <= 1 else f"'{name}' differs by {difference:.3g} tolerances"
     if our_message is None:
         reason = next((words for part, words in WIDER.items() if part in str(their_message)), None)
-        return f"merged here, not by mergekit: {reason}", "" if reason in documented else f"mergekit: {their_message}"
+        return f"merged here, not by mergekit: {reason}", "" if reason and reason in documented else f"mergekit: {their_message}"
     if their_message is not None:
         return "refused by both", ""
     reason = next((words for part, words in REFUSED.items() if part in our_message), None)
