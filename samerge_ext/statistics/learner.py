@@ -50,8 +50,8 @@ class StatsMergeLearner(nn.Module):
         λ_{t,l} = v · gelu(W (S_{t,l} − mean) / deviation + b) + c
 
     S_{t,l} are the statistics of a layer and, with ``settings.whole_model``, of the whole expert beside them. By the former it
-    tells layers apart, but hardly tasks: experts of one base differ in the statistics of a layer by about a thousandth of what
-    layers differ by. The latter, the same for all layers, are standardised over the tasks alone.
+    tells layers apart, but hardly tasks: experts of one base differ far less in the statistics of a layer than layers do. The
+    latter, the same for all layers, are standardised over the tasks alone.
 
     It starts at constant λ₀ = c, up to rounding, whatever the statistics: every hidden unit has a twin that starts with the
     same weights and the opposite v. All parameters have a gradient nevertheless, and twins go apart with the first step
