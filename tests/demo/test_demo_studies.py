@@ -10,8 +10,10 @@ from string import ascii_lowercase
 
 import pytest
 import torch
+from helpers import assert_close
 from rich.console import Console
 
+import samerge_ext as sm
 from samerge_ext.demo import cells, estimate, experts, heterogeneous, many, robustness, rows, studies, unseen, workbench
 from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
@@ -285,3 +287,14 @@ def test_the_small_table_has_the_full_ones_rows_with_fewer_and_larger_steps(monk
             assert quick.settings.pop("steps") == 60 and "steps" not in long.settings
             assert quick.settings.pop("learning_rate") == pytest.approx(5 * long.settings.pop("learning_rate"))
         assert quick == long
+
+
+def test_lambda_without_a_network_is_learned_from_the_experts_most_likely_classes():
+    """The row is one of SAMerging's, whose loss is the cross-entropy where the teacher is cold enough."""
+    (row,) = (row for row in rows.learner_rows(full=False) if row.kind == "samerging")
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(64, 10, generator=generator, dtype=torch.float64)
+    teacher = torch.rand(64, 10, generator=generator).argsort(-1).double()  # no two classes alike
+    of_student, of_teacher = row.settings["temperature"], row.settings["teacher_temperature"]
+    loss = sm.softmax_kl(student, teacher, student_temperature=of_student, teacher_temperature=of_teacher)
+    assert_close(loss, torch.nn.functional.cross_entropy(student, teacher.argmax(-1)))
