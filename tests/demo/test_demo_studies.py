@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from dataclasses import replace
 from difflib import SequenceMatcher
 from random import Random
@@ -12,9 +13,10 @@ import pytest
 import torch
 from helpers import assert_close
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import samerge_ext as sm
-from samerge_ext.demo import cells, estimate, experts, heterogeneous, many, robustness, rows, studies, unseen, workbench
+from samerge_ext.demo import cells, estimate, experts, guest, heterogeneous, many, robustness, rows, studies, unseen, workbench
 from samerge_ext.demo.convolution import Convolution, hashed
 from samerge_ext.demo.corpora import MissingData
 from samerge_ext.demo.data import Split, load_tasks
@@ -138,6 +140,39 @@ def test_more_tasks_have_a_table_for_each_number_and_one_of_means(run, monkeypat
         {"1 tasks": first.mean, "2 tasks": second.mean} for first, second in zip(one, two, strict=True)
     ]
     assert "mean accuracy by number of tasks" in (out / "many-small.md").read_text()
+
+
+def test_an_expert_of_others_is_merged_with_ours(run, main, monkeypatch, tmp_path):
+    """Its folder has a card, and a tensor that ours have not."""
+    _, _, out = main
+    bench = workbench.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    folder = tmp_path / "guest"
+    shutil.copytree(bench.expert("tweets"), folder)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.startswith("encoder"):  # far enough from ours
+            tensor += 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    save_file({**tensors, "embeddings.position_ids": torch.arange(512)[None]}, folder / "model.safetensors")
+    (folder / "README.md").write_text(
+        "---\nwidget:\n- source_sentence: disk full\n  sentences: [no space left, a pod restarts]\n"
+        "- source_sentence: pod\n  sentences: [disk full, a container]\n---\n# Guest\n"
+    )
+    monkeypatch.setattr(guest, "package_file", lambda *_: folder / "config.json")
+    with pytest.raises(ValueError, match="add --full"):
+        run(study="guest")
+    monkeypatch.setattr(workbench.Workbench, "full", True)
+    found, _, _ = run(study="guest")
+    accuracies, alike = found[: len(found) // 2], {cell.method: cell.mean for cell in found[len(found) // 2 :]}
+    assert [cell.method for cell in accuracies] == list(alike) and len(alike) == 6
+    assert alike["the guest"] == pytest.approx(1)
+    with_guest, without = (alike[f"Task Arithmetic, λ = 0.3, {who} the guest"] for who in ("with", "without"))
+    assert alike["pretrained"] < with_guest and without < with_guest
+
+
+def test_ranks_of_similarities_are_spearmans():
+    first = torch.tensor([0.1, 0.4, 0.2, 0.9])
+    assert guest.rank_correlation(first, first**3) == pytest.approx(1)
+    assert guest.rank_correlation(first, torch.tensor([0.1, 0.2, 0.4, 0.9])) == pytest.approx(0.8)
 
 
 def test_quantised_rows_say_what_their_task_vectors_take(run, main):
