@@ -36,6 +36,8 @@ _LAZY = {  # public name -> module that defines it
     "knots": "methods.knots",
     "regmean": "methods.regmean",
     "refit_heads": "methods.refit_heads",
+    "MergedDistillationConfig": "methods.distill_merged",
+    "distill_merged": "methods.distill_merged",
     "subspace_boosting": "methods.boosting",
     "svc": "methods.svc",
     "dare": "methods.dare",
@@ -80,6 +82,7 @@ __all__ = [
     "DisTaCConfig",
     "DistillationConfig",
     "Layout",
+    "MergedDistillationConfig",
     "MergedModel",
     "PackedWeights",
     "Result",
@@ -101,6 +104,7 @@ __all__ = [
     "della",
     "distac",
     "distill_expert",
+    "distill_merged",
     "emr",
     "entropy",
     "entropy_with_grad",
@@ -157,6 +161,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.dare import dare
     from .methods.della import della
     from .methods.distac import DisTaCConfig, align_norms, distac
+    from .methods.distill_merged import MergedDistillationConfig, distill_merged
     from .methods.distillation import DistillationConfig, distill_expert
     from .methods.emr import emr
     from .methods.isotropic import iso_c, iso_cts

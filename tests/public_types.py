@@ -50,6 +50,11 @@ def distilling(teacher: nn.Module, target: Classifier, data: list[Tensor]) -> No
     assert_type(student, Classifier)
 
 
+def after_a_merge(merged: sm.Result, batches: dict[str, list[Tensor]]) -> None:
+    distilled = sm.distill_merged(merged, batches, logits, config=sm.MergedDistillationConfig(temperature=1.0))
+    assert_type(sm.refit_heads(distilled, batches, logits, "classifier"), sm.Result)
+
+
 def without_data(packed: sm.PackedWeights) -> None:
     for result in (sm.average(packed), sm.task_arithmetic(packed, 0.3), sm.ties(packed, trim="vector"), sm.dare(packed)):
         assert_type(result, sm.Result)

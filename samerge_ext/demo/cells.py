@@ -24,6 +24,7 @@ from samerge_ext.memory import PeakMemory
 # Of learned rows, unless a row says otherwise.
 CALIBRATION_TEXTS = 64  # per task
 BATCH = {"small": 4, "full": 2}  # texts per task and step: 16 either way
+DISTILLED_BATCH = 8  # texts per task and step where the merged model is distilled
 STEPS = 300
 SCALES = tuple(round(0.1 * k, 1) for k in range(1, 11))  # what Task Arithmetic's λ is chosen from, on tuning texts
 
@@ -66,11 +67,14 @@ def regmean(bench: Workbench, settings: dict) -> sm.Result:
 
 
 def wudi_refitted(bench: Workbench, settings: dict) -> sm.Result:
-    """WUDI's encoder, with heads that answer `texts` unlabelled texts of each task as its expert does."""
+    """WUDI's encoder, `distilled` or as it is, with heads that answer `texts` texts of each task as its expert does."""
     texts = settings.get("texts", CALIBRATION_TEXTS)
     heads = {task: linear_head(prototypes) for task, prototypes in bench.heads.prototypes.items()}
-    merged = sm.wudi(bench.packed, module=bench.module())
-    result = sm.refit_heads(merged, bench.calibration(texts, texts), bench.with_heads(heads), heads)
+    logits, result = bench.with_heads(heads), sm.wudi(bench.packed, module=bench.module())
+    if settings.get("distilled"):
+        config = sm.MergedDistillationConfig(seed=bench.seed, progress=bench.progress)
+        result = sm.distill_merged(result, bench.calibration(texts, DISTILLED_BATCH), logits, config=config)
+    result = sm.refit_heads(result, bench.calibration(texts, texts), logits, heads)
     return replace(result, heads={task: {"prototypes": head.weight.detach() / SCALE} for task, head in heads.items()})
 
 

@@ -53,7 +53,8 @@ def row_tokens(bench: Workbench, row: Row, split: str) -> int:
     if "scales" in row.settings:
         return judged + len(row.settings["scales"]) * bench.tuning.tokens
     if row.kind in ("regmean", "wudi_refitted"):
-        return judged + len(bench.protocol.tasks) * CALIBRATION_TEXTS * bench.protocol.max_tokens
+        passes = 2 + 3 * FORWARD_AND_BACKWARD if row.settings.get("distilled") else 2
+        return judged + len(bench.protocol.tasks) * passes * CALIBRATION_TEXTS * bench.protocol.max_tokens
     return judged
 
 

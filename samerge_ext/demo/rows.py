@@ -75,6 +75,7 @@ def methods_rows(full: bool) -> list[Row]:
         Row("WUDI", "wudi"),
         Row("WUDI, heads refitted", "wudi_refitted"),
         Row("WUDI, heads refitted, 16 texts", "wudi_refitted", {"texts": 16}),
+        Row("WUDI, distilled, heads refitted", "wudi_refitted", {"distilled": True}),
         learned(OURS, "samerging"),
         learned("SAMerging, heads too", "samerging", **heads),
         learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads),

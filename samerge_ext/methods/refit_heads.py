@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, call_logits
-from samerge_ext.merged.model import MergedModel
 from samerge_ext.merged.result import Result
+from samerge_ext.methods.after_merging import MergedAgain
 
 RIDGES = tuple(2.0**power for power in range(-12, 15))  # μ, over the mean of HᵀH's diagonal
 
@@ -53,21 +53,13 @@ def refit_heads(
     that no batch runs through; FloatingPointError for features and answers that are NaN or Inf.
     """
     started = time.perf_counter()
-    if result.module is None or result.merged is None:
-        raise ValueError(f"refit_heads runs the merged model; give {result.method} a module=, and hold it with streamed=False")
     packed, held = result.packed, Calibration(calibration, result.packed.tasks)
+    again = MergedAgain(result)
+    model = again.model
     modules = {task: _head(result, heads, task) for task in packed.tasks}
-    buffers = {name: buffer.clone() for name, buffer in result.module.named_buffers()}
-    model, merged = MergedModel(result.module, packed, 0.0), result.merged
-
-    def as_merged() -> Tensor:
-        for name, buffer in model.module.named_buffers():
-            buffer.copy_(buffers[name])  # statistics that were estimated anew, say
-        return model.take_on(merged)
-
     found = {}
     for task, batches in held.batches.items():
-        as_merged()
+        again.restore()
         model.select_head(task)
         with _rows_of(modules[task]) as (inputs, _), torch.no_grad():
             for batch in batches:
@@ -79,7 +71,7 @@ def refit_heads(
             raise ValueError(f"no batch of task '{task}' runs through its head; logits(module, batch, task) must call it")
         model.select_head(task)
         found[task] = _refitted(modules[task], torch.cat(inputs), torch.cat(answers), task)
-    merged = as_merged()
+    merged = again.restore()
     model.unbind_gradients()
     refitted = {task: {**result.heads.get(task, {}), **_named(heads, head)} for task, head in found.items()}
     for task, head in found.items() if not isinstance(heads, str) else ():

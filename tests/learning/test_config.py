@@ -10,6 +10,7 @@ import pytest
 import samerge_ext as sm
 
 CONFIGS = (sm.SAMergingConfig, sm.AdaMergingConfig, sm.StatsMergingConfig, sm.DistillationConfig, sm.DisTaCConfig)
+CONFIGS += (sm.MergedDistillationConfig,)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
