@@ -69,6 +69,7 @@ _LAZY = {  # public name -> module that defines it
     "linear_argmax_cross_entropy": "ops.linear_softmax_kl",
     "linear_entropy": "ops.linear_softmax_kl",
     "linear_softmax_kl": "ops.linear_softmax_kl",
+    "merged_linear_softmax_kl": "ops.merged_linear_softmax_kl",
     "softmax_kl": "ops.softmax_kl",
     "softmax_kl_with_grad": "ops.softmax_kl",
     "svd_topk": "ops.svd_topk",
@@ -116,6 +117,7 @@ __all__ = [
     "linear_argmax_cross_entropy",
     "linear_entropy",
     "linear_softmax_kl",
+    "merged_linear_softmax_kl",
     "model_stock",
     "models",
     "multislerp",
@@ -185,6 +187,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .ops.coefficient_grad import coefficient_grad
     from .ops.layer_stats import layer_stats
     from .ops.linear_softmax_kl import linear_argmax_cross_entropy, linear_entropy, linear_softmax_kl
+    from .ops.merged_linear_softmax_kl import merged_linear_softmax_kl
     from .ops.softmax_kl import (
         argmax_cross_entropy,
         argmax_cross_entropy_with_grad,

@@ -6,6 +6,7 @@ from .elected_sum import elected_sum
 from .gram_product import gram_product, moments
 from .layer_stats import layer_stats
 from .linear_softmax_kl import linear_argmax_cross_entropy, linear_entropy, linear_softmax_kl
+from .merged_linear_softmax_kl import merged_linear_softmax_kl
 from .softmax_kl import (
     argmax_cross_entropy,
     argmax_cross_entropy_with_grad,
@@ -31,6 +32,7 @@ __all__ = [
     "linear_argmax_cross_entropy",
     "linear_entropy",
     "linear_softmax_kl",
+    "merged_linear_softmax_kl",
     "moments",
     "softmax_kl",
     "softmax_kl_with_grad",

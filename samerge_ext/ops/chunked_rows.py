@@ -90,24 +90,24 @@ def _chunks(rows: int, mask: Tensor | None, at_once: int) -> Iterator[tuple[slic
 
 def _rows_at_once(student: Head, teachers: list[Head], matrices: int, workspace_bytes: int | None) -> int:
     """As many as the workspace has room for: of logits, hidden states as they are multiplied, and a slab of the widest head."""
-    available = _workspace_bytes(student.weight.device) if workspace_bytes is None else workspace_bytes
+    available = workspace_for(workspace_bytes, student.weight.device)
     heads = (student, *teachers)
     of_row = matrices * len(student.weight) * student.wide.itemsize + sum(head.row_bytes for head in heads)
     of_slab = max(head.slab_bytes for head in heads)
-    rows = (int(available * (1 - _KEPT_BACK)) - of_slab) // of_row
+    rows = (available - of_slab) // of_row
     if rows < 1:
         needed = -int(-(of_row + of_slab) // (1 - _KEPT_BACK))
         raise ValueError(
-            f"workspace_bytes is {available}, too little for one row: {matrices} times {len(student.weight)} logits and a slab "
-            f"of the head take {needed} bytes"
+            f"workspace_bytes is {workspace_bytes}, too little for one row: {matrices} times {len(student.weight)} logits and a "
+            f"slab of the head take {needed} bytes"
         )
     return rows
 
 
-def _workspace_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _ON_CPU
-    size, free = _ON_GPU, free_gpu_bytes(device)
-    while size > free // 4:  # by halves, so that the size, and with it the order of sums, seldom depends on what else is held
-        size //= 2
-    return size
+def workspace_for(workspace_bytes: int | None, device: torch.device) -> int:
+    """The bytes that may be allocated here, of those given or the default."""
+    if workspace_bytes is None and device.type == "cuda":
+        workspace_bytes, free = _ON_GPU, free_gpu_bytes(device)
+        while workspace_bytes > free // 4:  # by halves: the order of sums then seldom depends on what else is held
+            workspace_bytes //= 2
+    return int((_ON_CPU if workspace_bytes is None else workspace_bytes) * (1 - _KEPT_BACK))

@@ -93,6 +93,14 @@ def check_linear(
         check_devices(hidden=hidden, mask=mask)
 
 
+def reduced_scale(hidden: Tensor, row_weights: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor:
+    """What losses are multiplied by [R] before they are summed."""
+    scale = hidden.new_ones(len(hidden), dtype=accumulator(hidden)) if row_weights is None else row_weights
+    if reduction == "batchmean":
+        scale = scale / (max(len(hidden), 1) if mask is None else mask.sum().clamp(min=1))
+    return scale
+
+
 def _check_head(
     whose: str, hidden: Tensor, head: Tensor, bias: Tensor | None, student: Tensor, classes: int, which: str = ""
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._common import accumulator, define, library
 from .chunked_rows import losses_and_grads
-from .linear_arguments import Teachers, check_linear
+from .linear_arguments import Teachers, check_linear, reduced_scale
 
 _INPUTS = "Tensor hidden, Tensor head, Tensor? bias"
 _TEACHERS = "Tensor[] teacher_hidden, Tensor[] teacher_head, Tensor[] teacher_bias, Tensor? teacher_weights, Tensor? mask"
@@ -136,9 +136,7 @@ def _loss(
     if reduction == "none":
         losses = torch.ops.samerge.linear_softmax_kl(*inputs, *settings)
         return losses if row_weights is None else losses * row_weights
-    row_scale = hidden.new_ones(len(hidden), dtype=accumulator(hidden)) if row_weights is None else row_weights
-    if reduction == "batchmean":
-        row_scale = row_scale / (max(len(hidden), 1) if mask is None else mask.sum().clamp(min=1))
+    row_scale = reduced_scale(hidden, row_weights, mask, reduction)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
     return torch.ops.samerge.linear_softmax_kl_sum(*inputs, row_scale, *settings, wanted)[0]
 

@@ -1,0 +1,224 @@
+"""linear_softmax_kl of a head that is merged, with the gradient by its coefficients: neither the head nor its gradient exists.
+
+With head = base + Σ_t λ_t τ_t, ∂loss/∂λ_t = ⟨∂loss/∂head, τ_t⟩. A first pass over slabs of the head's rows, which merges each and
+multiplies it with all hidden states, finds the largest logit m and Z = Σ exp((x − m) / temperature) of every row, rescaled when a
+slab brings a larger m. A second pass has with them the probabilities of a slab, its losses, its gradient G = ∂loss/∂logits, and
+∂loss/∂hidden += G · head, ∂loss/∂head = Gᵀ · hidden of the slab, which is contracted with its task vectors and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import accumulator, check_devices, check_dtypes, define, library, shape
+from .chunked_rows import workspace_for
+from .linear_arguments import Teachers, check_linear, reduced_scale
+
+_INPUTS = "Tensor hidden, Tensor base, Tensor task_vectors, Tensor coefficients"
+_TEACHERS = "Tensor[] teacher_hidden, Tensor[] teacher_head, Tensor[] teacher_bias, Tensor? teacher_weights"
+_SETTINGS = "Tensor? mask, Tensor row_scale, float student_temperature, float teacher_temperature, int? workspace_bytes"
+define(
+    f"merged_linear_softmax_kl({_INPUTS}, {_TEACHERS}, {_SETTINGS}) "
+    "-> (Tensor total, Tensor losses, Tensor hidden_grad, Tensor coefficient_grad)"
+)
+
+
+def merged_linear_softmax_kl(
+    hidden: Tensor,
+    base: Tensor,
+    task_vectors: Tensor,
+    coefficients: Tensor,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_head: Tensor | Sequence[Tensor],
+    *,
+    teacher_bias: Tensor | Sequence[Tensor] | None = None,
+    student_temperature: float = 2.0,
+    teacher_temperature: float = 2.0,
+    row_weights: Tensor | None = None,
+    teacher_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """`linear_softmax_kl` with the head base + Σ_t coefficients[t] · task_vectors[t], merged slab by slab.
+
+    Differentiable in `hidden`, `coefficients` and `row_weights`. Every product with a head is computed twice, in fp32 (fp64 for
+    fp64), and a slab has as many of the head's rows as the workspace has room for with all rows of hidden states.
+
+    Args:
+        base: [V, H], fp32, bf16 or fp16, or fp64 with everything else in fp64; a constant.
+        task_vectors: [T, V, H]; a constant. Those of a layer of a packed matrix [T, N] lie in it:
+            `.narrow(1, offset, V * H).unflatten(1, (V, H))`.
+        coefficients: [T] fp32 (fp64 where base is fp64): the λ of the head's layer.
+        reduction: "batchmean" or "sum".
+        the others: as of `linear_softmax_kl`.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 hidden states).
+
+    Raises:
+        ValueError, TypeError: as `linear_softmax_kl`, or a constant requires grad.
+    """
+    teachers = Teachers.of(base, None, teacher_hidden, teacher_head, teacher_bias)
+    temperatures = (student_temperature, teacher_temperature)
+    check_linear(hidden, base, None, teachers, temperatures, row_weights, teacher_weights, mask, reduction)
+    if reduction == "none":
+        raise ValueError("reduction 'none' has no gradient by coefficients that is one vector; choose batchmean or sum")
+    if task_vectors.dim() != 3 or task_vectors.shape[1:] != base.shape:
+        raise ValueError(
+            f"task_vectors has shape {shape(task_vectors)}; with base of {shape(base)} it must be "
+            f"[T, {base.shape[0]}, {base.shape[1]}]"
+        )
+    if list(coefficients.shape) != [len(task_vectors)]:
+        raise ValueError(f"coefficients has shape {shape(coefficients)}; with task_vectors it must be [{len(task_vectors)}]")
+    check_dtypes(hidden=hidden, task_vectors=task_vectors)
+    if coefficients.dtype != accumulator(hidden):
+        raise TypeError(f"coefficients is {coefficients.dtype}; with hidden of {hidden.dtype} it must be {accumulator(hidden)}")
+    check_devices(hidden=hidden, coefficients=coefficients)
+    for name, constant in (("base", base), ("task_vectors", task_vectors)):
+        if constant.requires_grad:
+            raise ValueError(f"{name} requires grad, but it is a constant here; pass {name}.detach()")
+    if teacher_weights is not None and teacher_weights.dim() == 1:
+        teacher_weights = teacher_weights[:, None].expand(-1, len(hidden))
+    row_scale = reduced_scale(hidden, row_weights, mask, reduction)
+    inputs = (hidden, base, task_vectors, coefficients, teachers.hidden, teachers.heads, teachers.biases, teacher_weights, mask)
+    return torch.ops.samerge.merged_linear_softmax_kl(*inputs, row_scale, *temperatures, workspace_bytes)[0]
+
+
+class _Rows:
+    """Rows of logits that come slab by slab: their largest, Z, and with them log-probabilities."""
+
+    def __init__(self, rows: int, temperature: float, like: Tensor):
+        self.temperature = temperature
+        self.max = like.new_full((rows, 1), -torch.inf)
+        self.sum = like.new_zeros(rows, 1)
+
+    def see(self, logits: Tensor) -> None:  # [R, v], overwritten
+        larger = torch.maximum(self.max, logits.amax(1, keepdim=True))
+        finite = larger.masked_fill(larger == -torch.inf, 0)  # all masked so far: their exponentials must be 0, not NaN
+        self.sum *= ((self.max - finite) / self.temperature).exp_()
+        self.sum += logits.sub_(finite).div_(self.temperature).exp_().sum(1, keepdim=True)
+        self.max = larger
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:  # [R, v], in place
+        return logits.sub_(self.max).div_(self.temperature).sub_(self.sum.log())
+
+
+class _Room:
+    """Memory for a slab's matrices, which are written over slab by slab."""
+
+    def __init__(self, count: int, numbers: int, like: Tensor):
+        self._numbers = [like.new_empty(numbers) for _ in range(count)]
+
+    def matrices(self, rows: int, columns: int) -> list[Tensor]:
+        return [numbers[: rows * columns].view(rows, columns) for numbers in self._numbers]
+
+
+def _forward(
+    hidden: Tensor,  # [R, H]
+    base: Tensor,  # [V, H]
+    task_vectors: Tensor,  # [T, V, H]
+    coefficients: Tensor,  # [T]
+    teacher_hidden: list[Tensor],  # K of [R, H_k]
+    teacher_head: list[Tensor],  # K of [V, H_k]
+    teacher_bias: list[Tensor],  # K of [V], or none
+    teacher_weights: Tensor | None,  # [K, R], None for 1/K
+    mask: Tensor | None,  # [R], None for all rows
+    row_scale: Tensor,  # [R]
+    student_temperature: float,
+    teacher_temperature: float,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [R], [R, H], [T]
+    kept = slice(None) if mask is None else mask.nonzero().flatten()
+    scale, wide, count = row_scale[kept], accumulator(hidden), len(teacher_head)
+    rows, widest = len(scale), max(head.shape[1] for head in (base, *teacher_head))
+    number, of_weights, of_logits = wide.itemsize, 3, 5  # matrices of a slab [v, widest] and [R, v]
+    of_class = number * (of_logits * rows + of_weights * widest) + rows
+    step = min(len(base), workspace_for(workspace_bytes, hidden.device) // of_class)
+    if step < 1:
+        raise ValueError(f"workspace_bytes is {workspace_bytes}, too little for one class of {rows} rows: give {2 * of_class}")
+    slabs = [slice(first, min(first + step, len(base))) for first in range(0, len(base), step)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        x, taught = hidden[kept].to(wide), [states[kept].to(wide) for states in teacher_hidden]
+        weights_room, logits_room = _Room(of_weights, step * widest, x), _Room(of_logits, rows * step, x)
+
+        def merged_logits(some: slice, out: Tensor) -> Tensor:  # [R, v]; leaves the merged slab in the first room
+            head, _, other = weights_room.matrices(out.shape[1], base.shape[1])
+            head.copy_(base[some])
+            for coefficient, task_vector in zip(coefficients, task_vectors, strict=True):
+                head.add_(other.copy_(task_vector[some]).mul_(coefficient))
+            return torch.mm(x, head.t(), out=out)
+
+        def teacher_logits(k: int, some: slice, out: Tensor) -> Tensor:  # [R, v]
+            head = teacher_head[k][some]
+            if head.dtype != wide:
+                head = weights_room.matrices(*head.shape)[2].copy_(head)
+            torch.mm(taught[k], head.t(), out=out)
+            return out.add_(teacher_bias[k][some]) if teacher_bias else out
+
+        student = _Rows(rows, student_temperature, x)
+        teachers = [_Rows(rows, teacher_temperature, x) for _ in range(count)]
+        for some in slabs:
+            logits = logits_room.matrices(rows, some.stop - some.start)[0]
+            student.see(merged_logits(some, logits))
+            for k, teacher in enumerate(teachers):
+                teacher.see(teacher_logits(k, some, logits))
+
+        losses, hidden_grad = x.new_zeros(rows), torch.zeros_like(x)
+        coefficient_grad = torch.zeros_like(coefficients, dtype=torch.float64)
+        weights = x.new_full((count, rows), 1 / count) if teacher_weights is None else teacher_weights[:, kept]
+        for some in slabs:
+            log_q, log_p, p, slope, grad = logits_room.matrices(rows, some.stop - some.start)
+            student.log_probabilities(merged_logits(some, log_q))
+            grad.zero_()
+            for k, teacher in enumerate(teachers):
+                torch.exp(teacher.log_probabilities(teacher_logits(k, some, log_p)), out=p)
+                torch.exp(log_q, out=slope).sub_(p)  # q − p
+                d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
+                # Σ p · d + q − p: what is added sums to 0 over a row, and takes the roundings of log Z with it.
+                losses += weights[k] * p.mul_(d).add_(slope).sum(1)
+                grad.addcmul_(slope, weights[k][:, None])
+            grad.mul_((scale / student_temperature)[:, None])
+            head, head_grad, other = weights_room.matrices(some.stop - some.start, base.shape[1])
+            hidden_grad.addmm_(grad, head)
+            torch.mm(grad.t(), x, out=head_grad)
+            for t, task_vector in enumerate(task_vectors):
+                products = torch.mul(task_vector[some], head_grad, out=other)
+                coefficient_grad[t] += products.sum(1).sum(dtype=torch.float64)
+    all_losses, all_grads = hidden.new_zeros(len(hidden), dtype=wide), torch.zeros_like(hidden)
+    all_losses[kept], all_grads[kept] = losses, hidden_grad.to(hidden.dtype)
+    return losses.dot(scale), all_losses, all_grads, coefficient_grad.to(wide)
+
+
+def _fake(hidden: Tensor, base: Tensor, task_vectors: Tensor, coefficients: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    losses = hidden.new_empty(len(hidden), dtype=accumulator(hidden))
+    return losses.new_empty(()), losses, hidden.new_empty(hidden.shape), torch.empty_like(coefficients)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.counts = [len(tensors) for tensors in inputs[4:7]]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], inputs[0], inputs[3])
+
+
+def _backward(ctx: Any, factor: Tensor | None, *of_others: Tensor | None) -> tuple[Any, ...]:  # a scalar
+    if any(grad is not None for grad in of_others):
+        raise RuntimeError("merged_linear_softmax_kl has no second derivative")
+    losses, hidden_grad, coefficient_grad, hidden, coefficients = ctx.saved_tensors
+
+    def scaled(position: int, constant: Tensor, of: Tensor) -> Tensor | None:
+        wanted = factor is not None and ctx.needs_input_grad[position]
+        return torch.ops.samerge.constant_times(constant, factor, of) if wanted else None
+
+    by_hidden, by_coefficients = scaled(0, hidden_grad, hidden), scaled(3, coefficient_grad, coefficients)
+    nothing = [[None] * count for count in ctx.counts]
+    return by_hidden, None, None, by_coefficients, *nothing, None, None, scaled(9, losses, hidden), None, None, None
+
+
+library.impl("merged_linear_softmax_kl", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("samerge::merged_linear_softmax_kl", _fake, lib=library)
+torch.library.register_autograd("samerge::merged_linear_softmax_kl", _backward, setup_context=_setup_context, lib=library)
