@@ -57,7 +57,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="folder to write")],
     merge_method: Annotated[
         str | None,
-        typer.Option(help="one of mergekit's (linear, ties, slerp, della …), samerging, adamerging or statsmerging"),
+        typer.Option(help="one of mergekit's (ties, slerp, della …), wudi (by default), samerging, adamerging or statsmerging"),
     ] = None,
     base_model: Annotated[Path | None, typer.Option(help="folder of the pretrained model")] = None,
     models: Annotated[list[Path] | None, typer.Option("--model", help="folder of an expert; once for each")] = None,

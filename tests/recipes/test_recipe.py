@@ -56,6 +56,14 @@ def test_task_arithmetic_with_mergekits_keys(models, write, tmp_path):
         torch.testing.assert_close(tensor, expected)
 
 
+def test_a_file_that_names_no_method_is_merged_by_wudi_or_learned_where_it_has_texts(models, write, tmp_path):
+    run_recipe(load_recipe(write(merge_method=None), {}), tmp_path / "default")
+    run_recipe(load_recipe(write(merge_method="wudi"), {}), tmp_path / "wudi")
+    default, named = weights(tmp_path / "default"), weights(tmp_path / "wudi")
+    assert all(torch.equal(default[name], tensor) for name, tensor in named.items())
+    assert load_recipe(write(**learned(models, merge_method=None)), {}).merge_method == "samerging"
+
+
 def test_linear_is_the_weighted_mean(models, write, tmp_path):
     entries = [{"model": str(models / task), "parameters": {"weight": w}} for task, w in zip(LABELS, (1.0, 3.0), strict=True)]
     run_recipe(load_recipe(write(merge_method="linear", models=entries), {}), tmp_path / "out")
