@@ -63,25 +63,27 @@ def main_rows(full: bool) -> list[Row]:
 
 
 def methods_rows(full: bool) -> list[Row]:
-    """What needs no learning, and learning that begins where that ends, beside Task Arithmetic and SAMerging; learned rows of the
-    small variant are quick."""
+    """What needs no learning, and what learns after a merge, beside Task Arithmetic. The small variant has learned rows, quick
+    ones, and rows whose scale labels choose, too: on the full one they take hours."""
     heads = {"train_heads": "prototypes", "head_learning_rate": HEAD_RATE}
-    rows = [
-        Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
-        Row("TIES", "ties"),
+    slow = [
         Row("Iso-C, best λ", "iso_c", {"scales": SPECTRAL_SCALES}),
         Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
+        quick(learned(OURS, "samerging")),
+        quick(learned("SAMerging, heads too", "samerging", **heads)),
+        quick(learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads)),
+    ]
+    return [
+        Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
+        Row("TIES", "ties"),
         Row("RegMean", "regmean"),
+        *([] if full else slow),
         Row("WUDI", "wudi"),
         Row("WUDI, heads refitted", "wudi_refitted"),
         Row("WUDI, heads refitted, 16 texts", "wudi_refitted", {"texts": 16}),
         Row("WUDI, distilled, heads refitted", "wudi_refitted", {"distilled": True}),
-        learned(OURS, "samerging"),
-        learned("SAMerging, heads too", "samerging", **heads),
-        learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads),
         Row(CEILING, "experts"),
     ]
-    return rows if full else [quick(row) for row in rows]
 
 
 def many_rows(full: bool) -> list[Row]:
