@@ -15,6 +15,7 @@ import torch
 from samerge_ext.demo.cells import CALIBRATION_TEXTS, LEARNED, SCALES, Row, cell_path, learned_settings
 from samerge_ext.demo.experts import encode
 from samerge_ext.demo.workbench import Workbench
+from samerge_ext.methods.distill_merged import MergedDistillationConfig
 
 FORWARD_AND_BACKWARD = 3
 MEASURED_BATCHES = 4
@@ -53,7 +54,8 @@ def row_tokens(bench: Workbench, row: Row, split: str) -> int:
     if "scales" in row.settings:
         return judged + len(row.settings["scales"]) * bench.tuning.tokens
     if row.kind in ("regmean", "wudi_refitted"):
-        passes = 2 + 3 * FORWARD_AND_BACKWARD if row.settings.get("distilled") else 2
+        epochs = MergedDistillationConfig.epochs if row.settings.get("distilled") else 0
+        passes = 2 + epochs * FORWARD_AND_BACKWARD
         return judged + len(bench.protocol.tasks) * passes * CALIBRATION_TEXTS * bench.protocol.max_tokens
     return judged
 

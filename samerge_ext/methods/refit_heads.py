@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, call_logits
+from samerge_ext.merged.model import MergedModel
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.after_merging import MergedAgain
 
@@ -56,17 +57,21 @@ def refit_heads(
     packed, held = result.packed, Calibration(calibration, result.packed.tasks)
     again = MergedAgain(result)
     model = again.model
-    modules = {task: _head(result, heads, task) for task in packed.tasks}
+    modules = {task: _head(model, heads, task) for task in packed.tasks}
+
+    def run(task: str) -> tuple[list[Tensor], list[Tensor]]:
+        with _rows_of(modules[task]) as rows, torch.no_grad():
+            for batch in held.batches[task]:
+                call_logits(logits, model.module, to_device(batch, model.device), task)
+        return rows
+
     found = {}
-    for task, batches in held.batches.items():
+    for task in packed.tasks:
         again.restore()
         model.select_head(task)
-        with _rows_of(modules[task]) as (inputs, _), torch.no_grad():
-            for batch in batches:
-                call_logits(logits, model.module, to_device(batch, model.device), task)
-        with model.teacher(task), _rows_of(modules[task]) as (_, answers):
-            for batch in batches:
-                call_logits(logits, model.module, to_device(batch, model.device), task)
+        inputs, _ = run(task)
+        with model.teacher(task):
+            _, answers = run(task)
         if not inputs:
             raise ValueError(f"no batch of task '{task}' runs through its head; logits(module, batch, task) must call it")
         model.select_head(task)
@@ -82,14 +87,14 @@ def refit_heads(
     return replace(result, merged=merged, heads=refitted, method=method, module=model.module, seconds=seconds)
 
 
-def _head(result: Result, heads: str | Mapping[str, nn.Linear], task: str) -> nn.Linear:
+def _head(model: MergedModel, heads: str | Mapping[str, nn.Linear], task: str) -> nn.Linear:
     if isinstance(heads, str):
-        names = [name for name in (f"{heads}.weight", f"{heads}.bias") if name in result.packed.heads.get(task, {})]
+        names = [name for name in (f"{heads}.weight", f"{heads}.bias") if name in model.packed.heads.get(task, {})]
         if not names:
             raise ValueError(f"'{heads}.weight' is no head of task '{task}'; pack it with heads=, or give a module of each task")
-        part: Any = dict(result.module.named_modules() if result.module is not None else ()).get(heads)
-    elif set(heads) != set(result.packed.tasks):
-        raise ValueError(f"heads= has modules of {sorted(heads)}; the tasks are {list(result.packed.tasks)}")
+        part: Any = dict(model.module.named_modules()).get(heads)
+    elif set(heads) != set(model.packed.tasks):
+        raise ValueError(f"heads= has modules of {sorted(heads)}; the tasks are {list(model.packed.tasks)}")
     else:
         part = heads[task]
     if not isinstance(part, nn.Linear):

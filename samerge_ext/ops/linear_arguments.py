@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._common import accumulator, check_devices, check_dtypes, shape
+from .loss_arguments import check_row_weights, check_settings, of_every_row
 
 Several = Tensor | Sequence[Tensor]
 
@@ -54,13 +54,9 @@ def check_linear(
     teacher_weights: Tensor | None,
     mask: Tensor | None,
     reduction: str,
-) -> None:
-    """Raises on the first argument that does not fit."""
-    if reduction not in ("batchmean", "sum", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}; choose batchmean, sum or none")
-    for name, temperature in zip(("student", "teacher"), temperatures, strict=True):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"the {name}'s temperature is {temperature}; it must be positive and finite")
+) -> Tensor | None:
+    """Raises on the first argument that does not fit; returns the teachers' weights as [K, R]."""
+    check_settings(reduction, *temperatures)
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {shape(hidden)}; it must be [R, H]: flatten batches and positions to rows")
     if head.dim() != 2 or not len(head):
@@ -78,19 +74,15 @@ def check_linear(
         for name, tensor in (("hidden", teacher), ("head", teacher_head), ("bias", teacher_bias)):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"teacher_{name}[{k}] requires grad, but teachers are constants here; pass its detach()")
-    if row_weights is not None:
-        _check_weights("row_weights", row_weights, hidden, ([rows],))
-    if teacher_weights is not None:
-        count = len(teachers.hidden)
-        _check_weights("teacher_weights", teacher_weights, hidden, ([count], [count, rows]))
-        if teacher_weights.requires_grad:
-            raise ValueError("teacher_weights requires grad, but it is a constant here; pass teacher_weights.detach()")
+    check_row_weights(row_weights, hidden=hidden)
+    teacher_weights = of_every_row(teacher_weights, len(teachers.hidden), hidden=hidden)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask is {mask.dtype}; it must be bool, true for the rows that count")
         if list(mask.shape) != [rows]:
             raise ValueError(f"mask has shape {shape(mask)}; with hidden of {shape(hidden)} it must be [{rows}]")
         check_devices(hidden=hidden, mask=mask)
+    return teacher_weights
 
 
 def reduced_scale(hidden: Tensor, row_weights: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor:
@@ -118,11 +110,3 @@ def _check_head(
         if list(bias.shape) != [classes]:
             raise ValueError(f"{whose}bias{which} has shape {shape(bias)}; with {name} of {shape(head)} it must be [{classes}]")
         check_dtypes(**{"hidden": student, f"{whose}bias{which}": bias})
-
-
-def _check_weights(name: str, weights: Tensor, hidden: Tensor, shapes: tuple[list[int], ...]) -> None:
-    if list(weights.shape) not in shapes:
-        raise ValueError(f"{name} has shape {shape(weights)}; it must be {' or '.join(map(str, shapes))}")
-    if weights.dtype != accumulator(hidden):
-        raise TypeError(f"{name} is {weights.dtype}; with hidden of {hidden.dtype} it must be {accumulator(hidden)}")
-    check_devices(**{"hidden": hidden, name: weights})

@@ -129,9 +129,7 @@ def _loss(
     reduction: str,
     settings: tuple[str, float, float, int | None],
 ) -> Tensor:
-    check_linear(hidden, head, bias, teachers, settings[1:3], row_weights, teacher_weights, mask, reduction)
-    if teacher_weights is not None and teacher_weights.dim() == 1:
-        teacher_weights = teacher_weights[:, None].expand(-1, len(hidden))
+    teacher_weights = check_linear(hidden, head, bias, teachers, settings[1:3], row_weights, teacher_weights, mask, reduction)
     inputs = (hidden, head, bias, teachers.hidden, teachers.heads, teachers.biases, teacher_weights, mask)
     if reduction == "none":
         losses = torch.ops.samerge.linear_softmax_kl(*inputs, *settings)

@@ -65,7 +65,7 @@ def merged_linear_softmax_kl(
     """
     teachers = Teachers.of(base, None, teacher_hidden, teacher_head, teacher_bias)
     temperatures = (student_temperature, teacher_temperature)
-    check_linear(hidden, base, None, teachers, temperatures, row_weights, teacher_weights, mask, reduction)
+    teacher_weights = check_linear(hidden, base, None, teachers, temperatures, row_weights, teacher_weights, mask, reduction)
     if reduction == "none":
         raise ValueError("reduction 'none' has no gradient by coefficients that is one vector; choose batchmean or sum")
     if task_vectors.dim() != 3 or task_vectors.shape[1:] != base.shape:
@@ -82,8 +82,6 @@ def merged_linear_softmax_kl(
     for name, constant in (("base", base), ("task_vectors", task_vectors)):
         if constant.requires_grad:
             raise ValueError(f"{name} requires grad, but it is a constant here; pass {name}.detach()")
-    if teacher_weights is not None and teacher_weights.dim() == 1:
-        teacher_weights = teacher_weights[:, None].expand(-1, len(hidden))
     row_scale = reduced_scale(hidden, row_weights, mask, reduction)
     inputs = (hidden, base, task_vectors, coefficients, teachers.hidden, teachers.heads, teachers.biases, teacher_weights, mask)
     return torch.ops.samerge.merged_linear_softmax_kl(*inputs, row_scale, *temperatures, workspace_bytes)[0]

@@ -9,13 +9,13 @@ With p_k = softmax(teacher[k, r] / teacher_temperature), q = softmax(student[r] 
 and the reductions are Σ_r w_r · loss_r / R ("batchmean"), Σ_r w_r · loss_r ("sum") and w_r · loss_r ("none").
 """
 
-import math
 from typing import Any, NoReturn
 
 import torch
 
 from .. import backend
 from ._common import accumulator, check_devices, check_dtypes, define, library, shape
+from .loss_arguments import check_row_weights, check_settings, of_every_row
 
 _ARGUMENTS = "Tensor student, Tensor? teacher, Tensor? teacher_weights, Tensor? num_classes"
 _SETTINGS = "str loss, float student_temperature, float teacher_temperature"
@@ -235,11 +235,7 @@ def _check(
     reduction: str,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Raises on the first argument that does not fit; returns the teachers as [K, R, V] and their weights as [K, R]."""
-    if reduction not in ("batchmean", "sum", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}; choose batchmean, sum or none")
-    for name, temperature in (("student", student_temperature), ("teacher", teacher_temperature)):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"the {name}'s temperature is {temperature}; it must be positive and finite")
+    check_settings(reduction, student_temperature, teacher_temperature)
     if student.dim() != 2 or student.shape[1] == 0:
         raise ValueError(f"student has shape {shape(student)}; it must be [R, V] with at least one class")
     rows, classes = student.shape
@@ -256,14 +252,9 @@ def _check(
         check_dtypes(student=student, teacher=teacher)
         if teacher.requires_grad:
             raise ValueError("teacher requires grad, but teachers are constants here; pass teacher.detach()")
-    if row_weights is not None:
-        _check_weights("row_weights", row_weights, student, ([rows],))
-    if teacher is not None and teacher_weights is not None:
-        _check_weights("teacher_weights", teacher_weights, student, ([teacher.shape[0]], [teacher.shape[0], rows]))
-        if teacher_weights.requires_grad:
-            raise ValueError("teacher_weights requires grad, but it is a constant here; pass teacher_weights.detach()")
-        if teacher_weights.dim() == 1:
-            teacher_weights = teacher_weights[:, None].expand(-1, rows)
+    check_row_weights(row_weights, student=student)
+    if teacher is not None:
+        teacher_weights = of_every_row(teacher_weights, len(teacher), student=student)
     if num_classes is not None:
         if num_classes.dtype != torch.int64:
             raise TypeError(f"num_classes is {num_classes.dtype}; it must be int64")
@@ -271,14 +262,6 @@ def _check(
             raise ValueError(f"num_classes has shape {shape(num_classes)}; with student of {shape(student)} it must be [{rows}]")
         check_devices(student=student, num_classes=num_classes)
     return teacher, teacher_weights
-
-
-def _check_weights(name: str, weights: torch.Tensor, student: torch.Tensor, shapes: tuple[list[int], ...]) -> None:
-    if list(weights.shape) not in shapes:
-        raise ValueError(f"{name} has shape {shape(weights)}; it must be {' or '.join(map(str, shapes))}")
-    if weights.dtype != accumulator(student):
-        raise TypeError(f"{name} is {weights.dtype}; with student of {student.dtype} it must be {accumulator(student)}")
-    check_devices(**{"student": student, name: weights})
 
 
 def _forward(

@@ -37,7 +37,6 @@ LEARNED: dict[str, type[LearningConfig]] = {
 }
 TASK_VECTOR_DTYPES = Literal["float32", "bfloat16", "float16", "int8", "int4", "int4-residual", "lora"]
 MAX_FAULTS = 10  # that are listed
-DEFAULT_METHODS = {False: "wudi", True: "samerging"}  # by whether there is a calibration set
 IN_PYTHON = {  # methods that are none of a recipe's, and why
     "emr": "emr makes a model for each task, which differ from the experts only in that all of them take little room together; "
     "sm.emr makes them in Python"
@@ -48,8 +47,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 class Recipe(Strict):
     """A merge, as a file describes it.
 
-    merge_method: one of mergekit's (`parameters.METHODS`), samerging, adamerging or statsmerging. A file may leave it out
-        (`DEFAULT_METHODS`).
+    merge_method: one of mergekit's (`parameters.METHODS`), samerging, adamerging or statsmerging. Where a file leaves it
+        out it is wudi, or samerging with a calibration set.
     base_model, models, dtype, out_dtype: as in mergekit. Data-free methods merge in dtype, by default what a tensor's types
         promote to, and write it unless out_dtype is given. Learned ones pack and write dtype; by default they merge in float32
         and write the base's dtypes. linear, nuslerp, multislerp, karcher and passthrough do without base_model.
@@ -241,7 +240,7 @@ def load_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         for key, value in overrides.items():
             content[key] = {**mapping_of(content, key), **value} if isinstance(value, dict) else value
         if content.get("merge_method") is None:
-            content["merge_method"] = DEFAULT_METHODS[content.get("calibration") is not None]
+            content["merge_method"] = "wudi" if content.get("calibration") is None else "samerging"
         recipe = Recipe.model_validate(as_recipe(content))
         recipe._file = Path(path)
         return recipe

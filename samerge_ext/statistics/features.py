@@ -84,8 +84,7 @@ class Features:
 
     def of_granularity(self, granularity: str, whole_model: bool = False) -> Tensor:
         """[T, L, 3 + k] as they are, for "task" the statistics [T, 1, 3 + k] of the whole model; [T, L, 2 · (3 + k)] where every
-        layer's are followed by those.
-        """
+        layer's are followed by those."""
         if granularity == "task":
             return self.of_whole_model()
         if not whole_model:

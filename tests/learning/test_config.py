@@ -9,8 +9,14 @@ import pytest
 
 import samerge_ext as sm
 
-CONFIGS = (sm.SAMergingConfig, sm.AdaMergingConfig, sm.StatsMergingConfig, sm.DistillationConfig, sm.DisTaCConfig)
-CONFIGS += (sm.MergedDistillationConfig,)
+CONFIGS = (
+    sm.SAMergingConfig,
+    sm.AdaMergingConfig,
+    sm.StatsMergingConfig,
+    sm.DistillationConfig,
+    sm.DisTaCConfig,
+    sm.MergedDistillationConfig,
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
