@@ -13,7 +13,7 @@ from samerge_ext.demo.cells import elsewhere, run_cell
 from samerge_ext.demo.data import Task
 from samerge_ext.demo.experts import Evaluator
 from samerge_ext.demo.report import Cell
-from samerge_ext.demo.rows import elsewhere_rows
+from samerge_ext.demo.rows import main_rows
 from samerge_ext.demo.workbench import Workbench
 
 LEVELS = (0.05, 0.1, 0.2)  # share of characters with an error
@@ -25,7 +25,7 @@ def robustness_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
     for level in LEVELS:
         tasks = {name: with_errors(task, level) for name, task in bench.tasks.items()}
         noisy[level] = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
-    for row in elsewhere_rows(bench.full):
+    for row in main_rows(bench.full):
         accuracies = {0.0: run_cell(bench, row)["accuracies"]}
         for level, evaluator in noisy.items():
             accuracies[level] = elsewhere(bench, row, evaluator, f"errors-{level:g}")

@@ -20,7 +20,7 @@ TUNED = {
     "statsmerging, task-wise": 1e-3,
 }
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2)  # of λ
-LEARNER_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # of what predicts λ, where many parameters act on one coefficient
+LEARNER_RATES = (5e-4, 1e-3, 2e-3, 5e-3)  # of what predicts λ, which moves faster: many parameters act on one coefficient
 HEAD_RATE = 3e-4  # of heads
 SPECTRAL_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # λ of methods of singular values
 RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)
@@ -29,9 +29,6 @@ RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)
 TUNED_STEPS, QUICK_STEPS = STEPS, 60
 
 OURS = "SAMerging"
-WUDI = Row("WUDI", "wudi")
-WUDI_REFITTED = Row("WUDI, heads refitted", "wudi_refitted")
-WUDI_DISTILLED = Row("WUDI, distilled, heads refitted", "wudi_refitted", {"distilled": True})
 
 
 def learned(label: str, kind: str, **settings: Any) -> Row:
@@ -65,35 +62,26 @@ def main_rows(full: bool) -> list[Row]:
     return rows if full else [quick(row) for row in rows]
 
 
-def elsewhere_rows(full: bool) -> list[Row]:
-    """What is judged on other texts than those of the tasks it merges: the main rows, and the best of `methods_rows`."""
-    *rows, ceiling = main_rows(full)
-    return [*rows, WUDI, WUDI_REFITTED, WUDI_DISTILLED, ceiling]
-
-
 def methods_rows(full: bool) -> list[Row]:
-    """What needs no learning, and what learns after a merge, beside Task Arithmetic and what learns coefficients; learned rows of
-    the small variant are quick."""
+    """What needs no learning, and what learns after a merge, beside Task Arithmetic; on the small variant beside quick rows of
+    learned coefficients, too, which take hours on the full one."""
     heads = {"train_heads": "prototypes", "head_learning_rate": HEAD_RATE}
     of_coefficients = [
-        learned(OURS, "samerging"),
-        learned("SAMerging, heads too", "samerging", **heads),
+        quick(learned(OURS, "samerging")),
+        quick(learned("SAMerging, heads too", "samerging", **heads)),
+        quick(learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads)),
     ]
-    if not full:  # where it takes an hour for each seed
-        of_coefficients += [
-            learned("WUDI, then SAMerging, heads too", "samerging", ridge=RIDGE, initial_coefficient=1.0, **heads)
-        ]
     return [
         Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
         Row("TIES", "ties"),
         Row("RegMean", "regmean"),
         Row("Iso-C, best λ", "iso_c", {"scales": SPECTRAL_SCALES}),
         Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
-        *(of_coefficients if full else map(quick, of_coefficients)),
-        WUDI,
-        WUDI_REFITTED,
+        *([] if full else of_coefficients),
+        Row("WUDI", "wudi"),
+        Row("WUDI, heads refitted", "wudi_refitted"),
         Row("WUDI, heads refitted, 16 texts", "wudi_refitted", {"texts": 16}),
-        WUDI_DISTILLED,
+        Row("WUDI, distilled, heads refitted", "wudi_refitted", {"distilled": True}),
         Row(CEILING, "experts"),
     ]
 
@@ -104,8 +92,8 @@ def many_rows(full: bool) -> list[Row]:
         Row(FLOOR, "task_arithmetic", {"scale": 0.3}),
         Row("TIES", "ties"),
         Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
-        WUDI,
-        WUDI_REFITTED,
+        Row("WUDI", "wudi"),
+        Row("WUDI, heads refitted", "wudi_refitted"),
         learned("SAMerging, no SAM", "samerging", sam="off"),
         learned(OURS, "samerging"),
         Row(CEILING, "experts"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from samerge_ext.demo.cells import as_cell, elsewhere, run_cell
 from samerge_ext.demo.experts import Evaluator
 from samerge_ext.demo.report import Cell
-from samerge_ext.demo.rows import elsewhere_rows
+from samerge_ext.demo.rows import main_rows
 from samerge_ext.demo.workbench import Workbench
 
 # Pairs of tasks to leave out. Each pair has one task of many classes and one of two, in both variants.
@@ -27,7 +27,7 @@ def unseen_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
         tasks = {task: bench.tasks[task] for task in pair}
         unseen = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
         names = " and ".join(pair)
-        for row in elsewhere_rows(bench.full):
+        for row in main_rows(bench.full):
             found = run_cell(merged, row)
             if row.kind == "experts":
                 accuracies = elsewhere(bench, row, unseen, f"unseen-{'-'.join(pair)}")

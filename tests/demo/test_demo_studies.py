@@ -117,7 +117,7 @@ def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, main, monkeypa
     labels = ["pretrained", "Task Arithmetic, λ = 0.3", "StatsMerging", "experts"]
     few = [row for row in rows.main_rows(full=False) if row.label in labels]
     monkeypatch.setattr(unseen, "LEFT_OUT", (("election",), ("tweets",)))
-    monkeypatch.setattr(unseen, "elsewhere_rows", lambda full: few)
+    monkeypatch.setattr(unseen, "main_rows", lambda full: few)
     found, _, out = run(study="unseen")
     assert [cell.method for cell in found] == labels * 4
     assert [set(cell.accuracies) for cell in found[:: len(labels)]] == [{"election"}, {"tweets"}, {"tweets"}, {"election"}]
@@ -205,7 +205,6 @@ def test_trained_heads_are_judged_with_the_encoder(main):
 
 def test_models_are_merged_again_for_texts_with_errors(run, main, monkeypatch):
     monkeypatch.setattr(robustness, "LEVELS", (0.0, 0.3))
-    monkeypatch.setattr(robustness, "elsewhere_rows", rows.main_rows)
     main = by_method(main[0])
 
     def fail(*_):
@@ -311,12 +310,6 @@ def test_a_bench_at_another_seed_shares_texts_and_not_experts(run):
     other = bench.at_seed(1)
     assert other.tasks is bench.tasks and other.heads is bench.heads
     assert {"packed", "experts"}.isdisjoint(vars(other)) and other.expert_path("tweets") != bench.expert_path("tweets")
-
-
-def test_on_other_texts_the_main_rows_are_shown_and_the_best_that_learns_no_coefficients():
-    shown, best = rows.elsewhere_rows(full=True), [row for row in rows.methods_rows(full=True) if row.label.startswith("WUDI")]
-    assert [row for row in shown if row in rows.main_rows(full=True)] == rows.main_rows(full=True)
-    assert [row for row in shown[:-1] if row in best] == shown[-4:-1] and shown[-1].kind == "experts"
 
 
 def test_the_small_table_has_the_full_ones_rows_with_fewer_and_larger_steps(monkeypatch):
