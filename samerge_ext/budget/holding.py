@@ -82,6 +82,7 @@ def _held(
             trim_heap()  # it would count
         way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, heads=heads)
         model = way.make(module, packed, config.initial_coefficient, device)
+        model.planned_bytes = way.device_bytes
         if on_cpu:
             trim_heap()  # the weights that the module came with
         return model

@@ -27,6 +27,7 @@ WEIGHTS = (
 OTHERS = (  # of a training run, of the hub, of an adapter, of an earlier merge; data
     "trainer_state.json", "training_args*", "*_results.json", "events.out.tfevents*", "random_states*.pkl", "zero_to_fp32.py",
     "latest", "*.log", "nohup.out", "*.tmp", "*.lock", "readme*", ".*", "adapter_*", "mergekit_config.y*ml", "coefficients.json",
+    "report.json", "report.html",
     "*.parquet", "*.arrow", "*.zip", "*.tar", "*.tar.*", "*.tgz",
 )  # fmt: skip
 FOLDERS = (

@@ -1,4 +1,4 @@
-"""The subcommands of `samerge`: merge, plan, demo, stats, info. What needs torch is imported once the arguments are checked."""
+"""The subcommands of `samerge`. What needs torch is imported once the arguments are checked."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def merge(
     ] = None,
     out_dtype: Annotated[str | None, typer.Option(help="of what is written, where that differs")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
+    report: Annotated[bool, typer.Option(help="write report.html and report.json into OUT, too")] = True,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
     from samerge_ext.recipes.recipe import load_recipe
@@ -108,7 +109,7 @@ def merge(
         recipe.require_files()
         from samerge_ext.recipes.run import run_recipe
 
-        run_recipe(recipe, out, overwrite=overwrite)
+        run_recipe(recipe, out, overwrite=overwrite, report=report)
     seconds = time.perf_counter() - started
     typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
 
@@ -135,6 +136,41 @@ def plan(
         typer.echo(f"{'*' if way == chosen else ' '} {way.name}: {show_bytes(way.device_bytes)}{beside}{moved}")
     if chosen:
         typer.echo(f"* the fastest within {budget}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="merged model", exists=True, file_okay=False)],
+) -> None:
+    """Write report.html of a merged model again, from its report.json."""
+    with _told():
+        from samerge_ext.reports.report import read_report
+        from samerge_ext.reports.writing import rewrite
+
+        found = read_report(folder)
+        typer.echo(rewrite(folder, found))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="a merged model", exists=True, file_okay=False)],
+    b: Annotated[Path, typer.Argument(help="another one", exists=True, file_okay=False)],
+    html: Annotated[Path | None, typer.Option(help="write a page in place of printing")] = None,
+) -> None:
+    """Two merges side by side. Where their settings, models, coefficients and sizes differ, by their report.json."""
+    with _told():
+        from samerge_ext.reports.comparison import as_page, as_text, compared
+
+        found = compared(a, b)
+        if html is None:
+            typer.echo(as_text(found))
+            return
+        from samerge_ext.checkpoints.saving import atomic_write
+
+        page = as_page(found)
+        with atomic_write(html, "w") as file:
+            file.write(page)
+    typer.echo(html)
 
 
 @app.command()

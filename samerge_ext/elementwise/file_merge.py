@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from samerge_ext.checkpoints.alignment import align
 from samerge_ext.checkpoints.companions import without_quantisation
-from samerge_ext.checkpoints.compatibility import check_models
-from samerge_ext.checkpoints.folder import open_checkpoint
-from samerge_ext.checkpoints.lora import model_and_adapter, open_expert
+from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.reading import CheckpointError, naming, read_json
 from samerge_ext.checkpoints.saving import (
     no_space,
@@ -29,16 +28,16 @@ from samerge_ext.checkpoints.saving import (
     sync,
 )
 from samerge_ext.checkpoints.shards import Shard, ShardWriter, index_of
-from samerge_ext.checkpoints.sources import STATISTICS, CheckpointSource, Experts, Source, matches
+from samerge_ext.checkpoints.sources import STATISTICS, matches
 from samerge_ext.elementwise.file_pieces import InTurn
 from samerge_ext.elementwise.file_plan import FileMerge, FilePlan
+from samerge_ext.elementwise.opening import opened
 from samerge_ext.elementwise.piecewise import Piece, WholeRule, merge_pieces
 from samerge_ext.elementwise.record import RECORD, Record, held_record
 from samerge_ext.elementwise.staging import on_own_stream
-from samerge_ext.packing.stores import check_device, indexed
-from samerge_ext.packing.validation import check_finite, check_range, check_tasks
-
-GPU_WORKERS = 8  # that read from the page cache at 5 to 10 GB/s each, by estimate: as much as PCIe takes
+from samerge_ext.packing.validation import check_finite, check_range
+from samerge_ext.reports.report import facts_of_run, versions
+from samerge_ext.reports.writing import CARD, report_files
 
 
 def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -53,23 +52,19 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     Raises ValueError (CheckpointError for files) for a device that cannot be used and for models that do not fit together, before
     anything is written, for NaN and Inf, and for a full disk or an input that vanished or changed.
     """
-    device = _checked_device(merge.device)
-    check_tasks([task for task, _ in merge.experts])
+    started = time.perf_counter()
     target = Path(os.path.realpath(out))
     state = target.with_name(f"{target.name}.state")
     paths = [merge.names_from, *(path for _, path in merge.experts)]
     require_apart(target, [part for path in paths for part in model_and_adapter(path) if part is not None])
     if not (state / RECORD).exists():
         require_target(target, overwrite=overwrite)
-    check_models(merge.names_from, merge.experts, (*merge.heads, *merge.keep))
     with ExitStack() as stack:
-        names, experts = _opened(merge, stack)
-        stored = {file: _identity(file) for source in (names, *(expert for _, expert in experts)) for file in source.files}
+        models = stack.enter_context(opened(merge))
+        stored = {file: _identity(file) for file in models.files}
         require_apart(target, stored)
+        plan, device = models.plan, models.device
         identity = {**merge.identity, "device": device.type, "files": {str(file): list(found) for file, found in stored.items()}}
-        if merge.stacks is not None:
-            names, experts = _stacked(merge, names, experts)
-        plan = FilePlan(merge, align(names, experts, merge.heads, merge.keep, merge.names_from))
         run = _Run(merge, plan, target, stored, device)
         record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
         if record.is_over(target):
@@ -79,7 +74,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         require_space(target, sum(shard.total_bytes for shard in left))
         try:
             run.merge(record, left)
-            run.finish(record, overwrite)
+            run.finish(record, overwrite, None if len(left) < len(plan.shards) else started)
         except OSError as error:
             if out_of_space(error):
                 raise no_space(target, sum(shard.total_bytes for shard in left)) from error
@@ -121,9 +116,10 @@ class _Run:
                 finished = {"checksum": writer.checksum(), "trims": whole.state() if whole else None}
                 record.note(shards=[*record.content["shards"], finished])
 
-    def finish(self, record: Record, overwrite: bool) -> None:
-        """Adds what makes weights a model, and gives the folder its name."""
+    def finish(self, record: Record, overwrite: bool, started: float | None) -> None:
+        """Adds what makes weights a model, and gives the folder its name. started: when the merge did, if it was in one go."""
         folder, plan = record.folder, self._plan
+        configuration = None
         plan.companions.copy(folder)
         if (folder / "config.json").exists():
             configuration = plan.configuration(without_quantisation(read_json(folder / "config.json")))
@@ -135,13 +131,23 @@ class _Run:
             if head:
                 (folder / "heads").mkdir(exist_ok=True)
                 (folder / f"heads/{task}.safetensors").write_bytes(save(head))
-        (folder / "README.md").write_text(self._merge.card)
+        for name, content in self._about(configuration, started).items():
+            (folder / name).write_text(content, encoding="utf-8")
         self._check_unchanged()
         for path in (*folder.rglob("*"), folder):
             sync(path)
         record.note(whole=folder.stat().st_ino)
         replace_folder(folder, self._target, overwrite=overwrite)
         sync(self._target.parent)
+
+    def _about(self, configuration: dict | None, started: float | None) -> dict[str, str]:
+        """The model card, and the report where it is wanted."""
+        merge = self._merge
+        if merge.about is None:
+            return {CARD: merge.card} if merge.card else {}
+        run = facts_of_run(self._device, time.perf_counter() - started if started else None)
+        report = replace(self._plan.described(merge.about), versions=versions(), run=run)
+        return report_files(report, self._target.name, configuration, card=merge.card, with_page=merge.with_page)
 
     def _in_turn(self, names: list[str]) -> Iterator[Piece]:
         return self._pieces.in_turn([self._plan.extent(name) for name in names])
@@ -153,14 +159,10 @@ class _Run:
         As one vector tensors wait for each other: which of equal magnitudes are kept is a matter of their order. Where a rule
         wants to be alone there is one, which computes with all of torch's.
         """
-        workers = self._threads + 1  # one of them waits for the disk
-        if self._device.type != "cpu":
-            workers = min(workers, GPU_WORKERS)
         alone = any(rule.alone for rule in self._plan.rules.values())
         threads = self._threads if alone else 1
-        pool = ThreadPoolExecutor(
-            1 if alone or self._merge.whole else workers, initializer=self._begin_worker, initargs=(threads,)
-        )
+        workers = self._plan.workers(self._device)
+        pool = ThreadPoolExecutor(workers, initializer=self._begin_worker, initargs=(threads,))
         try:
             yield pool
         finally:
@@ -255,31 +257,6 @@ class _Run:
         for file, found in self._stored.items():
             if _identity(file) != found:
                 raise CheckpointError(f"{file} changed while it was being merged; merge again")
-
-
-def _checked_device(device: str) -> torch.device:
-    check_device(device)
-    if torch.device(device).type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: files are merged on the CPU or on a CUDA GPU; leave device out to merge on the CPU")
-    return indexed(device)
-
-
-def _opened(merge: FileMerge, stack: ExitStack) -> tuple[Source, Experts]:
-    """What says which tensors there are, and the experts, until the stack ends."""
-    checkpoint = stack.enter_context(open_checkpoint(merge.names_from, beside_adapter=merge.base is None))
-    names = CheckpointSource(checkpoint, "base")
-    opened = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
-    return names, [(task, stack.enter_context(expert)) for task, expert in opened]
-
-
-def _stacked(merge: FileMerge, names: Source, experts: Experts) -> tuple[Source, Experts]:
-    """The models that are merged, of layers of those that were opened."""
-    assert merge.stacks is not None
-    of_base, of_others = merge.stacks
-    opened = {path: source for (_, path), (_, source) in zip(merge.experts, experts, strict=True)}
-    opened.setdefault(merge.names_from, names)
-    stacked = [(f"source-{i + 1}", stack.of(opened, f"source {i + 1} of the slices")) for i, stack in enumerate(of_others)]
-    return of_base.of(opened, "the base in the slices") if of_base else stacked[0][1], stacked
 
 
 def _narrowed(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:

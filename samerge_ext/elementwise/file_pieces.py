@@ -72,6 +72,12 @@ class FilePieces:
         self._device = device
         self._own = threading.local()
 
+    @property
+    def thread_bytes(self) -> int:
+        """What a thread holds once it has read, merged and brought back a piece."""
+        read = len(self._sources) * self._stored_bytes
+        return self.capacity * (read + (self._num_experts + 2) * self._merged_bytes + self._written_bytes)
+
     def of(self, tensor: Extent) -> Callable[[], Iterator[Piece]]:
         """A function that goes through a tensor's pieces; a piece counts until the next one is taken.
 

@@ -18,8 +18,13 @@ from samerge_ext.checkpoints.shards import Shard, plan_shards
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.checkpoints.stacked import Stack
 from samerge_ext.elementwise.file_pieces import Extent, FilePieces
-from samerge_ext.elementwise.piecewise import Rule
+from samerge_ext.elementwise.piecewise import Combination, Rule
+from samerge_ext.elementwise.sparsified import Sparsified
 from samerge_ext.packing.validation import check_headers, check_heads, check_ties, shared_names
+from samerge_ext.reports.inputs import described
+from samerge_ext.reports.report import Report
+
+GPU_WORKERS = 8  # that read from the page cache at 5 to 10 GB/s each, by estimate: as much as PCIe takes
 
 
 @dataclass
@@ -41,7 +46,9 @@ class FileMerge:
     device: where tensors are merged, "cpu" or a GPU as torch names it; on a GPU numbers may be rounded otherwise.
     dtype: what tensors are read as; by default what the models' own types promote to, and at least fp32 where there are
         adapters. out_dtype: what is written; by default ``dtype``, or what the full models' types promote to.
-    identity: says, as JSON, what the rules are made from. card: the model card.
+    identity: says, as JSON, what the rules are made from.
+    about: what the model card and the report say of it beyond what the merge itself finds; None for neither. with_page: whether
+        report.html and report.json are written beside the card. card: the model card, in place of the report's.
     """
 
     experts: list[tuple[str, Path]]
@@ -58,7 +65,9 @@ class FileMerge:
     out_dtype: torch.dtype | None = None
     companions: Companions | None = None
     identity: dict = field(default_factory=dict)
-    card: str = ""
+    about: Report | None = None
+    with_page: bool = True
+    card: str | None = None
     shard_bytes: int = 5_000_000_000
 
 
@@ -114,6 +123,18 @@ class FilePlan:
         longest = max(rule.unit for rule in self.rules.values())
         return FilePieces(self.base, experts, stored, self._dtypes.values(), self._written.values(), largest, longest, device)
 
+    def workers(self, device: torch.device) -> int:
+        """How many threads merge: as one vector tensors wait for each other, and so they do where a rule wants to be alone."""
+        if self._merge.whole or any(rule.alone for rule in self.rules.values()):
+            return 1
+        at_once = torch.get_num_threads() + 1  # one of them waits for the disk
+        return at_once if device.type == "cpu" else min(at_once, GPU_WORKERS)
+
+    def buffer_bytes(self, device: torch.device) -> int:
+        """What all threads hold beside what their rules do; on a GPU that, and what is read in pinned memory, too."""
+        looking = self._merge.whole or self._merge.factors_of is not None
+        return (self.workers(device) + looking) * self.pieces(device).thread_bytes
+
     def extent(self, name: str) -> Extent:
         """All of a layer."""
         rule = self.rules["" if self._merge.whole else name]
@@ -146,6 +167,27 @@ class FilePlan:
         if asked is not None:
             configuration = {"dtype": None, **configuration}
         return with_dtype(configuration, written.pop()) if len(written) == 1 else configuration
+
+    def described(self, about: Report) -> Report:
+        """``about`` with what is known of the models and of what is written."""
+        merge, layers = self._merge, self.layers
+        base = [described("base", "base", merge.base)] if merge.base is not None else []
+        weights: dict[str, dict[str, float]] = {}
+        if all(isinstance(self.rules.get(name), Combination | Sparsified) for name in layers):
+            weights = {
+                task: {name: self.rules[name].shares[place] for name in layers} for place, (task, _) in enumerate(self.experts)
+            }
+        return replace(
+            about,
+            models=[*base, *(described(task, "expert", path) for task, path in merge.experts)],
+            coefficients=weights,
+            merged={
+                "tensors": len(layers),
+                "numbers": sum(map(self._numel, layers)),
+                "dtypes": sorted({str(self._written[name]).removeprefix("torch.") for name in layers}),
+            },
+            heads=[task for task, expert in self.experts if any(name in expert.names for name in self.heads)],
+        )
 
     def _rules_of(self, rule_of: Callable[[str, torch.Size, torch.dtype], Rule]) -> dict[str, Rule]:
         if not self._merge.whole:

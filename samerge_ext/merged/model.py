@@ -46,6 +46,8 @@ class MergedModel(nn.Module):
     units: shell-style patterns of modules to be units, in place of those that are found (`units.find_units`).
     """
 
+    planned_bytes: int | None = None  # the peak that a plan foresaw, where one was made
+
     def __init__(
         self,
         module: nn.Module,

@@ -19,6 +19,9 @@ from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.saving import require_apart, save_checkpoint
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.reports.inputs import IN_MEMORY, described
+from samerge_ext.reports.report import Report, facts_of_run, versions
+from samerge_ext.reports.writing import report_files
 from samerge_ext.statistics.features import FEATURES_FILE, Features
 from samerge_ext.statistics.learner import LEARNER_FILE, StatsMergeLearner
 
@@ -36,6 +39,7 @@ class Result:
         loss before the steps at which it was measured.
     component_coefficients: layer -> [T, k] of its task vectors' leading singular components, where these were learned;
         ``coefficients`` are then those of the rest.
+    planned_bytes: the peak of memory that a plan foresaw, where one was made.
     heads: task -> its own tensors: those that were learned as they are now, the others as they were packed.
     learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
     """
@@ -52,6 +56,7 @@ class Result:
     features: Features | None = None
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     component_coefficients: dict[str, Tensor] = field(default_factory=dict)
+    planned_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.heads = self.heads or self.packed.heads
@@ -63,6 +68,7 @@ class Result:
         result = cls(model.packed, None, model.merged, method, config, history, seconds, model.module, heads=model.heads())
         result.coefficients = model.coefficients.detach()[:, : model.packed.layout.num_layers].clone()
         result.component_coefficients = model.component_coefficients()
+        result.planned_bytes = model.planned_bytes
         return result
 
     @classmethod
@@ -88,13 +94,16 @@ class Result:
         companions: str | Path | Companions | None = None,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
+        report: bool = True,
+        recipe: Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes a model folder that transformers loads; it appears whole or not at all.
 
         model.safetensors (or shards) in the base's dtypes or in ``dtype``, the configuration, tokenizer and whatever else is no
         weight of ``companions`` (the base's folder by default; otherwise the module's own configuration),
         heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
-        statistics), coefficients.json, and README.md, the model card.
+        statistics), coefficients.json, README.md, the model card (``card``, or the report's), and with ``report`` report.html and
+        report.json: what was merged and how, for people and for `samerge report`. recipe: what the merge followed, for both.
         """
         require_apart(path, [*map(Path, self.packed.inputs), *([] if self.packed.folder is None else [self.packed.folder])])
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
@@ -111,7 +120,8 @@ class Result:
             configuration = with_dtype({"dtype": None, **configuration}, dtype)
         if configuration:
             files["config.json"] = json.dumps(configuration, indent=2)
-        files["README.md"] = card or self._card()
+        about = self.report(dtype, recipe)
+        files |= report_files(about, Path(path).resolve().name, configuration, card=card, with_page=report)
         write = partial(save_checkpoint, path, companions_from=companions, extra_files=files, overwrite=overwrite)
         if self.merged is None:
             streamed = self.packed.as_stored(self.packed.tensors(self._merged_at(), dtype))
@@ -144,6 +154,32 @@ class Result:
             }
         return summary
 
+    def report(self, dtype: torch.dtype | None = None, recipe: Mapping[str, Any] | None = None) -> Report:
+        """What is known of the merge, were it written now. dtype, recipe: as of `save_pretrained`."""
+        summary, layout = self.summary(), self.packed.layout
+        return Report(
+            method=self.method,
+            models=self._models(),
+            config=summary["config"],
+            recipe=dict(recipe or {}),
+            versions=versions(),
+            coefficients=summary["coefficients"],
+            history=self.history,
+            merged={
+                "tensors": layout.num_layers,
+                "numbers": sum(shape.numel() for shape in layout.shapes),
+                "dtypes": sorted({str(dtype or of_layer).removeprefix("torch.") for of_layer in layout.dtypes}),
+            },
+            heads=[task for task, head in self.heads.items() if head],
+            run=facts_of_run(layout.block_layer.device, self.seconds, self.planned_bytes),
+        )
+
+    def _models(self) -> list[dict]:
+        """The base and the experts, as a report describes them."""
+        places = {task: self.packed.places.get(task, IN_MEMORY) for task in self.packed.tasks}
+        base = described("base", "base", self.packed.folder or IN_MEMORY)
+        return [base, *(described(task, "expert", place) for task, place in places.items())]
+
     def _configuration(self, companions: str | Path | Companions | None) -> dict | None:
         """The content of config.json, from the folder or the module that has one; the architecture is the module's."""
         if isinstance(companions, Companions):
@@ -166,24 +202,6 @@ class Result:
     def _rows(self) -> list[tuple[str, Tensor]]:
         """Every task's coefficients [L]; none where the method has none."""
         return [] if self.coefficients is None else list(zip(self.packed.tasks, self.coefficients, strict=True))
-
-    def _card(self) -> str:
-        rows = [f"| {task} | {row.mean():.3f} | {row.min():.3f} | {row.max():.3f} |" for task, row in self._rows()]
-        table = ["| task | mean λ | min λ | max λ |", "|---|---|---|---|", *rows, ""] if rows else []
-        lines = [
-            "---",
-            "tags: [merge, samerge_ext]",
-            "---",
-            "",
-            "# Merged model",
-            "",
-            f"{self.packed.num_tasks} experts merged by `{self.method}` ({len(self.history)} steps).",
-            "",
-            *table,
-            "`coefficients.json` holds every coefficient and the settings.",
-            "",
-        ]
-        return "\n".join(lines)
 
 
 def _plain(value: Any) -> Any:

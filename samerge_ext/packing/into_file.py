@@ -86,6 +86,7 @@ def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
         "folder": Path(about["folder"]),
         "inputs": about["identity"].get("folders", {}),
         "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
+        "places": about["experts"],
     }
 
 

@@ -67,6 +67,7 @@ class PackedWeights:
     expert_buffers: each expert's own float buffers (BatchNorm statistics).
     heads: each task's own head tensors, which are never merged.
     folder: the base's folder, where the weights came from one.
+    places: task -> where its expert was packed from, as it was given; empty where the weights came from memory.
     inputs: every folder or file that the weights came from -> its files' sizes and times of change; nothing is written over them.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
     conversion: what makes a module's tensors of the folders' ones, where these are not the same.
@@ -85,6 +86,7 @@ class PackedWeights:
     expert_buffers: dict[str, Buffers] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     folder: Path | None = None
+    places: dict[str, str] = field(default_factory=dict)
     inputs: Mapping[str, dict[str, list[int]]] = field(default_factory=dict)
     experts: dict[str, Source | Path] = field(default_factory=dict)
     conversion: Conversion | None = None
@@ -161,6 +163,7 @@ class PackedWeights:
         paths = [base, *(path for _, path in _pairs(experts))]
         settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads, "keep": keep}
         identify = partial(identity_of, paths, tasks=[task for task, _ in _pairs(experts)], **settings)
+        places = {task: str(path) for task, path in _pairs(experts)}
         if file is not None:
             if task_vector_dtype == LORA:
                 raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
@@ -171,14 +174,14 @@ class PackedWeights:
         with _sources(base, experts, conversion) as (base_source, sources):
             identity, form = identify(), (dtype, task_vector_dtype)
             if file is not None:
-                experts_at = {task: str(path) for task, path in _pairs(experts)}
-                about = {"folder": str(base), "experts": experts_at, "identity": identity}
+                about = {"folder": str(base), "experts": places, "identity": identity}
                 fields = pack_into_file(Path(file), about, base_source, sources, *form, heads, keep, torch.device(device))
             else:
                 fields = pack_into_memory(base_source, sources, *form, device, heads, keep, Path(base))
         require_unchanged(identity, identify())
         packed = cls(**fields)
         packed.folder, packed.inputs, packed.conversion = Path(base), identity["folders"], conversion
+        packed.places = places
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
         return packed

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.folder import open_checkpoint
@@ -24,6 +23,7 @@ from samerge_ext.recipes.parameters import METHODS, boolean, read_by
 from samerge_ext.recipes.rules import RULES, Given
 from samerge_ext.recipes.slices import Slices
 from samerge_ext.recipes.tensor_settings import depths
+from samerge_ext.reports.report import Report
 
 
 def file_merge(
@@ -39,12 +39,13 @@ def file_merge(
     out_dtype: torch.dtype | None = None,
     companions: Companions | None = None,
     identity: dict,
+    with_page: bool = True,
 ) -> FileMerge:
     """A recipe as a merge of files. Raises ValueError for slices that do not fit together.
 
     experts: task, folder and parameters of each. parameters: of the method, for all.
     slices: what is merged in the place of whole experts, which are the models in them. identity: the recipe as JSON, for the
-        model card and for telling whether an interrupted merge was of the same.
+        model card and for telling whether an interrupted merge was of the same. with_page: write a report beside the card.
     """
     settings, shared = METHODS[method], {key: value for key, value in parameters.items() if key in read_by(method)}
     sliced = Slices(method, slices, base_model) if slices else None
@@ -89,7 +90,8 @@ def file_merge(
         out_dtype=out_dtype,
         companions=companions,
         identity=identity,
-        card=_card(method, count, identity),
+        about=Report(method, recipe=identity),
+        with_page=with_page,
     )
 
 
@@ -100,22 +102,3 @@ def _takes_base(method: str, shared: Mapping[str, Any]) -> bool:
 
 def _is_among(path: Path, folders: Sequence[tuple[str, Path]]) -> bool:
     return os.path.realpath(path) in [os.path.realpath(folder) for _, folder in folders]
-
-
-def _card(method: str, count: int, identity: dict) -> str:
-    return "\n".join(
-        [
-            "---",
-            "tags: [merge, samerge_ext]",
-            "---",
-            "",
-            "# Merged model",
-            "",
-            f"{count} models merged by `{method}`:",
-            "",
-            "```yaml",
-            yaml.safe_dump(identity, sort_keys=False).rstrip(),
-            "```",
-            "",
-        ]
-    )

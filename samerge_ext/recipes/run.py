@@ -17,6 +17,7 @@ from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -41,53 +42,74 @@ PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks f
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
+    model, calibration = model_and_calibration(recipe)
+    return plan_weights(recipe, model, calibration, described_weights(recipe, model))
+
+
+def plan_weights(recipe: Recipe, model: FolderModel, calibration: dict[str, list], packed: PackedWeights) -> Plan:
+    """`plan_recipe` of what is there already."""
+    teachers = recipe.merge_method != "adamerging"
+    return plan(model.module, packed, calibration, model.kind.logits, recipe.method_settings(), teachers=teachers)
+
+
+def described_weights(recipe: Recipe, model: FolderModel) -> PackedWeights:
+    """What a learned recipe merges, without its numbers."""
     base, _ = recipe.learned_from()
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
-    model, calibration = _model_and_calibration(recipe)
-    packed = PackedWeights.describe(base, experts, conversion=model.conversion, **_packing(recipe))
-    settings = recipe.method_settings()
-    teachers = recipe.merge_method != "adamerging"
-    return plan(model.module, packed, calibration, model.kind.logits, settings, teachers=teachers)
+    return PackedWeights.describe(base, experts, conversion=model.conversion, **_packing(recipe))
 
 
-def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Result | None:
+def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False, report: bool = True) -> Result | None:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
 
     What could fail for want of space or of a free target is checked first. Until the folder is written `OUT.state` holds how far
     the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
+    report: write report.html and report.json, too.
     """
-    target = Path(os.path.realpath(out))
-    state = target.with_name(f"{target.name}.state")
+    target, state = Path(os.path.realpath(out)), state_of(out)
     with recipe.named():
         check_device(recipe.parameters.get("device"))
-        require_apart(target, _inputs(recipe))
+        require_apart(target, inputs_of(recipe))
         if recipe.merge_method in METHODS:
-            merge_files(_file_merge(recipe), out, overwrite=overwrite)
+            merge_files(file_merge_of(recipe, with_page=report), out, overwrite=overwrite)
             return None
         require_target(target, overwrite=overwrite)
         with held(state):
-            return _run_learned(recipe, target, state, overwrite)
+            return _run_learned(recipe, target, state, overwrite, report)
 
 
-def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool) -> Result:
+def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool) -> Result:
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     companions.check()
-    base, _ = recipe.learned_from()
-    experts = [(task, entry.path) for task, entry in recipe.named_experts]
-    file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    model, calibration = _model_and_calibration(recipe)
-    packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
+    model, calibration = model_and_calibration(recipe)
+    packed = packed_weights(recipe, model, state)
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state)
     result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.kind.logits, config=settings)
-    result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite)
+    result.save_pretrained(
+        target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe)
+    )
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         remove(state / name)
     return result
 
 
-def _inputs(recipe: Recipe) -> list[Path]:
+def state_of(out: Path) -> Path:
+    """Where a merge keeps how far it is until OUT is written."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(f"{target.name}.state")
+
+
+def packed_weights(recipe: Recipe, model: FolderModel, state: Path) -> PackedWeights:
+    """What a learned recipe merges; in a packed file in the folder ``state`` where only that fits its memory budget."""
+    base, _ = recipe.learned_from()
+    experts = [(task, entry.path) for task, entry in recipe.named_experts]
+    file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
+    return PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
+
+
+def inputs_of(recipe: Recipe) -> list[Path]:
     """All that is read and must not be written over."""
     models = [path for entry in recipe.models for path in (entry.model, entry.adapter) if path is not None]
     texts = list(recipe.calibration.files.values()) if recipe.calibration else []
@@ -114,7 +136,17 @@ def _slices(recipe: Recipe) -> list[SliceEntry] | None:
     return [SliceEntry(sources=entries)]
 
 
-def _file_merge(recipe: Recipe) -> FileMerge:
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says, without what goes without saying or has no part in the result."""
+    said = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.merge_method in LEARNED:
+        without_effect = LearningConfig.WITHOUT_EFFECT
+        said["parameters"] = {key: value for key, value in recipe.parameters.items() if key not in without_effect}
+    return said
+
+
+def file_merge_of(recipe: Recipe, *, with_page: bool = True) -> FileMerge:
+    """The merge from file to file that a recipe of a method without learning is."""
     return file_merge(
         recipe.merge_method,
         [(task, entry.path, entry.parameters) for task, entry in recipe.named_experts],
@@ -126,7 +158,8 @@ def _file_merge(recipe: Recipe) -> FileMerge:
         dtype=DTYPES[recipe.dtype],
         out_dtype=DTYPES[recipe.out_dtype],
         companions=companions_of(recipe),
-        identity=recipe.model_dump(mode="json", exclude_defaults=True),
+        identity=as_json(recipe),
+        with_page=with_page,
     )
 
 
@@ -145,7 +178,7 @@ def _packing(recipe: Recipe) -> dict[str, Any]:
     return {"dtype": dtype, "task_vector_dtype": form, "heads": recipe.heads, "keep": recipe.keep}
 
 
-def _model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]:
+def model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]:
     """The model without memory for its weights, and the batches of every task."""
     base, options = recipe.learned_from()
     experts = {task: entry.model for task, entry in recipe.named_experts}

@@ -1,1 +1,1 @@
-"""What people look at: plots of coefficients and statistics."""
+"""What people look at: reports of merges as pages, model cards and comparisons; plots of coefficients and statistics."""

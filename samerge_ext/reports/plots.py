@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from samerge_ext.checkpoints.saving import atomic_write
+from samerge_ext.reports.heat_map import layer_groups
 from samerge_ext.statistics.features import MOMENTS
 
 if TYPE_CHECKING:  # an optional dependency
@@ -64,23 +64,6 @@ def plot_singular_values(
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     _mark_layers(axes, layer_names)
     save_figure(figure, path)
-
-
-def layer_groups(layer_names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Where runs of layers of one group start, and the groups' names.
-
-    A name's group ends at its first number (``encoder.layer.1.output.dense.weight`` → ``layer 1``), or is its first
-    part where it has none (``embeddings.LayerNorm.bias`` → ``embeddings``).
-    """
-    starts: list[int] = []
-    groups: list[str] = []
-    for i, name in enumerate(layer_names):
-        numbered = re.search(r"([^.]+)\.(\d+)(\.|$)", name)
-        group = f"{numbered[1]} {numbered[2]}" if numbered else name.split(".")[0]
-        if not groups or group != groups[-1]:
-            starts.append(i)
-            groups.append(group)
-    return starts, groups
 
 
 def _mark_layers(axes: Axes, layer_names: Sequence[str]) -> None:

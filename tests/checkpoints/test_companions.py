@@ -48,7 +48,7 @@ def test_all_goes_along_but_weights_training_state_and_what_is_of_others(tmp_pat
         "model.safetensors", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5",
         "rust_model.ot", "consolidated.00.pth", "model.gguf", "optimizer.pt", "rng_state_0.pth", "trainer_state.json",
         "training_args.bin", "README.md", ".gitattributes", ".cache/huggingface/x", "adapter_config.json",
-        "checkpoint-500/config.json", "runs/a/events", "onnx/config.json",
+        "report.json", "report.html", "checkpoint-500/config.json", "runs/a/events", "onnx/config.json",
         "quantised/config.json", "quantised/model.onnx", "events.out.tfevents.1", "global_step5/x",
         "heads/news.safetensors", "mergekit_config.yml",
     ]  # fmt: skip

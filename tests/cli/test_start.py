@@ -65,3 +65,12 @@ def test_a_refused_recipe_imports_no_torch(tmp_path, monkeypatch, recipe, messag
     assert code == 1 and message in output
     assert not imported
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expert", "recipe.yaml"]
+
+
+def test_two_merges_are_compared_without_torch(tmp_path):
+    for name, method in (("a", "ties"), ("b", "wudi")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(f'{{"method": "{method}"}}')
+    code, output, imported = samerge("compare", tmp_path / "a", tmp_path / "b")
+    assert code == 0 and "ties" in output and "wudi" in output
+    assert not imported

@@ -17,7 +17,7 @@ import samerge_ext as sm
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.checkpoints.sealed import read_sealed
-from samerge_ext.elementwise import file_merge, file_pieces, file_plan, piecewise
+from samerge_ext.elementwise import file_merge, file_pieces, file_plan, opening, piecewise
 from samerge_ext.elementwise.file_merge import merge_files
 from samerge_ext.elementwise.piecewise import Combination
 from samerge_ext.memory import PeakMemory
@@ -367,7 +367,7 @@ def test_a_mask_of_all_models_stays(models, tmp_path, monkeypatch, whole):
 )
 def test_a_device_that_cannot_be_used_is_refused(models, tmp_path, monkeypatch, device, message):
     if device == "mps":  # as on a machine that has it
-        monkeypatch.setattr(file_merge, "check_device", lambda _: None)
+        monkeypatch.setattr(opening, "check_device", lambda _: None)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=f"device='{device}': {message}"):
         merge_files(merge_of(models, device=device), tmp_path / "out")

@@ -54,7 +54,9 @@ def stopped(monkeypatch, recipe, out):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files of a folder without the report's, which say how long a run took and what memory."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stem != "report"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("method", ["samerging", "statsmerging"])

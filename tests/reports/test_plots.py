@@ -6,14 +6,6 @@ import torch
 from samerge_ext.reports import plots
 
 
-def test_layers_are_grouped_by_block():
-    names = [
-        "embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias", "encoder.layer.0.attention.self.query.weight",
-        "encoder.layer.0.output.dense.bias", "encoder.layer.10.output.dense.bias", "pooler.dense.weight",
-    ]  # fmt: skip
-    assert plots.layer_groups(names) == ([0, 2, 4, 5], ["embeddings", "layer 0", "layer 10", "pooler"])
-
-
 def test_plots_are_png_files_and_nothing_else_is_left(tmp_path):
     plots.plot_coefficients(torch.rand(2, 3), ["r8", "icd"], ["a.0.w", "a.1.w", "b.w"], tmp_path / "coefficients.png")
     statistics = torch.rand(2, 3, 3 + 2)

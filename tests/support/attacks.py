@@ -143,7 +143,9 @@ def ended(process):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files of a folder without the report's, which say how long a run took and what memory."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stem != "report"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def assert_whole(out, expected):

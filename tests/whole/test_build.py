@@ -78,6 +78,8 @@ def test_a_wheel_holds_the_extension_and_the_kernels(tree, hasty):
     units = {path for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.name.endswith("_cpu.cpp")}  # those: in wrappers.cpp
     assert {path.relative_to(ROOT) for path in {ROOT / "csrc/bindings.cpp", *units}} <= compiled
     assert any(name.startswith("samerge_ext/_C.") for name in names)
+    pages = {path.name for path in (ROOT / "samerge_ext/reports/templates").glob("*.html")}
+    assert pages and {f"samerge_ext/reports/templates/{page}" for page in pages} <= names
     assert {"samerge_ext/kernels/__init__.py", "samerge_ext/ops/weighted_sum.py", "samerge_ext/py.typed"} <= names
     assert not any(name.startswith(("tests/", "csrc/", "kernels/")) for name in names)
 
