@@ -141,13 +141,20 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="merged model", exists=True, file_okay=False)],
+    similarity: Annotated[bool, typer.Option("--similarity", help="read the models, and add how alike task vectors are")] = False,
+    loss_slice: Annotated[bool, typer.Option("--loss-slice", help="run samerging's loss around λ, and add it")] = False,
 ) -> None:
-    """Write report.html of a merged model again, from its report.json."""
+    """Write report.html of a merged model again. With options, with what takes time to know."""
     with _told():
         from samerge_ext.reports.report import read_report
         from samerge_ext.reports.writing import rewrite
 
         found = read_report(folder)
+        if similarity or loss_slice:
+            from samerge_ext.recipes.from_report import add_loss_slice, add_similarity
+
+            for add in [add_similarity] * similarity + [add_loss_slice] * loss_slice:
+                add(found, folder)
         typer.echo(rewrite(folder, found))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.loop import calibration_set, learn
-from samerge_ext.learning.passes import Logits
+from samerge_ext.learning.passes import Logits, Objective
 from samerge_ext.learning.teaching import Lesson, lessons
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.configs import SAMergingConfig
@@ -45,11 +45,17 @@ def samerging(
     held = calibration_set(calibration, packed, config)
     model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
     held, taught = lessons(model, held, logits, config)
+    history = learn(model, held, logits, distillation(config), config, "samerging", targets=taught)
+    return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)
+
+
+def distillation(config: SAMergingConfig) -> Objective:
+    """The loss of a batch and its gradient by the logits."""
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature
     scale = student_temperature * teacher_temperature if config.scale_by_temperature else 1.0
 
-    def distillation(student: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def objective(student: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
         teacher, row_weights = lesson
         loss, gradient = softmax_kl_with_grad(
             student,
@@ -60,5 +66,4 @@ def samerging(
         )
         return loss * scale, gradient.mul_(scale)
 
-    history = learn(model, held, logits, distillation, config, "samerging", targets=taught)
-    return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)
+    return objective

@@ -1,14 +1,17 @@
 """What merges leave to read: reports, their code, `samerge report` and `compare`."""
 
+import json
+
 import classifiers
 import pytest
 import torch
 import yaml
 from classifiers import LABELS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from samerge_ext.cli.commands import app
+from samerge_ext.recipes.from_report import add_loss_slice
 from samerge_ext.reports.report import read_report
 
 
@@ -65,3 +68,50 @@ def test_without_a_report_the_card_is_there(models, tmp_path):
         assert (tmp_path / name / "README.md").is_file() and not list((tmp_path / name).glob("report.*"))
         refused = samerge("report", tmp_path / name)
         assert refused.exit_code == 1 and "holds no report.json" in refused.output
+
+
+def test_a_slice_of_the_loss_rises_along_its_gradient(models, tmp_path):
+    """By central differences around λ."""
+    path = learned(models, tmp_path / "merge.yaml", rho=0.05)
+    assert samerge("merge", path, tmp_path / "out").exit_code == 0
+    found = read_report(tmp_path / "out")
+    assert len(found.history) == 3 and found.config["rho"] == 0.05 and "progress" not in found.recipe["parameters"]
+    add_loss_slice(found, tmp_path / "out")
+    at, losses, norm = (found.loss_slice[key] for key in ("distances", "losses", "gradient_norm"))
+    middle = len(at) // 2
+    assert at[middle] == 0 and at[-1] == pytest.approx(3 * 0.05) and found.loss_slice["batches"] == 2 + 4
+    slope = (losses[middle + 1] - losses[middle - 1]) / (at[middle + 1] - at[middle - 1])
+    assert norm > 0 and slope == pytest.approx(norm, rel=0.05)
+
+
+def test_report_adds_what_takes_time_and_compare_sets_two_side_by_side(models, tmp_path):
+    assert samerge("merge", learned(models, tmp_path / "l.yaml"), tmp_path / "learned").exit_code == 0
+    assert samerge("merge", recipe(models, tmp_path / "f.yaml"), tmp_path / "files").exit_code == 0
+    for name in ("learned", "files"):
+        run = samerge("report", tmp_path / name, "--similarity")
+        assert run.exit_code == 0 and run.output.strip().endswith("report.html"), run.output
+    one, other = (read_report(tmp_path / name) for name in ("learned", "files"))
+    assert one.similarity == other.similarity and one.similarity["models"] == list(LABELS)
+    assert "Sign conflicts" in (tmp_path / "learned/report.html").read_text()
+    refused = samerge("report", tmp_path / "files", "--loss-slice")
+    assert refused.exit_code == 1 and "task_arithmetic has no such loss" in refused.output
+
+    run = samerge("compare", tmp_path / "learned", tmp_path / "files")
+    assert run.exit_code == 0 and "recipe.merge_method" in run.output and "mean |B − A|" in run.output, run.output
+    run = samerge("compare", tmp_path / "learned", tmp_path / "files", "--html", tmp_path / "both.html")
+    assert run.exit_code == 0 and "What differs" in (tmp_path / "both.html").read_text()
+
+
+def test_models_that_changed_since_are_not_measured(models, tmp_path):
+    for name in ("base", *LABELS):
+        (tmp_path / name).mkdir()
+        for file in (models / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    assert samerge("merge", recipe(tmp_path, tmp_path / "f.yaml"), tmp_path / "out").exit_code == 0
+    weights = load_file(tmp_path / "mood/model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "mood/model.safetensors", {"format": "pt"})
+    run = samerge("report", tmp_path / "out", "--similarity")
+    assert run.exit_code == 1 and "not what was merged" in run.output
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    (tmp_path / "out/report.json").write_text(json.dumps({**content, "recipe": {}}))
+    assert "merged in Python" in samerge("report", tmp_path / "out", "--similarity").output
