@@ -14,7 +14,6 @@ import samerge_ext as sm
 from samerge_ext.checkpoints.reading import cut, explained, shown
 from samerge_ext.checkpoints.task_names import names_of_folders
 from samerge_ext.cli.messages import warnings_as_lines
-from samerge_ext.sizes import show_bytes
 
 app = typer.Typer(
     help="Merge fine-tuned models.",
@@ -115,27 +114,27 @@ def merge(
 
 
 @app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of a learned merge", exists=True, dir_okay=False)],
-    memory_budget: Annotated[str | None, typer.Option(help="the most memory to take, such as 16GB")] = None,
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML file with mergekit's keys", exists=True, dir_okay=False)],
+    out: Annotated[Path | None, typer.Argument(help="folder to write; its place and space are checked, too")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="the most that a learned merge is to take, such as 16GB")] = None,
+    overwrite: Annotated[bool, typer.Option(help="OUT may exist")] = False,
 ) -> None:
-    """The memory that a learned merge would take. By each way to hold the merged model, from the headers of its folders alone."""
+    """Whether a merge will go, and what it takes. From its folders' headers alone: what is merged and kept, disk and memory, of a
+    learned merge by each way to hold the merged model. Where it will not go, ends with the merge's own error.
+    """
     from samerge_ext.recipes.recipe import load_recipe
 
     with _told():
         recipe = load_recipe(config, {"parameters": {"memory_budget": memory_budget}} if memory_budget else {})
         recipe.require_files()
-        from samerge_ext.recipes.run import plan_recipe
+        from samerge_ext.recipes.check import check_recipe
 
-        found, settings = plan_recipe(recipe), recipe.method_settings()
-        budget = settings.memory_budget
-        chosen = found.choose(budget, settings.host_memory_budget) if budget else None
-    for way in found.ways:
-        moved = f", {show_bytes(way.moved)} read per step" if way.moved else ""
-        beside = "" if found.device.type == "cpu" else f" of the GPU, {show_bytes(way.host_bytes)} of the host"
-        typer.echo(f"{'*' if way == chosen else ' '} {way.name}: {show_bytes(way.device_bytes)}{beside}{moved}")
-    if chosen:
-        typer.echo(f"* the fastest within {budget}")
+        lines = check_recipe(recipe, out, overwrite=overwrite)
+    typer.echo("\n".join(lines))
+
+
+app.command("plan", hidden=True)(check)  # what it was called when it planned memory alone
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What merges leave to read: reports, their code, `samerge report` and `compare`."""
+"""What merges leave to read: reports, their code, `samerge check`, `report` and `compare`."""
 
 import json
 
@@ -68,6 +68,29 @@ def test_without_a_report_the_card_is_there(models, tmp_path):
         assert (tmp_path / name / "README.md").is_file() and not list((tmp_path / name).glob("report.*"))
         refused = samerge("report", tmp_path / name)
         assert refused.exit_code == 1 and "holds no report.json" in refused.output
+
+
+def test_check_says_what_there_is_and_fails_as_the_merge_does(models, tmp_path):
+    fits = recipe(models, tmp_path / "merge.yaml")
+    run = samerge("check", fits, tmp_path / "out")
+    assert run.exit_code == 0, run.output
+    said = ("task_arithmetic of 2 models:", "merged: 39 tensors", "kept per task: classifier.bias", "that are free", "memory:")
+    for text in said:
+        assert text in run.output, text
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.state").exists()
+
+    headless = recipe(models, tmp_path / "headless.yaml", heads=[])
+    errors = [samerge(*command) for command in (("check", headless), ("merge", headless, tmp_path / "out"))]
+    assert errors[0].exit_code == errors[1].exit_code == 1 and "classifier" in errors[0].output
+    assert errors[0].output == errors[1].output
+    for command in ("check", "merge"):
+        taken = samerge(command, fits, models / "base")
+        assert taken.exit_code == 1 and "is merged" in taken.output
+
+    run = samerge("check", learned(models, tmp_path / "learned.yaml"), tmp_path / "out")
+    assert run.exit_code == 0 and "learns from mood: 2 batches" in run.output and "  resident: " in run.output
+    run = samerge("check", learned(models, tmp_path / "rank.yaml", granularity="rank", rank=1))
+    assert run.exit_code == 0 and "resident" not in run.output, "what is not planned for is not refused"
 
 
 def test_a_slice_of_the_loss_rises_along_its_gradient(models, tmp_path):
