@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, losses_and_gradient
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import InMemory, WholeStore, empty_like, parts
 
@@ -54,10 +55,12 @@ def dry_run(
     precision: str = "fp32",
     train_heads: str | Sequence[str] = (),
     heads: Mapping[str, nn.Module] | None = None,
+    rank: int = 0,
 ) -> DryRun:
     """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
 
-    train_heads, heads: of the heads that are learned too, the activations and gradients count.
+    train_heads, heads: of the heads that are learned too, the activations and gradients count. rank: of so many singular
+        components of every matrix the factors do, and the search for them.
 
     Raises ValueError where the model's forward depends on values that are not there.
     """
@@ -87,6 +90,8 @@ def dry_run(
             with meter:
                 model = MergedModel(module, empty, streamed=streamed, store=store)
                 model.train_heads(train_heads, heads)
+                if rank:
+                    model.use_components(Components.rehearsed(packed, rank, WholeStore(base, task_vectors)))
                 losses_and_gradient(
                     model,
                     model.coefficients.detach(),

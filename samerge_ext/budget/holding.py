@@ -16,6 +16,7 @@ from samerge_ext.learning.passes import Logits
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.memory import large_tensors_mapped, trim_heap
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import indexed
 
@@ -54,8 +55,6 @@ def make_model(
     for head in (heads or {}).values():
         head.to(indexed(config.device or packed.base.device))
     model = _held(module, packed, config, calibration, logits, teachers, heads)
-    if config.granularity == "rank":
-        model.use_components(config.rank)
     model.train_heads(config.train_heads, heads)
     for task, name, _ in model.trained_heads.places if isinstance(logits, SharedEncoder) else ():
         if name in packed.heads.get(task, {}):
@@ -63,6 +62,8 @@ def make_model(
                 f"train_heads: no head is in the module while a SharedEncoder runs, so that '{name}' of task '{task}' is not "
                 "learned; give its head function's modules as heads=, or a logits function that calls the whole module"
             )
+    if config.granularity == "rank":
+        model.use_components(Components.of(packed, config.rank, model.weights.store))
     return model
 
 

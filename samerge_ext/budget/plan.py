@@ -142,14 +142,13 @@ def plan(
     default where packed is. teachers: their logits are kept. heads: modules by task, for what config.train_heads names.
     Raises ValueError for a GPU where torch is built without it.
     """
-    if config.granularity == "rank":
-        raise ValueError("granularity='rank' is not planned for; it holds the merged weights, and its factors beside all else")
     device = torch.device(config.device or packed.layout.block_layer.device)
     if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
         raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
     run = partial(dry_run, device=device, tasks_per_batch=config.tasks_per_batch, precision=config.precision)
-    run = partial(run, train_heads=config.train_heads, heads=heads)
+    rank = config.rank if config.granularity == "rank" else 0
+    run = partial(run, train_heads=config.train_heads, heads=heads, rank=rank)
     resident, streamed = (run(module, packed, largest, logits, streamed=way) for way in (False, True))
     kept = HEAD_VECTORS * resident.heads
     for task, held in batches.items() if teachers else ():
@@ -157,7 +156,8 @@ def plan(
     passes = 2 if config.sam == "paper" else 1
     # What is only described can be packed either way.
     available = {"device", "host", "factors", *(("file",) if not on_host(packed.base) or packed.base.is_meta else ())}
-    return Plan(tuple(_ways(module, packed, device, resident, streamed, kept, passes)), device, frozenset(available))
+    ways = _ways(module, packed, device, resident, streamed, kept, passes, searched=rank > 0)
+    return Plan(tuple(ways), device, frozenset(available))
 
 
 def planned_way(
@@ -192,7 +192,9 @@ def _ways(
     streamed: DryRun,
     kept: int,
     passes: int,
+    searched: bool,
 ) -> Iterator[Way]:
+    """searched: for components, whose matrices are fetched one by one and may be written into either buffer."""
     stored = packed.base.nbytes + packed.task_vectors.nbytes
     # Of a number of a product, which is multiplied out before it is in its place.
     product_bytes = packed.task_vectors.dtype.itemsize if isinstance(packed.task_vectors, FactoredTaskVectors) else 0
@@ -205,7 +207,9 @@ def _ways(
     held = resident_bytes() - freed + OVERHEAD - (stored if in_memory and packed.base.device.type == "cpu" else 0)
 
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
-        buffers = 0 if piece is None else written_of_buffers(streamed.fetched, piece) if on_cpu else 2 * piece
+        buffers = 2 * (piece or 0)
+        if piece is not None and on_cpu and not searched:
+            buffers = written_of_buffers(streamed.fetched, piece)
         staged = -(-buffers * whole // numel)
         staged += (piece or 0) * product_bytes
         there = {"device": whole, "factors": stored}.get(store, 0)

@@ -55,8 +55,6 @@ def calibration_set(
     )
     config.weights(packed.tasks)
     check_device(config.device)
-    if config.granularity == "rank" and (config.streamed or config.memory_budget is not None):
-        raise ValueError("granularity='rank' needs merged weights that are held whole; leave out streamed and memory_budget")
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if config.cuda_graph:

@@ -119,7 +119,7 @@ class MergedModel(nn.Module):
         self.weights.zero_gradients()
 
     def coefficient_gradient(self) -> Tensor:
-        """∂loss/∂λ [T, L] from the backward passes since `zero_gradients()`."""
+        """∂loss/∂coefficients from the backward passes since `zero_gradients()`."""
         return self.weights.coefficient_gradient()
 
     def contract(self) -> None:
@@ -132,23 +132,19 @@ class MergedModel(nn.Module):
         self.weights.unbind_gradients()
         self.trained_heads.forget_gradients()
 
-    def use_components(self, rank: int) -> None:
-        """From now on ``coefficients`` is [T, L + C]: behind λ a deviation from it for each of the ``rank`` leading singular
-        components of every matrix of a task vector (`packing.components`), 0 at first. Raises ValueError where streamed."""
-        if not isinstance(self.weights, ResidentWeights):
-            raise ValueError("coefficients of components need merged weights that are held whole, with streamed=False")
-        self.weights.components = components = Components.of(self.packed, rank)
+    def use_components(self, components: Components) -> None:
+        """From now on ``coefficients`` is [T, L + C]: behind λ a deviation from it for each of the leading singular components of
+        every matrix of a task vector, 0 at first. components: on the model's device, as `Components.of` finds them."""
+        self.weights.use_components(components)
         deviations = self.coefficients.new_zeros(self.packed.num_tasks, components.columns)
-        self.coefficients = nn.Parameter(torch.cat([self.coefficients.detach(), deviations], 1))
+        layers = self.packed.layout.num_layers
+        self.coefficients = nn.Parameter(torch.cat([self.coefficients.detach()[:, :layers], deviations], 1))
 
     def component_coefficients(self) -> dict[str, Tensor]:
         """c = λ + deviation of every component, layer -> [T, k]; empty without components."""
-        components, layout = getattr(self.weights, "components", None), self.packed.layout
-        if components is None:
-            return {}
-        coefficients = self.coefficients.detach()
-        deviations = components.split(coefficients[:, layout.num_layers :])
-        return {name: coefficients[:, [layout.names.index(name)]] + of_layer for name, of_layer in deviations.items()}
+        coefficients, names = self.coefficients.detach(), self.packed.layout.names
+        deviations = self.weights.components.split(coefficients)
+        return {name: coefficients[:, [names.index(name)]] + of_layer for name, of_layer in deviations.items()}
 
     def train_heads(self, patterns: str | Sequence[str], given: Mapping[str, nn.Module] | None = None) -> None:
         """Makes ``trained_heads`` of the head tensors that shell-style patterns name.

@@ -26,14 +26,20 @@ class ResidentWeights:
         self.device, self.dtype = self.merged.device, self.merged.dtype
         self._gradient_views = packed.layout.views(self.gradient)
         self._parameters = self._bind(places)
-        self.components: Components | None = None
+        self.store = packed.store()
+        self.components = Components.none(packed)
+
+    def use_components(self, components: Components) -> None:
+        self.components = components
 
     def merge(self, coefficients: Tensor) -> None:
         """coefficients: [T, L], or with the components' deviations behind them, [T, L + C]."""
-        layers = self.packed.layout.num_layers
-        self.packed.merge(coefficients[:, :layers], out=self.merged)
-        if self.components is not None and coefficients.shape[1] > layers:
-            self.components.add(coefficients[:, layers:], self.packed.layout.views(self.merged))
+        layout = self.packed.layout
+        self.packed.merge(coefficients[:, : layout.num_layers], out=self.merged)
+        if deviations := self.components.split(coefficients):
+            views = layout.views(self.merged)
+            for name, of_layer in deviations.items():
+                self.components.add(name, of_layer, views[name])
         # Autocast keeps casts of the weights it has seen; they would outlive this merge.
         torch.clear_autocast_cache()
 
@@ -59,9 +65,8 @@ class ResidentWeights:
                 )
         layout = self.packed.layout
         found = coefficient_grad(self.gradient, self.packed.whole_task_vectors(), layout.block_layer, layout.num_layers)
-        if self.components is None:
-            return found
-        return torch.cat([found, self.components.gradient(self._gradient_views)], 1)
+        of_components = (self.components.gradient(name, self._gradient_views[name]) for name in self.components.factors)
+        return torch.cat([found, *of_components], 1)
 
     def unbind_gradients(self) -> None:
         for parameter in self._parameters.values():

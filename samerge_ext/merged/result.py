@@ -18,6 +18,7 @@ from samerge_ext.checkpoints.folder import read_config
 from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.saving import require_apart, save_checkpoint
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.reports.inputs import IN_MEMORY, described
 from samerge_ext.reports.report import Report, facts_of_run, versions
@@ -38,7 +39,7 @@ class Result:
     history: per step of a learned method the loss, each task's loss and the gradient norm; where batches were held back, their
         loss before the steps at which it was measured.
     component_coefficients: layer -> [T, k] of its task vectors' leading singular components, where these were learned;
-        ``coefficients`` are then those of the rest.
+        ``coefficients`` are then those of the rest. components: the factors of these, where there is no ``merged``.
     planned_bytes: the peak of memory that a plan foresaw, where one was made.
     heads: task -> its own tensors: those that were learned as they are now, the others as they were packed.
     learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
@@ -56,6 +57,7 @@ class Result:
     features: Features | None = None
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     component_coefficients: dict[str, Tensor] = field(default_factory=dict)
+    components: Components | None = None
     planned_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class Result:
         result = cls(model.packed, None, model.merged, method, config, history, seconds, model.module, heads=model.heads())
         result.coefficients = model.coefficients.detach()[:, : model.packed.layout.num_layers].clone()
         result.component_coefficients = model.component_coefficients()
+        if model.merged is None and result.component_coefficients:
+            result.components = model.weights.components.to(model.packed.base.device)
         result.planned_bytes = model.planned_bytes
         return result
 
@@ -83,7 +87,11 @@ class Result:
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The merged model's tensors in the base's names, order and dtypes (or ``dtype``); heads are in ``heads``."""
-        merged = self.packed.merge(self._merged_at()) if self.merged is None else self.merged
+        merged = self.merged
+        if merged is None:
+            merged = self.packed.merge(self._merged_at())
+            for name, view in self.packed.layout.views(merged).items():
+                self._add_components(name, view)
         return self.packed.state_dict(merged, dtype)
 
     def save_pretrained(
@@ -124,7 +132,7 @@ class Result:
         files |= report_files(about, Path(path).resolve().name, configuration, card=card, with_page=report)
         write = partial(save_checkpoint, path, companions_from=companions, extra_files=files, overwrite=overwrite)
         if self.merged is None:
-            streamed = self.packed.as_stored(self.packed.tensors(self._merged_at(), dtype))
+            streamed = self.packed.as_stored(self.packed.tensors(self._merged_at(), dtype, self._add_components))
             return write(streamed, shard_size=STREAMED_SHARD)
         tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
         return write(tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items()))
@@ -198,6 +206,12 @@ class Result:
         if self.coefficients is None:
             raise ValueError(f"this result of {self.method} has neither merged weights nor coefficients to merge at")
         return self.coefficients
+
+    def _add_components(self, name: str, merged: Tensor) -> None:
+        """Makes of a layer that is merged at λ the one in which its components have coefficients of their own."""
+        if self.components is not None and name in self.component_coefficients:
+            of_layer = self.component_coefficients[name] - self._merged_at()[:, [self.packed.layout.names.index(name)]]
+            self.components.add(name, of_layer.to(merged.device), merged)
 
     def _rows(self) -> list[tuple[str, Tensor]]:
         """Every task's coefficients [L]; none where the method has none."""

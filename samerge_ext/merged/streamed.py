@@ -2,7 +2,7 @@
 
 A unit's forward is replaced by checkpoint(forward with its layers merged): what autograd would save is dropped, weights
 included, and in the backward torch.utils.checkpoint runs the unit again, with the same random state, on weights that are
-merged again. A layer's gradient is contracted into that of λ, and freed, as soon as it appears.
+merged again. A layer's gradient is contracted into that of λ and of its components, and freed, as soon as it appears.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from samerge_ext.merged.resident import Places, set_parameter
 from samerge_ext.merged.units import Unit, find_units
 from samerge_ext.ops.coefficient_grad import coefficient_grad
 from samerge_ext.ops.weighted_sum import weighted_sum
+from samerge_ext.packing.components import Components
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import Store, narrow
@@ -55,7 +56,7 @@ class StreamedWeights:
         self._merges = 0
         self._source: Source | None = None
         self._at = packed.coefficients(0.0).to(self.device).requires_grad_()  # [T, L]
-        self._gradient = torch.zeros_like(self._at, requires_grad=False)  # [T, L]
+        self.use_components(Components.none(packed))
         index = {name: layer for layer, name in enumerate(packed.layout.names)}
         packed_places = [
             (owner, leaf, index[name]) for name in places if packed.layout.offsets[index[name]] is not None
@@ -74,10 +75,20 @@ class StreamedWeights:
                 self.units.append(unit)
                 self._replace_forward(part, unit, own)
 
+    def use_components(self, components: Components) -> None:
+        """From the next `merge` on; gradients are forgotten."""
+        self.components = components
+        self._deviations: dict[str, Tensor] = {}
+        shape = (self.packed.num_tasks, self.packed.layout.num_layers + components.columns)
+        self._gradient = torch.zeros(shape, dtype=self.packed.coefficient_dtype, device=self.device)  # [T, L + C]
+        self._gradients_of_components = components.split(self._gradient)
+
     def merge(self, coefficients: Tensor) -> None:
-        """From now on units merge at ``coefficients`` [T, L]."""
+        """From now on units merge at ``coefficients``, [T, L], or with the components' deviations behind them, [T, L + C]."""
         self._source = None
-        self._at = coefficients.detach().to(self.device, copy=True).requires_grad_()
+        coefficients = coefficients.detach().to(self.device, copy=True)
+        self._deviations = self.components.split(coefficients)
+        self._at = coefficients[:, : self.packed.layout.num_layers].requires_grad_()
         self._merges += 1
         self.store.begin_pass()
 
@@ -90,7 +101,7 @@ class StreamedWeights:
         self._gradient.zero_()
 
     def coefficient_gradient(self) -> Tensor:
-        """∂loss/∂λ [T, L], contracted while the backward passes ran."""
+        """∂loss/∂λ [T, L], with components [T, L + C], contracted while the backward passes ran."""
         return self._gradient.clone()
 
     def unbind_gradients(self) -> None:
@@ -142,6 +153,10 @@ class StreamedWeights:
             for start, length, place in unit.pieces:
                 base, task_vectors = self.store.fetch(start, length)
                 weighted_sum(base, task_vectors, self._at, self._blocks(start, length), out=merged[place : place + length])
+            for layer, view in views.items():
+                name = self.packed.layout.names[layer]
+                if name in self._deviations:
+                    self.components.add(name, self._deviations[name], view)
         layers = {}
         for layer, view in views.items():
             layers[layer] = _Contracted.apply(self._at, view, self, unit, layer)
@@ -152,7 +167,10 @@ class StreamedWeights:
 
     @torch.no_grad()
     def contract(self, gradient: Tensor, unit: Unit, layer: int) -> None:
-        """Adds ⟨gradient, τ_t⟩ to ∂loss/∂λ of one layer; gradient has the layer's shape."""
+        """Adds ⟨gradient, τ_t⟩ to ∂loss/∂λ of one layer, and what its components give; gradient has the layer's shape."""
+        name = self.packed.layout.names[layer]
+        if name in self._gradients_of_components:
+            self._gradients_of_components[name] += self.components.gradient(name, gradient)
         first, length = self.packed.layout.extent(layer)
         flat = gradient.reshape(-1)
         flat = pad(flat, (0, length - flat.numel())) if flat.numel() < length else flat  # [length]
@@ -170,7 +188,7 @@ class StreamedWeights:
 
 
 class _Contracted(torch.autograd.Function):
-    """A merged layer: its gradient goes into that of λ, which is kept outside of autograd."""
+    """A merged layer: its gradient goes into that of the coefficients, which is kept outside of autograd."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, merged: Tensor, weights: StreamedWeights, unit: Unit, layer: int) -> Tensor:

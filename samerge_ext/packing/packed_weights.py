@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -349,8 +349,16 @@ class PackedWeights:
         tensors.update({alias: tensors[name] for alias, name in self.aliases.items()})
         return {**tensors, **self.merged_buffers()}
 
-    def tensors(self, coefficients: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """As `state_dict` of the weights merged at ``coefficients`` [T, L], one layer at a time and tied ones once."""
+    def tensors(
+        self,
+        coefficients: Tensor,
+        dtype: torch.dtype | None = None,
+        add_to: Callable[[str, Tensor], None] = lambda name, merged: None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As `state_dict` of the weights merged at ``coefficients`` [T, L], one layer at a time and tied ones once.
+
+        add_to: changes a packed layer in place after it is merged.
+        """
         coefficients = coefficients.to(self.base.device)
         packed = [layer for layer, offset in enumerate(self.layout.offsets) if offset is not None]
         store = self.store(piece=max((self.layout.extent(layer)[1] for layer in packed), default=BLOCK))
@@ -361,6 +369,7 @@ class PackedWeights:
                 start, length = self.layout.extent(layer)
                 merged = weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length))
                 tensor = merged[: self.layout.shapes[layer].numel()].view(self.layout.shapes[layer])
+                add_to(name, tensor)
             yield name, tensor.to(dtype or base_dtype).cpu()
         yield from self.merged_buffers().items()
 

@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 
 import samerge_ext as sm
-from samerge_ext.budget.plan import plan
+from samerge_ext.packing.components import Components
 
 RANK = 3
 
@@ -89,7 +89,7 @@ def test_before_learning_it_is_the_merge_by_layers(problem):
     _, _, packed, _, _ = problem
     model = sm.MergedModel(tiny.make(1), packed, 0.3)
     by_layers = model.merged.clone()
-    model.use_components(RANK)
+    model.use_components(Components.of(packed, RANK))
     model.merge()
     assert torch.equal(model.merged, by_layers)
     assert model.coefficients.shape == (3, packed.layout.num_layers + 2 * RANK)
@@ -131,14 +131,7 @@ def test_the_coefficients_are_saved_beside_the_merged_weights(problem, tmp_path)
 
 
 def test_what_cannot_be_is_refused(problem):
-    for settings in ({"streamed": True}, {"memory_budget": "1TB"}):
-        with pytest.raises(ValueError, match="granularity='rank' needs merged weights that are held whole"):
-            run(problem[2], **settings)
-    with pytest.raises(ValueError, match="granularity='rank' is not planned for"):
-        plan(tiny.make(1), problem[2], tiny.make_batches(), tiny.plain(problem[3]), sm.SAMergingConfig(granularity="rank"))
     with pytest.raises(ValueError, match="rank=0; expected a number ≥ 1"):
         sm.SAMergingConfig(rank=0)
     with pytest.raises(ValueError, match="granularity='rank'; choose one of 'layer', 'task'"):
         sm.StatsMergingConfig(granularity="rank")
-    with pytest.raises(ValueError, match="need merged weights that are held whole, with streamed=False"):
-        sm.MergedModel(tiny.make(1), problem[2], streamed=True).use_components(2)

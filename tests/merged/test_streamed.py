@@ -7,6 +7,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from helpers import PATH_TOLERANCE
 from streaming import TASKS, Model, both, gradient, learn_both, make, make_batches, make_packed
 from torch import nn
 from torch.nn import functional as F
@@ -52,10 +53,9 @@ def test_a_learned_merge_takes_the_same_path(dtype, settings):
     results = learn_both(packed, make(1, dtype), steps=5, learning_rate=0.02, **settings)
     resident, streamed = (result.coefficients for result in results)
     assert (resident - 0.3).abs().max() > 0.01
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    assert (streamed - resident).norm() <= tolerance * resident.norm()
+    assert (streamed - resident).norm() <= PATH_TOLERANCE[dtype] * resident.norm()
     for x, y in zip(*(result.history for result in results), strict=True):
-        assert y["loss"] == pytest.approx(x["loss"], rel=tolerance)
+        assert y["loss"] == pytest.approx(x["loss"], rel=PATH_TOLERANCE[dtype])
 
 
 def test_a_shared_encoder_streams_too():

@@ -55,7 +55,8 @@ def test_every_matrix_of_the_layout_has_its_own():
             u, s, vh = torch.linalg.svd(expert.get_parameter(name).detach() - base.get_parameter(name).detach())
             for r in range(3):
                 expected[name] += deviations[row, column + r] * s[r] * torch.outer(u[:, r], vh[r])
-    components.add(deviations, views)
+    for name, of_layer in components.split(torch.cat([packed.coefficients(0.3), deviations], 1)).items():
+        components.add(name, of_layer, views[name])
     for name, tensor in expected.items():
         assert (views[name] - tensor).norm() < 1e-12 * tensor.norm(), name
 

@@ -25,6 +25,8 @@ MOMENTS_TOLERANCE, MOMENTS_TOLERANCE_FP32 = 1e-11, 1e-6
 HALF_A_SCALE = 0.5 + 127 * 2**-24
 # How far the loss that a tiny model learns may move with its task vectors' storage, relative.
 QUANTISED_LOSS = {"int8": 2e-2, "int4": 2e-1, "int4-residual": 2e-1}
+# Gradients and learned coefficients of a tiny model that is held in two ways, relative: sums in another order, over some steps.
+PATH_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVELS = ("portable", "avx2", "avx512")
