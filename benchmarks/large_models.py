@@ -67,8 +67,6 @@ def measure(arguments: argparse.Namespace) -> dict:
     # The tasks share all of the model: one batch of all of them, so that every unit is merged twice a pass, not twice a task.
     logits = sm.models.SharedEncoder(lambda module, ids: module(input_ids=ids).logits[:, -1], lambda rows, task: rows)
     settings = {"steps": STEPS, "learning_rate": 1e-2, "progress": False, "device": str(device)}
-    if arguments.rank:
-        settings |= {"granularity": "rank", "rank": arguments.rank}
     if arguments.plan_only:
         return {"ways": [asdict(way) for way in plan(llama(shape), packed, batches, logits, sm.SAMergingConfig(**settings)).ways]}
 
@@ -141,7 +139,6 @@ def in_a_process(arguments: argparse.Namespace, **options) -> dict:
     command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device, "--work", str(arguments.work)]
     command += ["--task-vectors", arguments.task_vectors]
     command += ["--cap", arguments.cap] if arguments.cap else []
-    command += ["--rank", str(arguments.rank)] if arguments.rank else []
     for key, value in options.items():
         command += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])] if value is not None else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -175,7 +172,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cap", help="the most memory that the process may take of a GPU, such as 24GiB")
     parser.add_argument("--task-vectors", choices=("bf16", "int8", "int4"), default="bf16", help="how they are stored")
-    parser.add_argument("--rank", type=int, help="learn coefficients of so many singular components of every matrix, too")
     parser.add_argument("--work", type=Path, default=Path(".cache-large-models"), help="folder of the packed file")
     parser.add_argument("--ways", default="resident,memory,quarter,own-weights,smallest", help="which, and file and host")
     parser.add_argument("--out", type=Path, help="JSON to write; by default in benchmarks/results")
@@ -208,14 +204,11 @@ def main() -> None:
             f"{name:11} {show_bytes(row['planned_bytes']):>8} planned {show_bytes(row['measured_bytes']):>8} measured "
             f"{row['seconds_per_step']:8.2f} s/step{share}  {way.name}", flush=True,
         )  # fmt: skip
-    of_rank = f"-rank{arguments.rank}" if arguments.rank else ""
-    name = f"large-models-{arguments.shape}-{arguments.task_vectors}{of_rank}-{arguments.device}.json"
-    out = arguments.out or RESULTS / name
+    out = arguments.out or RESULTS / f"large-models-{arguments.shape}-{arguments.task_vectors}-{arguments.device}.json"
     hidden = {} if arguments.shape == "test" else {"coefficients": None}
     content = {
         "shape": arguments.shape,
         "task_vectors": arguments.task_vectors,
-        **({"rank": arguments.rank} if arguments.rank else {}),
         "environment": environment(arguments.device),
         "planned": [asdict(way) for way in planned],
         "ways": [{key: value for key, value in row.items() if key not in hidden} for row in rows],

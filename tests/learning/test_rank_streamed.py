@@ -1,19 +1,26 @@
 """Coefficients of singular components where no weights are held whole: gradients, learned merges and what is saved, wherever base and
 task vectors lie."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
 import headed
 import pytest
 import streaming
 import tiny
 import torch
-from helpers import PATH_TOLERANCE
+from helpers import PATH_TOLERANCE, ROOT, SIGMA_TOLERANCE
 from safetensors.torch import load_file
 from torch.func import functional_call
 
 import samerge_ext as sm
-from samerge_ext.budget.plan import Plan
+from samerge_ext.budget.dry_run import dry_run
+from samerge_ext.budget.plan import Plan, plan
 from samerge_ext.packing import components
 from samerge_ext.packing.components import Components
+from samerge_ext.packing.factors import FactoredTaskVectors
 
 WIDTH, RANK = 48, 40  # with so many of 48 components the search is exact
 SETTINGS = {"granularity": "rank", "rank": 3, "steps": 4, "learning_rate": 0.02}
@@ -104,6 +111,53 @@ def test_quantised_task_vectors_take_it_too(packed_twice, form, tmp_path):
         assert_same_path(learned(packed, make(1, torch.float32), steps=2, streamed=True), resident, torch.float32)
 
 
+def factored(packed):
+    """Weights whose task vectors are LoRA factors of rank 2, or of rank 1; in places a tensor of an adapter's own, or nothing."""
+    layout, generator = packed.layout, torch.Generator().manual_seed(7)
+
+    def normal(*shape):
+        return 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    changes = {}
+    for layer, shape in enumerate(layout.shapes):
+        if layout.offsets[layer] is None:
+            continue
+        m, n = shape[0], shape[1:].numel()
+        changes[layer] = tuple((normal(m, r), normal(r, n)) if len(shape) > 1 else normal(*shape) for r in (2, 1))
+    changes[layout.names.index("embedding.weight")] = (None, (normal(37, 2), normal(2, WIDTH)))
+    changes[layout.names.index("blocks.0.wide.weight")] = (normal(2 * WIDTH, WIDTH), None)
+    changes[layout.names.index("blocks.0.narrow.weight")] = (None, None)
+    return replace(packed, task_vectors=FactoredTaskVectors(layout, changes, 2, torch.float64))
+
+
+def test_lora_factors_are_decomposed_as_they_are(packed_twice):
+    """As many components as the larger of the tasks' ranks, the zeros of a smaller one behind them; what is left is nothing."""
+    packed = factored(packed_twice[0])
+    found, whole = Components.of(packed, 5), packed.in_memory()
+    own = {"blocks.0.wide.weight": 5, "position": 1}
+    matrices = {name for name, shape in zip(packed.layout.names, packed.layout.shapes, strict=True) if len(shape) > 1}
+    assert found.factors.keys() == matrices - {"frozen.weight", "blocks.0.narrow.weight"}
+    assert found.ranks == {name: own.get(name, 2) for name in found.factors}
+    for row in range(2):
+        changes = whole.layout.views(whole.task_vectors[row])
+        for name, (left, right) in found.factors.items():
+            k = found.ranks[name]
+            of_task = slice(k * row, k * (row + 1))
+            product, truth = left[:, of_task] @ right[:, of_task].mT, changes[name].flatten(1)
+            if name in own:
+                u, s, vh = torch.linalg.svd(truth, full_matrices=False)
+                assert ((product - truth).norm() - s[k:].norm()).abs() <= SIGMA_TOLERANCE * s.norm()
+            else:
+                assert_near(product, truth)
+                lengths = right[:, of_task].norm(dim=0)
+                assert_near(lengths, torch.linalg.svdvals(truth)[:k])
+
+
+def test_a_merge_of_lora_factors_takes_the_same_path_streamed(packed_twice):
+    packed = factored(packed_twice[0])
+    assert_same_path(learned(packed, make(1), streamed=True), learned(packed, make(1)), torch.float64)
+
+
 def test_heads_are_learned_beside_components():
     _, _, packed = headed.make_problem()
     resident, streamed = (headed.run(packed, **SETTINGS, streamed=streamed) for streamed in (False, True))
@@ -168,6 +222,30 @@ def test_components_are_the_same_wherever_task_vectors_lie(packed_twice, monkeyp
         found = Components.of(packed, 3, packed.store(piece=1024)).factors
         for name, sides in expected.items():
             assert all(torch.equal(*pair) for pair in zip(found[name], sides, strict=True)), name
+
+
+@pytest.mark.parametrize("way", ["resident", "file"])
+def test_a_plan_counts_what_components_take(way):
+    """A process stays within it where their factors are as many numbers as the task vectors."""
+    script = ROOT / "tests" / "support" / "rank_memory.py"
+    run = subprocess.run([sys.executable, script, way], check=True, capture_output=True, text=True)
+    planned, measured, without = json.loads(run.stdout)
+    assert 0.8 * planned < measured <= planned, f"{measured} of {planned} bytes"
+    assert measured > without
+
+
+def test_factors_are_planned_for_as_they_are_found(packed_twice):
+    """Of LoRA experts too, whose dense task vectors do not exist in a plan."""
+    batches = {task: held[0] for task, held in streaming.make_batches().items()}
+    for packed in (packed_twice[0], factored(packed_twice[0])):
+        peaks = [
+            dry_run(make(1), packed, batches, streaming.logits, device=torch.device("cpu"), streamed=True, rank=rank).peak
+            for rank in (0, 5)
+        ]
+        found = sum(side.nbytes for sides in Components.of(packed, 5).factors.values() for side in sides)
+        assert found <= peaks[1] - peaks[0] <= 2 * found
+    config = sm.SAMergingConfig(**SETTINGS)
+    assert {way.store for way in plan(make(1), packed, streaming.make_batches(), streaming.logits, config).ways} == {"device", "factors"}
 
 
 def test_a_module_of_other_tests_streams_too():

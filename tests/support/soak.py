@@ -69,15 +69,16 @@ def one_plan(seed: int) -> str:
     """A merge under a random budget; says what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         draw, module, folders, settings, batches = problem(seed, Path(folder))
-        expected = merge(module, sm.PackedWeights.from_folders(*folders, **settings), batches)
         file = Path(folder) / "packed" if draw.random() < 0.7 else None
+        of_components = draw.choice([{}, {"granularity": "rank", "rank": 8}])
+        expected = merge(module, sm.PackedWeights.from_folders(*folders, **settings), batches, **of_components)
         packed = sm.PackedWeights.from_folders(*folders, **settings, file=file)
-        ways = plan(module, packed, batches, logits, sm.SAMergingConfig()).ways
+        ways = plan(module, packed, batches, logits, sm.SAMergingConfig(**of_components)).ways
         budget = int(draw.choice(ways).device_bytes * draw.uniform(0.97, 1.1))
         with PeakMemory() as peak:
             before = resident_bytes()
             try:
-                found = merge(module, packed, batches, memory_budget=budget)
+                found = merge(module, packed, batches, memory_budget=budget, **of_components)
             except MemoryBudgetError:
                 return "refused"
         assert before + peak.rise <= budget, f"seed {seed}: {before + peak.rise} bytes, the budget was {budget}"
@@ -91,7 +92,9 @@ def one_run_with_kills(seed: int, kills: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         draw, module, folders, settings, batches = problem(seed, folder)
-        held = draw.choice([{"streamed": True}, {"streamed": False}, {"memory_budget": "100GB"}])
+        of_components = {"granularity": "rank", "rank": 3}
+        ways = [{"streamed": True}, {"streamed": False}, {"memory_budget": "100GB"}, {"streamed": True, **of_components}]
+        held = draw.choice(ways)
 
         def run(name: str) -> None:
             packed = sm.PackedWeights.from_folders(*folders, **settings, file=folder / f"{name}.packed")
