@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
@@ -109,8 +110,7 @@ def dry_run(
                 "streamed=True or False says, without memory_budget"
             ) from error
         finally:
-            for head in (heads or {}).values():
-                head.zero_grad()
+            meter.give_gradients_back()
     found.peak = meter.peak
     return found
 
@@ -138,8 +138,14 @@ class _Meter(TorchDispatchMode):
         self.device, self.live, self.peak = device, 0, 0
         # address of a storage -> the storage
         self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        # Parameters of the user's own, which the backward gives gradients without numbers, and what they had before.
+        self._leaves: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves(args):
+            # To ask a tensor of the model's own whether it is a leaf, while autograd makes a view of it, never returns.
+            if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor) and tensor.is_leaf and tensor.requires_grad:
+                self._leaves.setdefault(id(tensor), (tensor, tensor.grad))
         masks: Sequence[Any] = args[1] if function is torch.ops.aten.index.Tensor else ()
         if len(masks) == 1 and masks[0].dtype == torch.bool:
             # How many are selected is not known: at most all.
@@ -157,6 +163,10 @@ class _Meter(TorchDispatchMode):
         """Views of this tensor take nothing."""
         storage = tensor.untyped_storage()
         self._known[storage._cdata] = storage
+
+    def give_gradients_back(self) -> None:
+        for tensor, gradient in self._leaves.values():
+            tensor.grad = gradient
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if self._known.get(storage._cdata) is storage:

@@ -48,6 +48,18 @@ def test_a_dry_run_leaves_the_module_and_counts_what_is_held_twice():
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dry_run_leaves_no_gradient_on_modules_of_the_users(streamed):
+    head = torch.nn.Linear(37, 3, dtype=torch.float64)
+    head.weight.grad = own = torch.ones_like(head.weight)
+    batches = {task: held[0] for task, held in streaming.make_batches().items()}
+    weights = streaming.make_packed(streaming.make(blocks=1))
+    dry_run(
+        streaming.make(1, blocks=1), weights, batches, lambda module, batch, task: head(module(batch)), device=CPU, streamed=streamed
+    )
+    assert head.bias.grad is None and head.weight.grad is own and own.eq(1).all()
+
+
 def test_activations_count():
     module, weights = streaming.make(1), streaming.make_packed(streaming.make())
     peaks = []

@@ -1,5 +1,5 @@
-"""Coefficients of singular components where no weights are held whole: gradients, learned merges and what is saved, wherever base and
-task vectors lie."""
+"""Coefficients of singular components where no weights are held whole: gradients, learned merges and what is saved, wherever base
+and task vectors lie."""
 
 import json
 import subprocess
@@ -244,8 +244,8 @@ def test_factors_are_planned_for_as_they_are_found(packed_twice):
         ]
         found = sum(side.nbytes for sides in Components.of(packed, 5).factors.values() for side in sides)
         assert found <= peaks[1] - peaks[0] <= 2 * found
-    config = sm.SAMergingConfig(**SETTINGS)
-    assert {way.store for way in plan(make(1), packed, streaming.make_batches(), streaming.logits, config).ways} == {"device", "factors"}
+    planned = plan(make(1), packed, streaming.make_batches(), streaming.logits, sm.SAMergingConfig(**SETTINGS))
+    assert {way.store for way in planned.ways} == {"device", "factors"}
 
 
 def test_a_module_of_other_tests_streams_too():

@@ -1,5 +1,5 @@
-"""A merge that learns coefficients of components, in a process of its own, where their factors are as many numbers as the task vectors:
-prints [planned, measured, planned without components] bytes.
+"""A merge that learns coefficients of components, in a process of its own, where their factors are as many numbers as the task
+vectors: prints [planned, measured, planned without components] bytes.
 
     python tests/support/rank_memory.py resident|file
 """
