@@ -69,22 +69,25 @@ class Components:
 
     @classmethod
     def rehearsed(cls, packed: PackedWeights, rank: int, store: Store) -> Components:
-        """Factors without numbers on the store's device, after a search in the largest matrix alone: for a dry run.
+        """Factors without numbers on the store's device, for a dry run: the largest matrix's are searched for, beside all others.
 
         packed: by its shapes, and its LoRA factors where it has some. store: of tensors without numbers.
         """
-        counts = _counts(packed, rank)
-        if counts and not isinstance(packed.task_vectors, FactoredTaskVectors):
-            largest = max(counts, key=lambda layer: packed.layout.shapes[layer].numel())
-            _fetched(packed, largest, counts[largest], store)
+        layout, counts = packed.layout, _counts(packed, rank)
+        largest = max(counts, key=lambda layer: layout.shapes[layer].numel(), default=None)
+        if isinstance(packed.task_vectors, FactoredTaskVectors):
+            largest = None  # they are decomposed in next to nothing
         factors = {}
         for layer, k in counts.items():
-            left, right = (
-                torch.empty(side, packed.num_tasks * k, dtype=packed.coefficient_dtype, device=store.device)
-                for side in _sides(packed, layer)
-            )
-            factors[packed.layout.names[layer]] = (left, right)
-        return cls(factors, packed.num_tasks, packed.layout.num_layers)
+            if layer != largest:
+                left, right = (
+                    torch.empty(side, packed.num_tasks * k, dtype=packed.coefficient_dtype, device=store.device)
+                    for side in _sides(packed, layer)
+                )
+                factors[layout.names[layer]] = (left, right)
+        if largest is not None:
+            factors[layout.names[largest]] = _fetched(packed, largest, counts[largest], store)
+        return cls(factors, packed.num_tasks, layout.num_layers)
 
     @property
     def columns(self) -> int:

@@ -53,10 +53,8 @@ def test_a_dry_run_leaves_no_gradient_on_modules_of_the_users(streamed):
     head = torch.nn.Linear(37, 3, dtype=torch.float64)
     head.weight.grad = own = torch.ones_like(head.weight)
     batches = {task: held[0] for task, held in streaming.make_batches().items()}
-    weights = streaming.make_packed(streaming.make(blocks=1))
-    dry_run(
-        streaming.make(1, blocks=1), weights, batches, lambda module, batch, task: head(module(batch)), device=CPU, streamed=streamed
-    )
+    module, weights = streaming.make(1, blocks=1), streaming.make_packed(streaming.make(blocks=1))
+    dry_run(module, weights, batches, lambda module, batch, task: head(module(batch)), device=CPU, streamed=streamed)
     assert head.bias.grad is None and head.weight.grad is own and own.eq(1).all()
 
 

@@ -1,11 +1,7 @@
-"""A merge that learns coefficients of components, in a process of its own, where their factors are as many numbers as the task
-vectors: prints [planned, measured, planned without components] bytes.
-
-    python tests/support/rank_memory.py resident|file
-"""
+"""A merge from a packed file that learns coefficients of components, in a process of its own, where their factors are as many numbers
+as the task vectors: prints [planned, measured, planned without components] bytes."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -41,11 +37,10 @@ def write(folder):
     return paths.pop("base"), paths
 
 
-def main(way):
+def main():
     with tempfile.TemporaryDirectory() as folder:
         models = write(Path(folder))
         packed = sm.PackedWeights.from_folders(*models, file=Path(folder) / "packed")
-        packed = packed if way == "file" else packed.in_memory()
         with sm.models.parameters_on_meta():
             module = Model()
         batches = {task: [torch.randint(ROWS, (4, 5)) for _ in range(2)] for task in TASKS}
@@ -57,16 +52,16 @@ def main(way):
         settings = {"steps": 2, "progress": False}
         components = {**settings, "granularity": "rank", "rank": WIDTH}
         without, planned = (
-            plan(module, packed, batches, logits, sm.SAMergingConfig(**config)).ways[-1 if way == "file" else 0].device_bytes
+            plan(module, packed, batches, logits, sm.SAMergingConfig(**config)).ways[-1].device_bytes
             for config in (settings, components)
         )
         config = sm.SAMergingConfig(**components, memory_budget=int(SLACK * planned))
         before = resident_bytes()
         with PeakMemory() as peak:
             result = sm.samerging(module, packed, batches, logits, config=config)
-        assert (result.merged is None) == (way == "file")
+        assert result.merged is None
     print(json.dumps([int(SLACK * planned), before + peak.rise, without]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -6,8 +6,9 @@ from processes import in_a_process
 
 
 def test_random_plans_run_within_their_budget_or_are_refused():
-    """Small models: int4 with a shared offset and bf16 in a packed file, fp64 and int4 in memory."""
-    outcomes = [soak.one_plan(seed) for seed in (7, 8, 15, 18)]
+    """Small models: int4 with a shared offset and bf16 in a packed file, fp64 and int4 in memory; coefficients of
+    components, of fp64 and of fp16 in a packed file."""
+    outcomes = [soak.one_plan(seed) for seed in (7, 8, 15, 18, 52)]
     assert "ran" in outcomes
 
 
