@@ -1,5 +1,5 @@
-"""A merge from a packed file that learns coefficients of components, in a process of its own, where their factors are as many numbers
-as the task vectors: prints [planned, measured, planned without components] bytes."""
+"""A merge from a packed file that learns coefficients of components, in a process of its own, where their factors are as many
+numbers as the task vectors: prints [planned, measured, planned without components] bytes."""
 
 import json
 import tempfile
