@@ -224,7 +224,7 @@ def cases() -> list[Case]:
                 moved = size * (tasks + others) * dtype.itemsize
                 found.append(Case(operator, f"N = 88 M, T = {tasks}, {name}", call, 1024 * blocks, size, moved))
         student, teacher, scale = normal(*logits, dtype=dtype), normal(1, *logits, dtype=dtype), torch.ones(2).cuda()
-        arguments = student, teacher, None, None, scale, torch.empty_like(student), "kl", 1.0, 1.0
+        arguments = student, teacher, None, None, scale, torch.empty_like(student), "kl", 1.0, 1.0, 0.0
         whole = 4096 * 32000.0
         call = lambda a=arguments: backend._C.softmax_kl_cuda(*a)
         found.append(Case("softmax_kl", f"(4096, 32000) {name}", call, student.numel(), whole, 3 * whole * dtype.itemsize))

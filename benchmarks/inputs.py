@@ -25,7 +25,7 @@ from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 # baselines round after every operation, ours only at the end.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 OUR_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
-SETTINGS = ("kl", 2.0, 2.0)  # the loss and both temperatures
+SETTINGS = ("kl", 2.0, 2.0, 0.0)  # the loss, both temperatures and beta
 CHECKED_NUMBERS = 2**22  # of the packed weights, at their end, where offsets are largest
 CHECKED_ROWS = 16
 PERIOD = 2**22 - 3  # random numbers repeat after so many: no multiple of a block or a row

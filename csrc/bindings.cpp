@@ -20,7 +20,7 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const at::Tensor& student, const std::optional<at::Tensor>& teacher,
     const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
     const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& out, const std::string& loss,
-    double student_temperature, double teacher_temperature);
+    double student_temperature, double teacher_temperature, double beta);
 
 at::Tensor gram_product_cpu(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
                             const at::Tensor& q, const at::Tensor& scale);
@@ -59,7 +59,7 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cuda(
     const at::Tensor& student, const std::optional<at::Tensor>& teacher,
     const std::optional<at::Tensor>& teacher_weights, const std::optional<at::Tensor>& num_classes,
     const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& out, const std::string& loss,
-    double student_temperature, double teacher_temperature);
+    double student_temperature, double teacher_temperature, double beta);
 
 at::Tensor gram_product_cuda(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& bases,
                              const at::Tensor& q, const at::Tensor& scale);

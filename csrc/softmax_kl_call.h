@@ -10,8 +10,9 @@
 
 namespace samerge {
 
-inline RowLoss row_loss(const std::string& name) {
-  if (name == "kl") return RowLoss::kl;
+inline RowLoss row_loss(const std::string& name, double beta) {
+  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta is ", beta, "; it must lie in 0 ... 1");
+  if (name == "kl") return beta == 0 ? RowLoss::kl : beta == 1 ? RowLoss::reverse_kl : RowLoss::jsd;
   if (name == "cross_entropy") return RowLoss::cross_entropy;
   TORCH_CHECK_VALUE(name == "entropy", "unknown loss '", name, "'; choose kl, cross_entropy or entropy");
   return RowLoss::entropy;
@@ -31,7 +32,7 @@ struct SoftmaxKlCall {
                 const std::optional<at::Tensor>& given_num_classes,      // [R]
                 const std::optional<at::Tensor>& given_row_scale,        // [R]
                 const std::optional<at::Tensor>& out,                    // [R, V]
-                const std::string& loss, double student_temperature, double teacher_temperature) {
+                const std::string& loss, double student_temperature, double teacher_temperature, double beta) {
     SoftmaxKl& a = arguments;
     TORCH_CHECK_VALUE(given_student.dim() == 2 && given_student.size(1) > 0 && given_student.device().type() == device,
                       "student must be [R, V] on ", device, " with at least one class, not ", given_student.sizes());
@@ -39,7 +40,7 @@ struct SoftmaxKlCall {
     const auto real = accumulator(given_student);
     const auto here = [&](const at::Tensor& tensor) { return tensor.device() == given_student.device(); };
 
-    a.loss = row_loss(loss);
+    a.loss = row_loss(loss, beta);
     TORCH_CHECK_VALUE(given_teacher.has_value() == (a.loss != RowLoss::entropy), loss,
                       given_teacher ? " takes no teacher" : " needs a teacher");
     a.num_rows = rows;
@@ -47,6 +48,7 @@ struct SoftmaxKlCall {
     a.student_dtype = dtype_of(given_student);
     a.student_temperature = student_temperature;
     a.teacher_temperature = teacher_temperature;
+    a.beta = beta;
     student = dense_rows(given_student);
     a.student = student.const_data_ptr();
     a.student_stride = student.stride(0);

@@ -186,6 +186,19 @@ SAMERGE_INLINE Double exp_remainder(Double d) {
   return d;
 }
 
+// The logarithm of y = 1 + x in 0 ... 2, where x is that to full relative precision.
+SAMERGE_INLINE Float log_one_plus(Float x, Float y) {
+  const Int power = ((Int)y - 0x3f3504f3) >> 23;  // y / 2^power lies between sqrt(1/2) and sqrt(2)
+  const Float scaled = (Float)((Int)y - (power << 23));
+  return __builtin_convertvector(power, Float) * 0.693147180559945f + log_near_one(power == 0 ? x : scaled - 1.f);
+}
+
+SAMERGE_INLINE Double log_one_plus(Double x, Double y) {
+  for (int lane = 0; lane < kLanes<Double>; ++lane)
+    y[lane] = x[lane] > -0.5 ? __builtin_log1p(x[lane]) : __builtin_log(y[lane]);
+  return y;
+}
+
 struct F32 {
   using Stored = float;
   using Vector = Float;

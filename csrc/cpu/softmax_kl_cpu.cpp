@@ -19,10 +19,10 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> softmax_kl_cpu(
     const std::optional<at::Tensor>& num_classes,      // [R]
     const std::optional<at::Tensor>& row_scale,        // [R]
     const std::optional<at::Tensor>& out,              // [R, V]
-    const std::string& loss, double student_temperature,
-    double teacher_temperature) {  // -> [R], [R, V]
+    const std::string& loss, double student_temperature, double teacher_temperature,
+    double beta) {  // -> [R], [R, V]
   const SoftmaxKlCall call(at::kCPU, student, teacher, teacher_weights, num_classes, row_scale, out, loss,
-                           student_temperature, teacher_temperature);
+                           student_temperature, teacher_temperature, beta);
   const SoftmaxKl& a = call.arguments;
   if (call.grad && !out) use_huge_pages(*call.grad);
   for (int64_t r = 0; a.num_classes && r < a.num_rows; ++r)

@@ -1,4 +1,4 @@
-// How a team reads one row of logits: straight from memory, or once into shared memory and from there.
+// How a team reads one row of logits, straight from memory or once into shared memory and from there, and writes its gradient.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -90,6 +90,34 @@ struct Row {
       Real x[kCount];
       widen(share, chunk, read(share, chunk), x);
       use(chunk, x);
+    }
+  }
+};
+
+// The gradient of a row, or what lies of it in this block, from the slopes by x / temperature.
+template <class Team, class Student, int kCount>
+struct Gradient {
+  using Real = real_t<Student>;
+  Student* numbers;  // [V]
+  Real scale;
+  DType dtype;
+  bool aligned;
+
+  __device__ __forceinline__ void write(const Share& share, int chunk, Real* slope) const {
+    const Place<Team, kCount> at(share, chunk);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) slope[k] *= scale;
+    if (!at.all_below(share.classes)) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) slope[k] = at[k] < share.classes ? slope[k] : Real(0);
+    }
+    const auto pack = narrow<Student, kCount>(slope, dtype);
+    if (aligned) {
+      if (at.first < share.columns) store_pack(numbers, at.first, pack);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (at[k] < share.columns) numbers[at[k]] = pack.numbers[k];
     }
   }
 };

@@ -162,6 +162,10 @@ __device__ __forceinline__ Partition<Real, Real> Temperature<Real>::rescale(cons
 __device__ __forceinline__ float exp_remainder(float d) { return exp_remainder_series(d); }
 __device__ __forceinline__ double exp_remainder(double d) { return expm1(-d) + d; }
 
+// The logarithm of y = 1 + x in 0 ... 2, where x is that to full relative precision.
+__device__ __forceinline__ float log_one_plus(float x, float y) { return fabsf(x) < 0.25f ? log_near_one(x) : logf(y); }
+__device__ __forceinline__ double log_one_plus(double x, double y) { return x > -0.5 ? log1p(x) : log(y); }
+
 template <class Real>
 struct Normalizer {
   Real max;          // m
@@ -172,10 +176,12 @@ struct Normalizer {
 
 template <class Real>
 struct Teacher {
-  Real max, inverse_sum;      // kl
-  Real max_gap, log_sum_gap;  // its m and log Z beyond the student's; kl
+  Real max, inverse_sum;      // of divergences
+  Real max_gap, log_sum_gap;  // its m and log Z beyond the student's; of divergences
   Real weight;
   int target;  // cross_entropy
 };
 
 }  // namespace samerge::gpu
+
+#include "../softmax_kl_divergences.h"

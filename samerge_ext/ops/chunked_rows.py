@@ -29,11 +29,12 @@ def losses_and_grads(
     loss: str,
     student_temperature: float,
     teacher_temperature: float,
+    beta: float,
     workspace_bytes: int | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # [R], [R, H], [V, H], [V]
     """Every row's loss, and of Σ_r row_scale_r · loss_r the wanted gradients by hidden, head and bias: else they are empty."""
-    settings = (loss, student_temperature, teacher_temperature)
+    settings = (loss, student_temperature, teacher_temperature, beta)
     if backend.active() == "reference":
         inputs = (hidden, head, bias, teacher_hidden, teacher_head, teacher_bias, teacher_weights, mask, row_scale)
         return reference.linear_softmax_kl(*inputs, *settings, wanted)

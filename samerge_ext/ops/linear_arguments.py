@@ -54,9 +54,10 @@ def check_linear(
     teacher_weights: Tensor | None,
     mask: Tensor | None,
     reduction: str,
+    beta: float = 0.0,
 ) -> Tensor | None:
     """Raises on the first argument that does not fit; returns the teachers' weights as [K, R]."""
-    check_settings(reduction, *temperatures)
+    check_settings(reduction, *temperatures, beta)
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {shape(hidden)}; it must be [R, H]: flatten batches and positions to rows")
     if head.dim() != 2 or not len(head):

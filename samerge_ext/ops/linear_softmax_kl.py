@@ -19,7 +19,7 @@ from .linear_arguments import Teachers, check_linear, reduced_scale
 
 _INPUTS = "Tensor hidden, Tensor head, Tensor? bias"
 _TEACHERS = "Tensor[] teacher_hidden, Tensor[] teacher_head, Tensor[] teacher_bias, Tensor? teacher_weights, Tensor? mask"
-_SETTINGS = "str loss, float student_temperature, float teacher_temperature, int? workspace_bytes"
+_SETTINGS = "str loss, float student_temperature, float teacher_temperature, float beta, int? workspace_bytes"
 _ARGUMENTS = f"{_INPUTS}, {_TEACHERS}, Tensor row_scale"
 define(f"linear_softmax_kl({_INPUTS}, {_TEACHERS}, {_SETTINGS}) -> Tensor")
 define(
@@ -39,6 +39,7 @@ def linear_softmax_kl(
     teacher_bias: Tensor | Sequence[Tensor] | None = None,
     student_temperature: float = 2.0,
     teacher_temperature: float = 2.0,
+    beta: float = 0.0,
     row_weights: Tensor | None = None,
     teacher_weights: Tensor | None = None,
     mask: Tensor | None = None,
@@ -59,11 +60,11 @@ def linear_softmax_kl(
         teacher_head: [V, H_1] of all teachers, or a list of K of [V, H_k]; by default the student's, as a constant.
         bias: [V].
         teacher_bias: [V] of all teachers, or a list of K; by default the student's where `teacher_head` is, else none.
-        student_temperature, teacher_temperature: positive; logits are divided by them.
+        student_temperature, teacher_temperature, beta: as of `softmax_kl`.
         row_weights: [R] w, 1 by default.
         teacher_weights: [K] or [K, R] v, 1/K by default; a constant.
-        mask: [R] bool, the rows that count (`labels != ignore_index`): of the others nothing is computed, their loss is 0, and
-            "batchmean" divides by the number of those that count.
+        mask: [R] bool, the rows that count: `labels != -100` of labels that are −100 where a row is not to. Of the others
+            nothing is computed, their loss is 0, and "batchmean" divides by the number of those that count.
         reduction: "batchmean", "sum" or "none". Of zero rows, the first two are 0.
         workspace_bytes: what may be allocated beside the results; as many rows are computed at a time as fit. By default 64 MiB,
             on a GPU 1 GiB, halved until it is no more than a quarter of the free memory. A gradient by a bf16 or fp16 head is
@@ -77,7 +78,7 @@ def linear_softmax_kl(
             the workspace.
     """
     teachers = Teachers.of(head, bias, teacher_hidden, teacher_head, teacher_bias)
-    settings = ("kl", student_temperature, teacher_temperature, workspace_bytes)
+    settings = ("kl", student_temperature, teacher_temperature, beta, workspace_bytes)
     return _loss(hidden, head, bias, teachers, row_weights, teacher_weights, mask, reduction, settings)
 
 
@@ -98,7 +99,7 @@ def linear_argmax_cross_entropy(
 ) -> Tensor:
     """`argmax_cross_entropy` of hidden · headᵀ + bias; arguments, result and errors are those of `linear_softmax_kl`."""
     teachers = Teachers.of(head, bias, teacher_hidden, teacher_head, teacher_bias)
-    settings = ("cross_entropy", student_temperature, 1.0, workspace_bytes)
+    settings = ("cross_entropy", student_temperature, 1.0, 0.0, workspace_bytes)
     return _loss(hidden, head, bias, teachers, row_weights, teacher_weights, mask, reduction, settings)
 
 
@@ -114,7 +115,7 @@ def linear_entropy(
     workspace_bytes: int | None = None,
 ) -> Tensor:
     """`entropy` of hidden · headᵀ + bias; arguments, result and errors are those of `linear_softmax_kl`."""
-    settings = ("entropy", temperature, 1.0, workspace_bytes)
+    settings = ("entropy", temperature, 1.0, 0.0, workspace_bytes)
     return _loss(hidden, head, bias, Teachers([], [], []), row_weights, None, mask, reduction, settings)
 
 
@@ -127,9 +128,10 @@ def _loss(
     teacher_weights: Tensor | None,
     mask: Tensor | None,
     reduction: str,
-    settings: tuple[str, float, float, int | None],
+    settings: tuple[str, float, float, float, int | None],
 ) -> Tensor:
-    teacher_weights = check_linear(hidden, head, bias, teachers, settings[1:3], row_weights, teacher_weights, mask, reduction)
+    options = (row_weights, teacher_weights, mask, reduction, settings[3])
+    teacher_weights = check_linear(hidden, head, bias, teachers, settings[1:3], *options)
     inputs = (hidden, head, bias, teachers.hidden, teachers.heads, teachers.biases, teacher_weights, mask)
     if reduction == "none":
         losses = torch.ops.samerge.linear_softmax_kl(*inputs, *settings)
@@ -175,7 +177,7 @@ def _backward(ctx: Any, row_scale: Tensor) -> tuple[Any, ...]:  # [R]
     wanted = [ctx.needs_input_grad[i] for i in range(3)]
     grads = torch.ops.samerge.linear_softmax_kl_sum(*inputs, row_scale, *ctx.settings, wanted)[2:]
     of_inputs = (grad if wants else None for grad, wants in zip(grads, wanted, strict=True))
-    return *of_inputs, *_nothing(ctx.counts), None, None, None, None, None, None
+    return *of_inputs, *_nothing(ctx.counts), None, None, None, None, None, None, None
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -193,7 +195,7 @@ def _backward_sum(ctx: Any, factor: Tensor | None, *of_others: Tensor | None) ->
     for i, (constant, of) in enumerate(zip((*grads, losses), (hidden, head, bias, hidden), strict=True)):
         if factor is not None and wanted[i]:
             scaled[i] = torch.ops.samerge.constant_times(constant, factor, of)
-    return *scaled[:3], *_nothing(ctx.counts), None, None, scaled[3], None, None, None, None, None
+    return *scaled[:3], *_nothing(ctx.counts), None, None, scaled[3], None, None, None, None, None, None
 
 
 def _nothing(counts: list[int]) -> list[list[None]]:

@@ -10,12 +10,17 @@ from torch import Tensor
 from ._common import accumulator, check_devices, shape
 
 
-def check_settings(reduction: str, student_temperature: float, teacher_temperature: float) -> None:
+def check_settings(reduction: str, student_temperature: float, teacher_temperature: float, beta: float = 0.0) -> None:
     if reduction not in ("batchmean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; choose batchmean, sum or none")
     for name, temperature in (("student", student_temperature), ("teacher", teacher_temperature)):
         if not 0 < temperature < math.inf:
             raise ValueError(f"the {name}'s temperature is {temperature}; it must be positive and finite")
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f"beta is {beta}; it must lie in 0 … 1: 0 for KL(teacher ‖ student), 1 for the reverse, and between them for their "
+            "Jensen–Shannon divergence"
+        )
 
 
 def check_row_weights(weights: Tensor | None, **rows: Tensor) -> None:

@@ -3,11 +3,13 @@
 With head = base + Σ_t λ_t τ_t, ∂loss/∂λ_t = ⟨∂loss/∂head, τ_t⟩. A first pass over slabs of the head's rows, which merges each and
 multiplies it with all hidden states, finds the largest logit m and Z = Σ exp((x − m) / temperature) of every row, rescaled when a
 slab brings a larger m. A second pass has with them the probabilities of a slab, its losses, its gradient G = ∂loss/∂logits, and
-∂loss/∂hidden += G · head, ∂loss/∂head = Gᵀ · hidden of the slab, which is contracted with its task vectors and forgotten.
+∂loss/∂hidden += G · head, ∂loss/∂head = Gᵀ · hidden of the slab, which is contracted with its task vectors and forgotten. Where
+G needs a sum over the whole row, as that of every divergence but KL(p ‖ q) does, a pass between them finds the sum and the loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +22,9 @@ from .linear_arguments import Teachers, check_linear, reduced_scale
 
 _INPUTS = "Tensor hidden, Tensor base, Tensor task_vectors, Tensor coefficients"
 _TEACHERS = "Tensor[] teacher_hidden, Tensor[] teacher_head, Tensor[] teacher_bias, Tensor? teacher_weights"
-_SETTINGS = "Tensor? mask, Tensor row_scale, float student_temperature, float teacher_temperature, int? workspace_bytes"
+_SETTINGS = "Tensor? mask, Tensor row_scale, float student_temperature, float teacher_temperature, float beta"
 define(
-    f"merged_linear_softmax_kl({_INPUTS}, {_TEACHERS}, {_SETTINGS}) "
+    f"merged_linear_softmax_kl({_INPUTS}, {_TEACHERS}, {_SETTINGS}, int? workspace_bytes) "
     "-> (Tensor total, Tensor losses, Tensor hidden_grad, Tensor coefficient_grad)"
 )
 
@@ -38,6 +40,7 @@ def merged_linear_softmax_kl(
     teacher_bias: Tensor | Sequence[Tensor] | None = None,
     student_temperature: float = 2.0,
     teacher_temperature: float = 2.0,
+    beta: float = 0.0,
     row_weights: Tensor | None = None,
     teacher_weights: Tensor | None = None,
     mask: Tensor | None = None,
@@ -46,8 +49,9 @@ def merged_linear_softmax_kl(
 ) -> Tensor:
     """`linear_softmax_kl` with the head base + Σ_t coefficients[t] · task_vectors[t], merged slab by slab.
 
-    Differentiable in `hidden`, `coefficients` and `row_weights`. Every product with a head is computed twice, in fp32 (fp64 for
-    fp64), and a slab has as many of the head's rows as the workspace has room for with all rows of hidden states.
+    Differentiable in `hidden`, `coefficients` and `row_weights`. Every product with a head is computed twice, with beta > 0 three
+    times, in fp32 (fp64 for fp64), and a slab has as many of the head's rows as the workspace has room for with all rows of
+    hidden states.
 
     Args:
         base: [V, H], fp32, bf16 or fp16, or fp64 with everything else in fp64; a constant.
@@ -64,8 +68,8 @@ def merged_linear_softmax_kl(
         ValueError, TypeError: as `linear_softmax_kl`, or a constant requires grad.
     """
     teachers = Teachers.of(base, None, teacher_hidden, teacher_head, teacher_bias)
-    temperatures = (student_temperature, teacher_temperature)
-    teacher_weights = check_linear(hidden, base, None, teachers, temperatures, row_weights, teacher_weights, mask, reduction)
+    temperatures, options = (student_temperature, teacher_temperature), (row_weights, teacher_weights, mask, reduction, beta)
+    teacher_weights = check_linear(hidden, base, None, teachers, temperatures, *options)
     if reduction == "none":
         raise ValueError("reduction 'none' has no gradient by coefficients that is one vector; choose batchmean or sum")
     if task_vectors.dim() != 3 or task_vectors.shape[1:] != base.shape:
@@ -84,7 +88,7 @@ def merged_linear_softmax_kl(
             raise ValueError(f"{name} requires grad, but it is a constant here; pass {name}.detach()")
     row_scale = reduced_scale(hidden, row_weights, mask, reduction)
     inputs = (hidden, base, task_vectors, coefficients, teachers.hidden, teachers.heads, teachers.biases, teacher_weights, mask)
-    return torch.ops.samerge.merged_linear_softmax_kl(*inputs, row_scale, *temperatures, workspace_bytes)[0]
+    return torch.ops.samerge.merged_linear_softmax_kl(*inputs, row_scale, *temperatures, beta, workspace_bytes)[0]
 
 
 class _Rows:
@@ -104,6 +108,24 @@ class _Rows:
 
     def log_probabilities(self, logits: Tensor) -> Tensor:  # [R, v], in place
         return logits.sub_(self.max).div_(self.temperature).sub_(self.sum.log())
+
+
+class _Mixture:
+    """m = β p + (1 − β) q of β KL(p ‖ m) + (1 − β) KL(q ‖ m), and at β = 1, relative to 1 − β, KL(q ‖ p) with m = p."""
+
+    def __init__(self, beta: float):
+        self.beta, self.own = beta, 1 - beta or 1.0
+
+    def log_probabilities(self, log_p: Tensor, log_q: Tensor, room: Tensor, out: Tensor) -> Tensor:  # [R, v]
+        if self.beta == 1:
+            return out.copy_(log_p)
+        of_p = torch.add(log_p, math.log(self.beta), out=out)
+        return torch.logaddexp(of_p, torch.add(log_q, math.log(self.own), out=room), out=out)
+
+    def of_student(self, log_q: Tensor, log_m: Tensor, q: Tensor) -> Tensor:  # [R, v]
+        """(1 − β) q log(q / m), which is also q times the derivative by q, in place of log_m; and q."""
+        torch.exp(log_q, out=q)
+        return torch.sub(log_q, log_m, out=log_m).masked_fill_(q == 0, 0).mul_(q).mul_(self.own)
 
 
 class _Room:
@@ -129,6 +151,7 @@ def _forward(
     row_scale: Tensor,  # [R]
     student_temperature: float,
     teacher_temperature: float,
+    beta: float,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [R], [R, H], [T]
     kept = slice(None) if mask is None else mask.nonzero().flatten()
@@ -166,20 +189,38 @@ def _forward(
             for k, teacher in enumerate(teachers):
                 teacher.see(teacher_logits(k, some, logits))
 
-        losses, hidden_grad = x.new_zeros(rows), torch.zeros_like(x)
+        losses, means, hidden_grad = x.new_zeros(rows), x.new_zeros(rows), torch.zeros_like(x)
         coefficient_grad = torch.zeros_like(coefficients, dtype=torch.float64)
         weights = x.new_full((count, rows), 1 / count) if teacher_weights is None else teacher_weights[:, kept]
+        mixture = _Mixture(beta)
+        for some in slabs if beta else ():
+            log_q, log_p, log_m, q, p = logits_room.matrices(rows, some.stop - some.start)
+            student.log_probabilities(merged_logits(some, log_q))
+            for k, teacher in enumerate(teachers):
+                torch.exp(teacher.log_probabilities(teacher_logits(k, some, log_p)), out=p)
+                mixture.log_probabilities(log_p, log_q, q, log_m)
+                of_p = log_p.sub_(log_m).masked_fill_(p == 0, 0).mul_(p).sum(1)
+                of_q = mixture.of_student(log_q, log_m, q).sum(1)
+                losses += weights[k] * (beta * of_p + of_q + (p.sub_(q).sum(1) if beta == 1 else 0))  # as below
+                means += weights[k] * of_q
         for some in slabs:
             log_q, log_p, p, slope, grad = logits_room.matrices(rows, some.stop - some.start)
             student.log_probabilities(merged_logits(some, log_q))
             grad.zero_()
             for k, teacher in enumerate(teachers):
-                torch.exp(teacher.log_probabilities(teacher_logits(k, some, log_p)), out=p)
+                teacher.log_probabilities(teacher_logits(k, some, log_p))
+                if beta:
+                    log_m = mixture.log_probabilities(log_p, log_q, slope, out=p)
+                    grad.addcmul_(mixture.of_student(log_q, log_m, slope), weights[k][:, None])
+                    continue
+                torch.exp(log_p, out=p)
                 torch.exp(log_q, out=slope).sub_(p)  # q − p
                 d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
                 # Σ p · d + q − p: what is added sums to 0 over a row, and takes the roundings of log Z with it.
                 losses += weights[k] * p.mul_(d).add_(slope).sum(1)
                 grad.addcmul_(slope, weights[k][:, None])
+            if beta:
+                grad.addcmul_(torch.exp(log_q, out=slope), means[:, None], value=-1)
             grad.mul_((scale / student_temperature)[:, None])
             head, head_grad, other = weights_room.matrices(some.stop - some.start, base.shape[1])
             hidden_grad.addmm_(grad, head)
@@ -214,7 +255,7 @@ def _backward(ctx: Any, factor: Tensor | None, *of_others: Tensor | None) -> tup
 
     by_hidden, by_coefficients = scaled(0, hidden_grad, hidden), scaled(3, coefficient_grad, coefficients)
     nothing = [[None] * count for count in ctx.counts]
-    return by_hidden, None, None, by_coefficients, *nothing, None, None, scaled(9, losses, hidden), None, None, None
+    return by_hidden, None, None, by_coefficients, *nothing, None, None, scaled(9, losses, hidden), None, None, None, None
 
 
 library.impl("merged_linear_softmax_kl", _forward, "CompositeExplicitAutograd")

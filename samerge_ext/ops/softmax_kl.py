@@ -2,11 +2,13 @@
 
 With p_k = softmax(teacher[k, r] / teacher_temperature), q = softmax(student[r] / student_temperature), a row's loss is
 
-    softmax_kl              Σ_k v[k, r] · KL(p_k ‖ q)           (arXiv 2512.21288; no τ² factor)
+    softmax_kl              Σ_k v[k, r] · D_β(p_k, q)           (arXiv 2512.21288 with β = 0; no τ² factor)
     argmax_cross_entropy    Σ_k v[k, r] · −log q[argmax p_k]    (arXiv 2506.04567)
     entropy                 H(q)                                (arXiv 2310.02575)
 
-and the reductions are Σ_r w_r · loss_r / R ("batchmean"), Σ_r w_r · loss_r ("sum") and w_r · loss_r ("none").
+where D_0 is KL(p ‖ q), D_1 is KL(q ‖ p), and any other D_β, with m = β p + (1 − β) q, is the generalised Jensen–Shannon
+divergence β KL(p ‖ m) + (1 − β) KL(q ‖ m) (arXiv 2306.13649, equation 1): D_0 is the limit of D_β / β and D_1 that of
+D_β / (1 − β). The reductions are Σ_r w_r · loss_r / R ("batchmean"), Σ_r w_r · loss_r ("sum") and w_r · loss_r ("none").
 """
 
 from typing import Any, NoReturn
@@ -18,7 +20,7 @@ from ._common import accumulator, check_devices, check_dtypes, define, library, 
 from .loss_arguments import check_row_weights, check_settings, of_every_row
 
 _ARGUMENTS = "Tensor student, Tensor? teacher, Tensor? teacher_weights, Tensor? num_classes"
-_SETTINGS = "str loss, float student_temperature, float teacher_temperature"
+_SETTINGS = "str loss, float student_temperature, float teacher_temperature, float beta"
 define(f"softmax_kl({_ARGUMENTS}, {_SETTINGS}) -> Tensor")
 define(f"softmax_kl_grad({_ARGUMENTS}, Tensor row_scale, {_SETTINGS}) -> (Tensor, Tensor)")
 define(f"softmax_kl_grad_out({_ARGUMENTS}, Tensor row_scale, Tensor(a!) out, {_SETTINGS}) -> Tensor")
@@ -30,20 +32,26 @@ def softmax_kl(
     *,
     student_temperature: float = 2.0,
     teacher_temperature: float = 2.0,
+    beta: float = 0.0,
     row_weights: torch.Tensor | None = None,
     teacher_weights: torch.Tensor | None = None,
     num_classes: torch.Tensor | None = None,
     reduction: str = "batchmean",
 ) -> torch.Tensor:
-    """Kullback–Leibler divergence of the student from its teachers, Σ_r w_r Σ_k v_kr KL(p_kr ‖ q_r) / R.
+    """Divergence of the student from its teachers: Σ_r w_r Σ_k v_kr KL(p_kr ‖ q_r) / R, or by `beta` the reverse or between them.
 
     Differentiable in `student` and `row_weights`; teachers are constants. Computed from log-sum-exp, in fp32 or wider:
-    logits of any finite size are fine, and so is −inf for a class that does not exist.
+    logits of any finite size are fine, and so is −inf for a class that does not exist. With labels that are −100 where a row is
+    not to count, give `student[labels != -100]` and the teachers' rows likewise.
 
     Args:
         student: [R, V] logits; fp32, bf16 or fp16, or fp64 with fp64 teachers.
         teacher: [R, V] or [K, R, V] logits, their dtype independent of the student's.
         student_temperature, teacher_temperature: positive; logits are divided by them.
+        beta: 0 for KL(p ‖ q); 1 for the reverse, KL(q ‖ p), which is infinite where a teacher lacks a class that the student has;
+            between them for the generalised Jensen–Shannon divergence, β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q,
+            which is at most log 2, and small where β is nearly 0 or 1. It is what TRL's GKD calls `beta`; its `temperature` is
+            both temperatures here, and puts no factor before the loss there either.
         row_weights: [R] w, 1 by default.
         teacher_weights: [K] or [K, R] v, 1/K by default; a constant.
         num_classes: [R] int64 in 1 … V: only the first classes of a row count, the others get gradient 0. Rows of
@@ -57,7 +65,7 @@ def softmax_kl(
         ValueError, TypeError: a shape, dtype, device or setting does not fit, or a teacher requires grad.
     """
     options = (student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction)
-    return _loss("kl", student, teacher, *options)
+    return _loss("kl", student, teacher, *options, beta)
 
 
 def softmax_kl_with_grad(
@@ -66,6 +74,7 @@ def softmax_kl_with_grad(
     *,
     student_temperature: float = 2.0,
     teacher_temperature: float = 2.0,
+    beta: float = 0.0,
     row_weights: torch.Tensor | None = None,
     teacher_weights: torch.Tensor | None = None,
     num_classes: torch.Tensor | None = None,
@@ -82,7 +91,7 @@ def softmax_kl_with_grad(
         The loss, and its gradient [R, V] in the student's dtype; for "none", row r is the gradient of loss r.
     """
     options = (student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction, out)
-    return _loss_with_grad("kl", student, teacher, *options)
+    return _loss_with_grad("kl", student, teacher, *options, beta)
 
 
 def argmax_cross_entropy(
@@ -155,12 +164,13 @@ def _loss(
     teacher_weights: torch.Tensor | None,
     num_classes: torch.Tensor | None,
     reduction: str,
+    beta: float = 0.0,
 ) -> torch.Tensor:
     teacher, teacher_weights = _check(
-        student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+        student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction, beta
     )
     losses = torch.ops.samerge.softmax_kl(
-        student, teacher, teacher_weights, num_classes, loss, student_temperature, teacher_temperature
+        student, teacher, teacher_weights, num_classes, loss, student_temperature, teacher_temperature, beta
     )
     return _reduce(losses, row_weights, reduction)
 
@@ -176,9 +186,10 @@ def _loss_with_grad(
     num_classes: torch.Tensor | None,
     reduction: str,
     out: torch.Tensor | None,
+    beta: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     teacher, teacher_weights = _check(
-        student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction
+        student, teacher, student_temperature, teacher_temperature, row_weights, teacher_weights, num_classes, reduction, beta
     )
     _check_out(out, student)
     rows = student.shape[0]
@@ -189,7 +200,7 @@ def _loss_with_grad(
         row_weights = row_weights.detach()
         row_scale = row_weights * scale
     inputs = (student.detach(), teacher, teacher_weights, num_classes, row_scale)
-    settings = (loss, student_temperature, teacher_temperature)
+    settings = (loss, student_temperature, teacher_temperature, beta)
     # On small inputs the dispatcher would cost as much as the kernel; it is there for tensors that only stand for others.
     if type(student) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         losses, grad = backend.kernel("softmax_kl", student)(*inputs, out, *settings)
@@ -233,9 +244,10 @@ def _check(
     teacher_weights: torch.Tensor | None,
     num_classes: torch.Tensor | None,
     reduction: str,
+    beta: float = 0.0,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Raises on the first argument that does not fit; returns the teachers as [K, R, V] and their weights as [K, R]."""
-    check_settings(reduction, student_temperature, teacher_temperature)
+    check_settings(reduction, student_temperature, teacher_temperature, beta)
     if student.dim() != 2 or student.shape[1] == 0:
         raise ValueError(f"student has shape {shape(student)}; it must be [R, V] with at least one class")
     rows, classes = student.shape
@@ -306,7 +318,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, row_scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [R]
     _, grad = torch.ops.samerge.softmax_kl_grad(*ctx.saved_tensors, row_scale, *ctx.settings)
-    return grad, None, None, None, None, None, None
+    return grad, None, None, None, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:

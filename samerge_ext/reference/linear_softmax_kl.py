@@ -20,6 +20,7 @@ def linear_softmax_kl(
     loss: str,
     student_temperature: float,
     teacher_temperature: float,
+    beta: float,
     wanted: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor, ...]:  # losses [R] and the wanted gradients [R, H], [V, H], [V], else empty
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -32,7 +33,7 @@ def linear_softmax_kl(
         scale = torch.zeros_like(x[:, 0]) if row_scale is None else row_scale[kept]
         inputs = (_linear(x, weight, bias, wide), torch.stack(taught) if taught else None, weights, None, scale, None)
         losses = hidden.new_zeros(len(hidden), dtype=wide)
-        losses[kept], grad = softmax_kl(*inputs, loss, student_temperature, teacher_temperature)
+        losses[kept], grad = softmax_kl(*inputs, loss, student_temperature, teacher_temperature, beta)
         assert grad is not None  # since there is a scale
         of = (hidden, head, head[:, 0] if bias is None else bias)
         hidden_grad, head_grad, bias_grad = (like.new_zeros(like.shape if wants else 0) for like, wants in zip(of, wanted))

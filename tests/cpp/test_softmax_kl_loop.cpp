@@ -4,7 +4,7 @@ namespace samerge {
 namespace {
 
 constexpr int64_t kRows = 3;
-constexpr double kStudentTemperature = 2;
+constexpr double kStudentTemperature = 2, kBeta = 0.25;
 constexpr double kAgreeing = 0.25;  // norms below which student and teachers nearly agree, and q - p has few digits
 constexpr double kMasked = -std::numeric_limits<double>::infinity();
 
@@ -23,7 +23,8 @@ void fill_row(Numbers& numbers, int64_t first, int64_t n, Logits kind, int64_t r
   fill(numbers, first, n, 3);
   for (int64_t i = 0; i < n; ++i) {
     if (kind == Logits::large) numbers.set(first + i, numbers[first + i] > 0 ? 1e4 : -1e4);
-    // Row 0 has all but its last number masked, so whole chunks of it. A teacher may mask what the student does not.
+    // Row 0 has all but its last number masked, so whole chunks of it. A teacher may mask what the student does not, but
+    // for reverse KL, which is infinite then.
     const bool masked = row == 0 ? i + 1 < n : i % 3 == 1 || (!student && i % 5 == 4);
     if (kind == Logits::masked && masked) numbers.set(first + i, kMasked);
   }
@@ -65,6 +66,20 @@ Truth plain_sums(const SoftmaxKl& a, const Numbers& student, const Numbers& teac
           log_softmax(teacher, k * a.teacher_stride + r * a.teacher_row_stride, n, a.teacher_temperature);
       const double v = a.teacher_weights ? weights[k * kRows + r] : 1. / a.num_teachers;
       const int64_t target = std::max_element(log_p.begin(), log_p.end()) - log_p.begin();
+      if (is_centred(a.loss)) {
+        const double beta = a.loss == RowLoss::jsd ? a.beta : 0, rest = 1 - beta;  // reverse KL: with m = p
+        std::vector<double> of_q(n);
+        long double mean = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const double p = std::exp(log_p[i]), q = std::exp(log_q[i]);
+          const double log_m = a.loss == RowLoss::jsd ? std::log(beta * p + rest * q) : log_p[i];
+          of_q[i] = q > 0 ? rest * q * (log_q[i] - log_m) : 0;
+          if (p > 0) loss += v * beta * p * (log_p[i] - log_m);
+          loss += v * of_q[i], mean += of_q[i];
+        }
+        for (int64_t i = 0; i < n; ++i) grad[i] += v * factor * (of_q[i] - std::exp(log_q[i]) * double(mean));
+        continue;
+      }
       for (int64_t i = 0; i < n; ++i) {
         const double p = a.loss == RowLoss::kl ? std::exp(log_p[i]) : i == target;
         const double log_p_or_0 = a.loss == RowLoss::kl ? log_p[i] : 0;
@@ -94,11 +109,12 @@ void softmax_kl_case(const Case& c) {
     const int64_t n = c.with_num_classes ? num_classes[r] : columns;
     fill_row(student, r * student_stride, n, c.logits, r, true);
     for (int64_t k = 0; k < c.num_teachers; ++k)
-      fill_row(teacher, k * teacher_stride + r * teacher_row_stride, n, c.logits, r, false);
+      fill_row(teacher, k * teacher_stride + r * teacher_row_stride, n, c.logits, r, c.loss == RowLoss::reverse_kl);
   }
 
   SoftmaxKl a{};
   a.loss = c.loss;
+  a.beta = kBeta;
   a.num_teachers = c.num_teachers;
   a.num_rows = kRows;
   a.num_columns = columns;
@@ -122,7 +138,7 @@ void softmax_kl_case(const Case& c) {
   for (const bool with_grad : {false, true})
     for (const bool with_scratch : {false, true}) {
       const bool streamed = with_grad && with_scratch && aligned;
-      constexpr const char* names[] = {"kl", "cross_entropy", "entropy"};
+      constexpr const char* names[] = {"kl", "cross_entropy", "entropy", "reverse_kl", "jsd"};
       at_work = std::string("softmax_kl, ") + names[int(c.loss)] + ", student " + name_of(c.student_dtype) +
                 ", teachers " + std::to_string(c.num_teachers) + " " + name_of(c.teacher_dtype) +
                 ", V = " + std::to_string(columns) +
@@ -157,7 +173,7 @@ void test_softmax_kl() {
   constexpr DType dtypes[][2] = {{DType::f32, DType::f32}, {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
                                  {DType::f64, DType::f64}, {DType::f32, DType::bf16},  {DType::bf16, DType::f32},
                                  {DType::f16, DType::bf16}};
-  for (const RowLoss loss : {RowLoss::kl, RowLoss::cross_entropy, RowLoss::entropy})
+  for (const RowLoss loss : {RowLoss::kl, RowLoss::cross_entropy, RowLoss::entropy, RowLoss::reverse_kl, RowLoss::jsd})
     for (const auto& dtype : dtypes)
       for (const int64_t columns : {1, 2, 7, 16, 100, 1000, 1024, 1041, 5024})
         for (const Logits logits : {Logits::plain, Logits::masked, Logits::large})

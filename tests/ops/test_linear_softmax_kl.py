@@ -12,7 +12,8 @@ import samerge_ext as sm
 from samerge_ext import backend, reference
 from samerge_ext.ops import chunked_rows, head_products
 
-LOSSES = ("kl", "cross_entropy", "entropy")
+BETA = {"kl": 0.0, "reverse_kl": 1.0, "jsd": 0.25}
+LOSSES = (*BETA, "cross_entropy", "entropy")
 OPS = (torch.ops.samerge.linear_softmax_kl.default, torch.ops.samerge.linear_softmax_kl_sum.default)
 ALL = (True, True, True)
 
@@ -24,7 +25,7 @@ def small_slabs(monkeypatch):
 
 
 def arguments(loss, rows, width, classes, teachers=1, hidden=torch.float32, head=torch.float32, scale=2.0):
-    """What an operator takes up to row_scale, and the loss and both temperatures; teacher k's hidden states are k + 1 wider."""
+    """What an operator takes up to row_scale, and the settings up to beta; teacher k's hidden states are k + 1 wider."""
     wide = torch.float64 if hidden == torch.float64 else torch.float32
     shapes = [(rows, width), (classes, width), (classes,)]
     for k in range(teachers if loss != "entropy" else 0):
@@ -35,7 +36,7 @@ def arguments(loss, rows, width, classes, teachers=1, hidden=torch.float32, head
         numbers[i] = (x * (scale / x.shape[1] ** 0.5 if is_head else 1)).to(hidden if i % 3 == 0 else head)
     weights = torch.rand(teachers, rows, dtype=wide) + 0.5 if loss != "entropy" else None
     given = (*numbers[:3], numbers[3::3], numbers[4::3], numbers[5::3], weights, None, torch.linspace(-1, 2, rows, dtype=wide))
-    return given, (loss, 2.0, 1.5)
+    return given, ("kl" if loss in BETA else loss, 2.0, 1.5, BETA.get(loss, 0.0))
 
 
 def workspace(rows, given, loss):
@@ -89,8 +90,11 @@ def test_the_truth_is_the_unfused_computation(loss):
     else:
         teachers = torch.stack([linear(*parts) for parts in zip(*given[3:6])])
         p = torch.distributions.Categorical(logits=teachers / 1.5)
-        kl = torch.distributions.kl_divergence(p, q)
-        expected = (given[6] * (kl if loss == "kl" else -q.log_prob(teachers.argmax(-1)))).sum(0)
+        m = torch.distributions.Categorical(probs=0.25 * p.probs + 0.75 * q.probs)
+        kl = torch.distributions.kl_divergence
+        of_loss = {"kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": 0.25 * kl(p, m) + 0.75 * kl(q, m)}
+        of_loss["cross_entropy"] = -q.log_prob(teachers.argmax(-1))
+        expected = (given[6] * of_loss[loss]).sum(0)
     (expected * given[8]).sum().backward()
     losses, *grads = reference.linear_softmax_kl(*given, *settings)
     assert_close(losses, expected)
@@ -149,7 +153,7 @@ def test_reductions_weights_and_masks(each_backend):
     rows, v, mask = torch.rand(6), torch.tensor([0.2, 0.5, 0.3]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
     options = {"row_weights": rows, "teacher_weights": v, "student_temperature": 1.5, "teacher_temperature": 3.0, "mask": mask}
     of_rows = v[:, None].expand(-1, 6)
-    expected, *grads = truth((hidden, head, None, teachers, heads, [], of_rows, mask, rows), ("kl", 1.5, 3.0))
+    expected, *grads = truth((hidden, head, None, teachers, heads, [], of_rows, mask, rows), ("kl", 1.5, 3.0, 0.0))
     values = {"none": expected * rows, "sum": (expected * rows).sum(), "batchmean": (expected * rows).sum() / 5}
     for reduction, value in values.items():
         leaves = [x.clone().requires_grad_() for x in (hidden, head, rows)]
@@ -164,33 +168,48 @@ def test_reductions_weights_and_masks(each_backend):
 def test_teachers_as_they_may_be_given(each_backend):
     """A tensor or a list, heads of their own, one for all, or the student's with its bias."""
     hidden, head, bias, *teachers = random_normal((6, 5), (30, 5), (30,), (6, 5), (6, 5), seed=2)
-    of_student = truth((hidden, head, bias, teachers, [head] * 2, [bias] * 2, None, None, None), ("kl", 2.0, 2.0))[0].mean()
-    without = truth((hidden, head, bias, teachers, [head] * 2, [], None, None, None), ("kl", 2.0, 2.0))[0].mean()
+    of_student = truth((hidden, head, bias, teachers, [head] * 2, [bias] * 2, None, None, None), ("kl", 2.0, 2.0, 0.0))[0].mean()
+    without = truth((hidden, head, bias, teachers, [head] * 2, [], None, None, None), ("kl", 2.0, 2.0, 0.0))[0].mean()
     for given in (teachers, tuple(teachers), torch.stack(teachers)):
         assert_close(sm.linear_softmax_kl(hidden, head, given, bias=bias), of_student)
         assert_close(sm.linear_softmax_kl(hidden, head, given, head, bias=bias, teacher_bias=bias), of_student)
         assert_close(sm.linear_softmax_kl(hidden, head, given, head, bias=bias), without)
         assert_close(sm.linear_softmax_kl(hidden, head, given, [head, head], bias=bias), without)
-    alone = truth((hidden, head, None, teachers[:1], [head], [], None, None, None), ("kl", 2.0, 2.0))[0].mean()
+    alone = truth((hidden, head, None, teachers[:1], [head], [], None, None, None), ("kl", 2.0, 2.0, 0.0))[0].mean()
     assert_close(sm.linear_softmax_kl(hidden, head, teachers[0]), alone)
 
 
 def test_siblings(each_backend):
     given, _ = arguments("kl", 6, 5, 30)
     hidden, head, bias, (teacher,), (teacher_head,), _, *_ = given
-    losses, *grads = truth((hidden, head, bias, [], [], [], None, None, torch.full((6,), 1 / 6)), ("entropy", 1.5, 1.0))
+    losses, *grads = truth((hidden, head, bias, [], [], [], None, None, torch.full((6,), 1 / 6)), ("entropy", 1.5, 1.0, 0.0))
     leaf = hidden.clone().requires_grad_()
     value = sm.linear_entropy(leaf, head, bias=bias, temperature=1.5)
     value.backward()
     assert_close(value, losses.mean())
     assert_close(leaf.grad, grads[0])
     of_teacher = (hidden, head, None, [teacher], [teacher_head], [], None, None, torch.full((6,), 1 / 6))
-    losses, *grads = truth(of_teacher, ("cross_entropy", 1.0, 1.0))
+    losses, *grads = truth(of_teacher, ("cross_entropy", 1.0, 1.0, 0.0))
     leaf = hidden.clone().requires_grad_()
     value = sm.linear_argmax_cross_entropy(leaf, head, teacher, teacher_head)
     value.backward()
     assert_close(value, losses.mean())
     assert_close(leaf.grad, grads[0])
+
+
+@pytest.mark.parametrize("beta", (0.25, 1.0))
+@pytest.mark.parametrize("reduction", ("batchmean", "none"))
+def test_beta_chooses_the_divergence(each_backend, beta, reduction):
+    hidden, head, _, teachers, heads, *_ = arguments("kl", 6, 5, 30, teachers=2)[0]
+    given = (hidden, head, None, teachers, heads, [], None, None, torch.full((6,), 1 / 6))
+    losses, *grads = truth(given, ("kl", 1.5, 1.5, beta))
+    leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+    options = {"student_temperature": 1.5, "teacher_temperature": 1.5, "reduction": reduction}
+    loss = sm.linear_softmax_kl(*leaves, teachers, heads, beta=beta, **options)
+    loss.mean().backward()
+    assert_close(loss, losses if reduction == "none" else losses.mean())
+    for leaf, grad in zip(leaves, grads[:2], strict=True):
+        assert_close(leaf.grad, grad)
 
 
 def test_only_wanted_gradients_are_computed(each_backend):
@@ -283,6 +302,7 @@ def test_compile(each_backend):
         options = {"bias": bias, "mask": mask}
         loss = sm.linear_softmax_kl(hidden, head, teachers, heads, teacher_bias=biases, **options)
         loss = loss + sm.linear_argmax_cross_entropy(hidden, head, teachers, heads, **options)
+        loss = loss + sm.linear_softmax_kl(hidden, head, teachers, heads, beta=0.25, **options)
         return loss + sm.linear_entropy(hidden, head, **options, reduction="none").sum()
 
     results = []
@@ -321,6 +341,7 @@ def test_errors_name_the_argument(each_backend):
         (TypeError, r"mask is torch.int64; it must be bool", (hidden, head, teacher), {"mask": torch.ones(4).long()}),
         (ValueError, r"mask has shape \[3\]", (hidden, head, teacher), {"mask": torch.ones(3).bool()}),
         (ValueError, r"student's temperature is 0", (hidden, head, teacher), {"student_temperature": 0}),
+        (ValueError, r"beta is -1; it must lie in 0 … 1", (hidden, head, teacher), {"beta": -1}),
         (ValueError, r"unknown reduction 'mean'", (hidden, head, teacher), {"reduction": "mean"}),
     ]
     if each_backend != "reference":  # which has all logits at once

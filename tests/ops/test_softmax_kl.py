@@ -1,12 +1,15 @@
+from functools import partial
+
 import pytest
 import torch
 from helpers import INTERPRETED, NARROW, THREADS, assert_close, random_normal
 from torch.library import opcheck
 
 import samerge_ext as sm
-from samerge_ext import reference
+from samerge_ext import backend, reference
 
-LOSSES = ("kl", "cross_entropy", "entropy")
+BETA = {"kl": 0.0, "reverse_kl": 1.0, "jsd": 0.25}
+LOSSES = (*BETA, "cross_entropy", "entropy")
 OPS = (torch.ops.samerge.softmax_kl.default, torch.ops.samerge.softmax_kl_grad.default)
 
 
@@ -14,12 +17,23 @@ def logits(*shape, seed=0, dtype=torch.float32, scale=3.0):
     return (random_normal(shape, seed=seed)[0] * scale).to(dtype)
 
 
+def settings_of(loss, student_temperature, teacher_temperature):
+    return "kl" if loss in BETA else loss, student_temperature, teacher_temperature, BETA.get(loss, 0.0)
+
+
+def function_of(loss, suffix=""):
+    if loss in BETA:
+        return partial(getattr(sm, f"softmax_kl{suffix}"), beta=BETA[loss])
+    return getattr(sm, {"cross_entropy": "argmax_cross_entropy", "entropy": "entropy"}[loss] + suffix)
+
+
 def arguments(loss, rows, columns, teachers=1, student=torch.float32, teacher=torch.float32):
-    """student, teacher, teacher_weights, num_classes, row_scale, loss and the two temperatures of an operator call."""
+    """student, teacher, teacher_weights, num_classes, row_scale and the settings of an operator call."""
     wide = torch.float64 if student == torch.float64 else torch.float32
     scale = torch.linspace(-1, 2, rows, dtype=wide)
     others = (logits(teachers, rows, columns, seed=1, dtype=teacher), torch.rand(teachers, rows, dtype=wide))
-    return logits(rows, columns, dtype=student), *(others if loss != "entropy" else (None, None)), None, scale, loss, 2.0, 1.5
+    others = others if loss != "entropy" else (None, None)
+    return logits(rows, columns, dtype=student), *others, None, scale, *settings_of(loss, 2.0, 1.5)
 
 
 def run(student, teacher, teacher_weights, num_classes, row_scale, *settings):
@@ -46,10 +60,12 @@ def check(*args, at_least=0.0):
     assert_close(result[1], expected[1], "grad", max(at_least, cancelling(*args)))
 
 
-def cancelling(student, teacher, teacher_weights, num_classes, row_scale, loss, temperature, _):
+def cancelling(student, teacher, teacher_weights, num_classes, row_scale, loss, temperature, _, beta):
     """The norm of the terms whose difference is the entropy's gradient, q (−log q) − q H: the sum H over a row is rounded to H's
-    size, by an order of summation that differs between processors, and the difference is smaller than H."""
-    if loss != "entropy" or not student.shape[1]:
+    size, by an order of summation that differs between processors, and the difference is smaller than H. In plain PyTorch
+    q (log q − log m) of the Jensen–Shannon divergence is such a difference, too."""
+    plain_jsd = 0 < beta < 1 and backend.active() == "reference"
+    if not (loss == "entropy" or plain_jsd) or not student.shape[1]:
         return 0.0
     classes = torch.full((len(student),), student.shape[1]) if num_classes is None else num_classes
     rows = [row[:count].double().softmax(0) for row, count in zip(student / temperature, classes, strict=True)]
@@ -60,7 +76,7 @@ def cancelling(student, teacher, teacher_weights, num_classes, row_scale, loss, 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_truth_is_the_equation(loss):
     """One row at a time in torch.distributions, its gradient from autograd."""
-    student, teacher, weights, _, scale, _, student_temperature, teacher_temperature = args = arguments(
+    student, teacher, weights, _, scale, _, student_temperature, teacher_temperature, beta = args = arguments(
         loss, 4, 7, teachers=2, student=torch.float64, teacher=torch.float64
     )
     leaf = student.clone().requires_grad_()
@@ -69,8 +85,15 @@ def test_the_truth_is_the_equation(loss):
         expected = q.entropy()
     else:
         p = torch.distributions.Categorical(logits=teacher / teacher_temperature)
-        kl = torch.distributions.kl_divergence(p, q)
-        expected = (weights * (kl if loss == "kl" else -q.log_prob(teacher.argmax(-1)))).sum(0)
+        m = torch.distributions.Categorical(probs=beta * p.probs + (1 - beta) * q.probs)
+        kl = torch.distributions.kl_divergence
+        of_loss = {
+            "kl": lambda: kl(p, q),
+            "reverse_kl": lambda: kl(q, p),
+            "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),  # arXiv 2306.13649, equation 1
+            "cross_entropy": lambda: -q.log_prob(teacher.argmax(-1)),
+        }
+        expected = (weights * of_loss[loss]()).sum(0)
     (expected * scale).sum().backward()
     losses, grad = truth(*args)
     assert_close(losses, expected)
@@ -99,7 +122,7 @@ def test_double(each_level, loss):
 def test_empty(each_backend, loss):
     losses, grad = run(*arguments(loss, 0, 5))
     assert losses.shape == (0,) and grad.shape == (0, 5)
-    function = {"kl": sm.softmax_kl, "cross_entropy": sm.argmax_cross_entropy, "entropy": sm.entropy}[loss]
+    function = function_of(loss)
     inputs = (torch.empty(0, 5),) * (1 if loss == "entropy" else 2)
     assert function(*inputs) == 0 and function(*inputs, reduction="none").shape == (0,)
 
@@ -132,7 +155,7 @@ def test_huge_logits(each_level, loss, temperatures):
     student, teacher, weights, _, scale, *_ = arguments(loss, 8, 50, student=torch.bfloat16)
     student, teacher = student * 3e3, None if teacher is None else teacher * 3e3
     assert student.abs().max() > 1e4
-    check(student, teacher, weights, None, scale, loss, *temperatures, at_least=1.0)  # entropies vanish
+    check(student, teacher, weights, None, scale, *settings_of(loss, *temperatures), at_least=1.0)  # entropies vanish
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -147,17 +170,23 @@ def test_constant_offsets_do_not_matter(each_level, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_masked_classes(each_level, loss):
-    """-inf in student and teacher; in the teacher alone; in the student alone, where KL is infinite."""
+    """-inf in student and teacher; in the teacher alone, where reverse KL is infinite; in the student alone, where KL is."""
     student, teacher, weights, _, scale, *settings = arguments(loss, 4, 2100)
     inf = torch.inf
     student[0, 3:9] = student[1, :1500] = -inf
     if teacher is not None:
-        teacher[0, 0, 3:9] = teacher[0, 1, :1500] = teacher[0, 2, :2099] = -inf
+        teacher[0, 0, 3:9] = teacher[0, 1, :1500] = -inf
+        if loss != "reverse_kl":
+            teacher[0, 2, :2099] = -inf
     check(student, teacher, weights, None, scale, *settings)
     if loss == "kl":
         student[3, 5] = -inf
         result = run(student, teacher, None, None, scale, *settings)
         assert result[0][3] == inf and result[0][:3].isfinite().all() and result[1].isfinite().all()
+    if loss == "reverse_kl":
+        teacher[0, 3, 5] = -inf
+        result = run(student, teacher, None, None, scale, *settings)
+        assert result[0][3] == inf and result[0][:3].isfinite().all() and result[1][:3].isfinite().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -170,13 +199,14 @@ def test_nan_stays_in_its_row(each_level, loss):
     assert grad[1].isnan().all() and grad[0].isfinite().all()
 
 
-def test_a_close_student_keeps_its_digits(each_level):
+@pytest.mark.parametrize("loss", BETA)
+def test_a_close_student_keeps_its_digits(each_level, loss):
     """KL is of second order in a difference of 1e-3: sums of p · (log p − log q) would lose it to rounding."""
     if each_level == "reference":
         pytest.skip("plain PyTorch does not sum this form")
     teacher = logits(1, 16, 500)
     student = teacher[0] + 1e-3 * logits(16, 500, seed=2)
-    settings = ("kl", 2.0, 2.0)
+    settings = settings_of(loss, 2.0, 2.0)
     scale = torch.ones(16)
     losses, grad = run(student, teacher, None, None, scale, *settings)
     expected = truth(student, teacher, None, None, scale, *settings)
@@ -218,7 +248,7 @@ def test_reductions_and_weights(each_backend):
     student, teacher = logits(6, 30), logits(3, 6, 30, seed=1)
     rows, v = torch.rand(6), torch.tensor([0.2, 0.5, 0.3])
     options = {"row_weights": rows, "teacher_weights": v, "student_temperature": 1.5, "teacher_temperature": 3.0}
-    kl, grad = truth(student, teacher, v[:, None].expand(-1, 6), None, rows / 6, "kl", 1.5, 3.0)
+    kl, grad = truth(student, teacher, v[:, None].expand(-1, 6), None, rows / 6, "kl", 1.5, 3.0, 0.0)
     expected = {"none": kl * rows, "sum": (kl * rows).sum(), "batchmean": (kl * rows).sum() / 6}
     for reduction, value in expected.items():
         factor = 1 if reduction == "batchmean" else 6
@@ -229,9 +259,9 @@ def test_reductions_and_weights(each_backend):
         (2.5 * sm.softmax_kl(leaf, teacher, **options, reduction=reduction)).sum().backward()
         assert_close(leaf.grad, grad * factor * 2.5, reduction)
     default = sm.softmax_kl(student, teacher)
-    assert_close(default, truth(student, teacher, None, None, None, "kl", 2.0, 2.0)[0].mean())
+    assert_close(default, truth(student, teacher, None, None, None, "kl", 2.0, 2.0, 0.0)[0].mean())
     assert_close(sm.softmax_kl(student, teacher, teacher_weights=torch.full((3, 6), 1 / 3)), default.double())
-    assert_close(sm.softmax_kl(student, teacher[0]), truth(student, teacher[:1], None, None, None, "kl", 2.0, 2.0)[0].mean())
+    assert_close(sm.softmax_kl(student, teacher[0]), truth(student, teacher[:1], None, None, None, "kl", 2.0, 2.0, 0.0)[0].mean())
 
 
 def test_siblings(each_backend):
@@ -241,7 +271,7 @@ def test_siblings(each_backend):
         ("cross_entropy", sm.argmax_cross_entropy, sm.argmax_cross_entropy_with_grad, (student, teacher), "student_temperature"),
     ):
         given = (student, None if loss == "entropy" else teacher[None], None, None, rows / 6)
-        losses, grad = truth(*given, loss, 1.5, 1.0)
+        losses, grad = truth(*given, loss, 1.5, 1.0, 0.0)
         options = {name: 1.5, "row_weights": rows}
         leaf = student.clone().requires_grad_()
         function(leaf, *inputs[1:], **options).backward()
@@ -249,13 +279,38 @@ def test_siblings(each_backend):
         assert_close(value, (losses * rows).mean(), loss)
         assert_close(fused, grad, loss)
         assert_close(leaf.grad, grad, loss)
-        assert_close(function(*inputs), truth(*given, loss, 1.0, 1.0)[0].mean(), "temperature 1 by default")
+        assert_close(function(*inputs), truth(*given, loss, 1.0, 1.0, 0.0)[0].mean(), "temperature 1 by default")
+
+
+@pytest.mark.parametrize("beta", (0.0, 0.25, 1.0))
+def test_beta_chooses_the_divergence(each_backend, beta):
+    student, teacher = logits(6, 30), logits(2, 6, 30, seed=1)
+    losses, grad = truth(student, teacher, None, None, torch.full((6,), 1 / 6), "kl", 1.5, 1.5, beta)
+    options = {"student_temperature": 1.5, "teacher_temperature": 1.5, "beta": beta}
+    leaf = student.clone().requires_grad_()
+    loss = sm.softmax_kl(leaf, teacher, **options)
+    loss.backward()
+    for value, gradient in ((loss, leaf.grad), sm.softmax_kl_with_grad(student, teacher, **options)):
+        assert_close(value, losses.mean())
+        assert_close(gradient, grad)
+
+
+@pytest.mark.parametrize("beta", (2**-30, 1 - 2**-30))
+def test_kl_and_reverse_kl_are_the_limits(each_level, beta):
+    """Relative to β and 1 − β; sums that are accurate to what they are as a whole would have no digit of it."""
+    if each_level == "reference" or INTERPRETED:
+        pytest.skip("plain PyTorch does not sum this form, and Triton's interpreter has such a β in fp32")
+    student, teacher, scale = logits(4, 1041), logits(1, 4, 1041, seed=1), torch.ones(4)
+    found = run(student, teacher, None, None, scale, "kl", 2.0, 1.5, beta)
+    limit = truth(student, teacher, None, None, scale, "kl", 2.0, 1.5, float(beta > 0.5))
+    for value, expected in zip(found, limit, strict=True):
+        assert_close(value / min(beta, 1 - beta), expected)
 
 
 def test_ties_count_as_the_first_class(each_level):
     student, teacher = logits(1, 2000), torch.zeros(1, 1, 2000)
     teacher[0, 0, [1500, 7, 1023]] = 1
-    grad = run(student, teacher, None, None, torch.ones(1), "cross_entropy", 1.0, 1.0)[1]
+    grad = run(student, teacher, None, None, torch.ones(1), *settings_of("cross_entropy", 1.0, 1.0))[1]
     assert (grad[0] < 0).nonzero().flatten().tolist() == [7]
 
 
@@ -263,7 +318,7 @@ def test_row_weights_get_a_gradient(each_backend):
     rows = torch.rand(4, requires_grad=True)
     student, teacher = logits(4, 9), logits(4, 9, seed=1)
     sm.softmax_kl(student, teacher, row_weights=rows).backward()
-    assert_close(rows.grad, truth(student, teacher[None], None, None, None, "kl", 2.0, 2.0)[0] / 4)
+    assert_close(rows.grad, truth(student, teacher[None], None, None, None, "kl", 2.0, 2.0, 0.0)[0] / 4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -291,7 +346,7 @@ def test_compile(each_backend):
 
     def step(student):
         loss = sm.softmax_kl(student, teacher, num_classes=counts) + sm.entropy(student)
-        loss = loss + sm.argmax_cross_entropy(student, teacher)
+        loss = loss + sm.argmax_cross_entropy(student, teacher) + sm.softmax_kl(student, teacher, beta=0.25)
         return loss, sm.softmax_kl_with_grad(student, teacher)[1]
 
     results = []
@@ -322,6 +377,8 @@ def test_errors_name_the_argument(each_backend):
         (TypeError, r"num_classes is torch.int32", (student, teacher), {"num_classes": torch.ones(4).int()}),
         (ValueError, r"student's temperature is 0", (student, teacher), {"student_temperature": 0}),
         (ValueError, r"teacher's temperature is nan", (student, teacher), {"teacher_temperature": float("nan")}),
+        (ValueError, r"beta is 1.5; it must lie in 0 … 1", (student, teacher), {"beta": 1.5}),
+        (ValueError, r"beta is nan", (student, teacher), {"beta": float("nan")}),
         (ValueError, r"unknown reduction 'mean'", (student, teacher), {"reduction": "mean"}),
     ]
     for error, message, inputs, options in cases:
@@ -348,7 +405,7 @@ def test_impossible_numbers_of_classes(each_backend, wrong):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_the_gradient_can_be_written_into_a_given_tensor(each_backend, loss, dtype):
     student, teacher = (x.to(dtype) for x in random_normal((5, 37), (2, 5, 37), seed=3))
-    call = getattr(sm, {"kl": "softmax_kl", "cross_entropy": "argmax_cross_entropy", "entropy": "entropy"}[loss] + "_with_grad")
+    call = function_of(loss, "_with_grad")
     logits = (student,) if loss == "entropy" else (student, teacher)
     expected = call(*logits)
     out = torch.full_like(student, torch.nan)
@@ -357,7 +414,7 @@ def test_the_gradient_can_be_written_into_a_given_tensor(each_backend, loss, dty
     assert torch.equal(out, expected[1]) and torch.equal(value, expected[0])
 
 
-@pytest.mark.parametrize("loss", ("kl", "entropy"))
+@pytest.mark.parametrize("loss", (*BETA, "entropy"))
 @pytest.mark.parametrize("dtype", (*NARROW, torch.float64))
 @pytest.mark.parametrize("columns", (37, 2053))
 @pytest.mark.parametrize("teachers", (1, 3))
@@ -374,7 +431,7 @@ def test_the_gradient_can_take_the_place_of_the_logits(each_level, loss, dtype, 
 def test_where_the_gradient_lies_does_not_matter(each_backend, loss, columns):
     """One that begins between 16 bytes is written number by number; the logits are read, and summed, as before."""
     student, teacher = random_normal((5, columns), (2, 5, columns), seed=3)
-    call = getattr(sm, {"kl": "softmax_kl", "cross_entropy": "argmax_cross_entropy", "entropy": "entropy"}[loss] + "_with_grad")
+    call = function_of(loss, "_with_grad")
     logits = (student,) if loss == "entropy" else (student, teacher)
     value, grad = call(*logits)
     shifted = torch.full((5 * columns + 1,), torch.nan)[1:].view(5, columns)

@@ -114,12 +114,12 @@ def drop(tasks, dtype, offset=0, size=20_000):
     return call
 
 
-def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0, in_place=False):
+def softmax_kl(rows, columns, dtype, loss="kl", teachers=1, grad=True, offset=0, in_place=False, beta=0.0):
     student, teacher = (3 * x for x in random_normal((rows, columns), (teachers, rows, columns), seed=columns))
     student, teacher = moved(student.to(dtype), offset), moved(teacher.to(dtype), offset)
     scale = torch.linspace(-1, 2, rows, dtype=FP64 if dtype == FP64 else FP32) if grad else None
     out = moved(student, offset) if grad else None
-    arguments = None if loss == "entropy" else teacher, None, None, scale, out, loss, 2.0, 1.5
+    arguments = None if loss == "entropy" else teacher, None, None, scale, out, loss, 2.0, 1.5, beta
 
     def call():
         logits = out.copy_(student) if in_place else student
@@ -177,6 +177,9 @@ CASES = {
     "softmax_kl clusters": lambda **options: softmax_kl(2, 40000, FP32, **options),
     "softmax_kl in place": lambda **options: softmax_kl(3, 5001, BF16, teachers=2, in_place=True, **options),
     "softmax_kl clusters in place": lambda **options: softmax_kl(2, 40000, FP32, "entropy", in_place=True, **options),
+    "softmax_kl reverse": lambda **options: softmax_kl(40, 100, FP32, teachers=2, beta=1.0, **options),
+    "softmax_kl jsd": lambda **options: softmax_kl(3, 5001, BF16, teachers=2, beta=0.25, in_place=True, **options),
+    "softmax_kl jsd clusters": lambda **options: softmax_kl(2, 40000, FP32, beta=0.25, **options),
     "gram_product tall": lambda **options: gram_product((300, 130), FP32, batch=2, **options),
     "gram_product wide": lambda **options: gram_product((70, 300), BF16, base=FP32, width=12, **options),
     "gram_product long lines": lambda **options: gram_product((1030, 1100), FP32, base=BF16, **options),
@@ -227,8 +230,8 @@ def of_numbers(op, tasks, dtype, moves, **options):
     return op(tasks, dtype, size=n, **options), n * tasks * moves * BYTES[dtype]
 
 
-def of_rows(rows, columns, dtype):
-    return softmax_kl(rows, columns, dtype), 3 * rows * columns * BYTES[dtype]
+def of_rows(rows, columns, dtype, beta=0.0):
+    return softmax_kl(rows, columns, dtype, beta=beta), 3 * rows * columns * BYTES[dtype]
 
 
 def of_matrix(op, shape, dtype):
@@ -266,6 +269,7 @@ FLOORS = {
     "softmax_kl (3, 32000) fp32": (lambda: of_rows(3, 32000, FP32), 1.001, 1.001, 1.0, 1.0),
     "softmax_kl (3, 32000) bf16": (lambda: of_rows(3, 32000, BF16), 1.001, 1.001, 1.0, 1.0),
     "softmax_kl (1, 128256) bf16": (lambda: of_rows(1, 128256, BF16), 1.001, 1.001, 1.0, 1.0),
+    "softmax_kl, jsd (3, 32000) bf16": (lambda: of_rows(3, 32000, BF16, 0.5), 1.001, 1.001, 1.0, 1.0),
     "gram_product 768 x 768 fp32": (lambda: of_matrix(gram_product, (768, 768), FP32), 1.11, 1.14, 1.001, 1.0),
     "gram_product 768 x 768 bf16": (lambda: of_matrix(gram_product, (768, 768), BF16), 1.21, 1.28, 1.001, 1.0),
     "gram_product 300 x 768 fp32": (lambda: of_matrix(gram_product, (300, 768), FP32), 1.11, 1.14, 1.9, 1.0),

@@ -22,7 +22,7 @@ from samerge_ext.methods.ties import Ties
 from samerge_ext.ops import krylov
 
 pytestmark = pytest.mark.gpu
-SETTINGS = ("kl", 2.0, 2.0)
+SETTINGS = ("kl", 2.0, 2.0, 0.0)
 
 
 @pytest.fixture(params=("cuda", "triton"))
@@ -354,10 +354,10 @@ def test_pieces_do_not_wait_for_the_device(on_gpu_by_name, monkeypatch, merge):
     assert torch.equal(MERGES[merge](packed_weights).merged, expected)
 
 
-@pytest.mark.parametrize("loss", ("kl", "cross_entropy", "entropy"))
-def test_losses_can_be_captured(on_gpu, loss):
+@pytest.mark.parametrize("loss, beta", (("kl", 0.0), ("kl", 0.5), ("kl", 1.0), ("cross_entropy", 0.0), ("entropy", 0.0)))
+def test_losses_can_be_captured(on_gpu, loss, beta):
     student, teacher = random_normal((64, 5000), (1, 64, 5000), seed=0)
-    arguments = (None if loss == "entropy" else teacher, None, None, torch.ones(64), loss, 2.0, 2.0)
+    arguments = (None if loss == "entropy" else teacher, None, None, torch.ones(64), loss, 2.0, 2.0, beta)
     capture_and_replay(lambda: torch.ops.samerge.softmax_kl_grad(student, *arguments), student)
 
 

@@ -110,7 +110,7 @@ def test_kernels_on_codes_compile(capability, dtype, bits):
 
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("loss", ("kl", "cross_entropy", "entropy"))
+@pytest.mark.parametrize("loss", ("kl", "reverse_kl", "jsd", "cross_entropy", "entropy"))
 def test_softmax_kl_compiles(capability, dtype, loss):
     from samerge_ext.kernels import launch, softmax_kl
 
@@ -120,8 +120,8 @@ def test_softmax_kl_compiles(capability, dtype, loss):
         softmax_kl._softmax_kl, capability, losses=wide, grad=numbers, student=numbers, teacher=None if alone else numbers,
         teacher_weights=None if alone else wide, num_classes="*i64", row_scale=wide, student_stride="i32",
         teacher_stride="i32", teacher_row_stride="i32", num_columns="i32", student_temperature="fp64",
-        teacher_temperature="fp64", SAME_TEMPERATURE=True, LOSS=loss, TEACHERS=0 if alone else 3, WIDTH=1 if alone else 4,
-        **launch.row_tile(40000),
+        teacher_temperature="fp64", beta="fp64", SAME_TEMPERATURE=True, LOSS=loss, TEACHERS=0 if alone else 3,
+        WIDTH=1 if alone else 4, **launch.row_tile(40000),
     )
 
 
