@@ -74,6 +74,9 @@ def operators(packed: sm.PackedWeights, rows: Tensor) -> None:
     assert_type(sm.layer_stats(packed), Tensor)
     assert_type(sm.svd_topk([rows], 2), Tensor)
     assert_type(sm.svd_topk([rows], 2, return_bound=True), tuple[Tensor, Tensor])
+    assert_type(sm.svd_topk(rows, 2, vectors=True), tuple[Tensor, Tensor, Tensor])
+    assert_type(sm.svd_topk([rows], 2, vectors=True)[0], Sequence[Tensor])
+    assert_type(sm.svd_topk(rows, 2, return_bound=True, vectors=True)[3], Tensor)
     assert_type(sm.available(), dict[str, str | None])
     sm.softmax_kl(rows, teacher_temperature=2.0)  # type: ignore[call-arg]
     sm.layer_stats(torch.zeros(1))  # type: ignore[arg-type]

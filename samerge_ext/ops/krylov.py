@@ -11,6 +11,9 @@ that the space has not met: they are margins, tested on random spectra of many k
 the ε of the arithmetic: in fp32 this settles values down to about σ₁ / 30 to a relative 1e-3; what it does not settle is
 computed again in fp64, which settles them down to 1e-6 σ₁. The method: Golub, Luk and Overton, ACM TOMS 7 (1981).
 
+Where the vectors v_i are asked for too, the search goes on until 2 r_i is below rtol θ_i: values, whose errors are of second
+order in those of vectors, settle long before.
+
 The steps are composed of torch's operators here, and once more in C++ (csrc/cpu/lanczos_*), where a thread can take a matrix
 through several of them while it lies in the cache, and in CUDA (csrc/cuda/lanczos*), a few kernels each. Values and bounds are
 found from their results, here, for every backend.
@@ -39,19 +42,21 @@ _CHECKS = (4, 5, *range(6, MAX_STEPS, 2))  # the steps after which values are co
 
 
 class Found:
-    """Values of B matrices as they become known: sigma, error [B, k] fp64, and which of the matrices are settled.
+    """Values of B matrices as they become known: sigma, error [B, k] fp64, and which of the matrices are settled; where a side is
+    given, also the vectors [B, k, side] fp64 of those that are.
 
     Out of range are those whose products are not finite, or near the ends of what fp32 can hold: they are not searched.
     """
 
-    def __init__(self, batch: int, k: int, device: torch.device):
+    def __init__(self, batch: int, k: int, device: torch.device, side: int | None = None):
         self.sigma = torch.zeros(batch, k, dtype=torch.float64, device=device)
         self.error = torch.zeros_like(self.sigma)
         self.settled = torch.zeros(batch, dtype=torch.bool, device=device)
         self.in_range = torch.zeros_like(self.settled)
+        self.vectors = None if side is None else torch.zeros(batch, k, side, dtype=torch.float64, device=device)
 
     def put(self, rows: slice | Tensor, some: Found) -> None:
-        for name in ("sigma", "error", "settled", "in_range"):
+        for name in ("sigma", "error", "settled", "in_range", *(("vectors",) if self.vectors is not None else ())):
             getattr(self, name)[rows] = getattr(some, name)
 
 
@@ -62,22 +67,25 @@ def top_singular_values(
     k: int,  # at most min(m, n)
     rtol: float,
     seed: int,
+    vectors: bool = False,
 ) -> Found:
-    """σ₁ … σ_k of scale · (base + matrix) for every matrix, and bounds on their absolute errors.
+    """σ₁ … σ_k of scale · (base + matrix) for every matrix, bounds on their absolute errors and, where asked for, the singular
+    vectors of the shorter side, the right ones of a square matrix.
 
-    Settled are those matrices whose every value has a relative error below rtol, or is known to lie below 1e-6 σ₁.
+    Settled are those matrices whose every value has a relative error below rtol (with vectors: and their residuals, relative to
+    it, are), or is known to lie below 1e-6 σ₁.
     """
     side = min(matrices[0].shape)
     wide = torch.float64 in (matrices[0].dtype, *(b.dtype for b in bases[:1])) or rtol < _FP32_RTOL
     width = -(-(k + _SPARE) // WIDTH) * WIDTH
     if side <= max(DIRECT_SIDE, 8 * width):
         chunks = min(32, max(matrices[0].shape) * side // 2**18 + 1)  # of gram_product, each with a result of its own
-        return _in_batches(_direct, (6 + chunks) * side * side * 8, matrices, bases, scale, k, rtol)
+        return _in_batches(_direct, (6 + chunks) * side * side * 8, matrices, bases, scale, k, vectors, rtol)
 
     def search(wide: bool, matrices: list[Tensor], bases: list[Tensor], scale: Tensor) -> Found:
         bytes_each = (_BASIS_BLOCKS + 6) * width * side * (8 if wide else 4)
         dtype = torch.float64 if wide else torch.float32
-        return _in_batches(_krylov, bytes_each, matrices, bases, scale, k, rtol, width, seed, dtype)
+        return _in_batches(_krylov, bytes_each, matrices, bases, scale, k, vectors, rtol, width, seed, dtype)
 
     found = search(wide, matrices, bases, scale)
     rest = (found.in_range & ~found.settled).nonzero()[:, 0]
@@ -97,24 +105,32 @@ def _in_batches(
     bases: list[Tensor],
     scale: Tensor,
     k: int,
+    vectors: bool,
     *arguments: Any,
 ) -> Found:
-    found = Found(len(matrices), k, scale.device)
+    found = Found(len(matrices), k, scale.device, min(matrices[0].shape) if vectors else None)
     batch = max(1, _BASIS_BYTES // bytes_each)
     for i in range(0, len(matrices), batch):
         part = slice(i, i + batch)
-        found.put(part, search(matrices[part], bases[part], scale[part], k, *arguments))
+        found.put(part, search(matrices[part], bases[part], scale[part], k, vectors, *arguments))
     return found
 
 
-def _direct(matrices: list[Tensor], bases: list[Tensor], scale: Tensor, k: int, rtol: float) -> Found:
+def _direct(matrices: list[Tensor], bases: list[Tensor], scale: Tensor, k: int, vectors: bool, rtol: float) -> Found:
     batch, side = len(matrices), min(matrices[0].shape)
     identity = torch.eye(-(-side // WIDTH) * WIDTH, side, dtype=torch.float64, device=scale.device)
     gram = gram_product(matrices, bases, identity.expand(batch, -1, -1), scale)[:, :side]  # [B, side, side]
     found = Found(batch, k, scale.device)
     found.in_range = _in_range(gram)
-    values = torch.linalg.eigvalsh(gram.where(found.in_range[:, None, None], 0)).flip(1)[:, :k]
-    found.sigma, found.error, found.settled, _ = _judge(values, torch.zeros_like(values), torch.float64, rtol)
+    gram = gram.where(found.in_range[:, None, None], 0)
+    if vectors:
+        values, every = torch.linalg.eigh(gram)
+        found.vectors = every.flip(2)[:, :, :k].mT
+    else:
+        values = torch.linalg.eigvalsh(gram)
+    values = values.flip(1)[:, :k]
+    zero = torch.zeros_like(values)
+    found.sigma, found.error, found.settled, _ = _judge(values, zero, zero if vectors else None, torch.float64, rtol)
     return found
 
 
@@ -123,14 +139,21 @@ def _in_range(products: Tensor) -> Tensor:  # [B, …] -> [B]
     return (largest > 2.0**-50) & (largest < 2.0**50)  # not where NaN; squares of vectors like them are in range as well
 
 
-def _judge(values: Tensor, error: Tensor, dtype: torch.dtype, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """θ [B, k] and bounds on their errors -> σ and bounds on its errors [B, k]; [B] settled; [B] held up by rounding."""
+def _judge(
+    values: Tensor, error: Tensor, residual: Tensor | None, dtype: torch.dtype, rtol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """θ [B, k], bounds on their errors and, where vectors count, on their residuals -> σ and bounds on its errors, or on the
+    residuals of its vectors, [B, k]; [B] settled; [B] held up by rounding."""
     values = values.clamp(min=0)
     rounding = 8 * torch.finfo(dtype).eps * values[:, :1]
     total = error + rounding
     sigma = values.sqrt()
     bound = torch.minimum(total / (sigma + (values - total).clamp(min=0).sqrt()), total.sqrt())
-    fine = (bound <= rtol * sigma) | (sigma + bound <= FLOOR * sigma[:, :1])
+    nothing = sigma + bound <= FLOOR * sigma[:, :1]
+    if residual is not None:
+        error = residual
+        bound = torch.where(nothing, bound, (residual + rounding) / sigma)
+    fine = (bound <= rtol * sigma) | nothing
     return sigma, bound, fine.all(1), (~fine & (error <= rounding)).any(1)
 
 
@@ -139,13 +162,14 @@ def _krylov(
     bases: list[Tensor],
     scale: Tensor,
     k: int,
+    vectors: bool,
     rtol: float,
     width: int,
     seed: int,
     dtype: torch.dtype,
 ) -> Found:
     batch, side, device = len(matrices), min(matrices[0].shape), scale.device
-    found = Found(batch, k, device)
+    found = Found(batch, k, device, side if vectors else None)
     rows = torch.arange(batch, device=device)  # the matrices still searched
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.linalg.qr(torch.randn(width, side, generator=generator, dtype=torch.float64, device="cpu").mT)[0].mT
@@ -167,13 +191,16 @@ def _krylov(
         if done == 0:
             found.in_range = _in_range(torch.cat([small.flatten(1), leaving.flatten(1)], 1))
             small, leaving = (t.where(found.in_range[:, None, None], 0) for t in (small, leaving))
-        values, vectors = torch.linalg.eigh(small)  # of the lower triangle
-        values, vectors = values.flip(1), vectors[:, -width:].flip(2)[:, :, :k]
-        residual = (vectors.mT @ leaving).norm(dim=2)  # [B, k]
+        values, inner = torch.linalg.eigh(small)  # of the lower triangle
+        values, inner = values.flip(1), inner.flip(2)[:, :, :k].mT  # [B, k, end]
+        residual = (inner[:, :, -width:] @ leaving).norm(dim=2)  # [B, k]
         gap = values[:, :k] - values[:, width - 1 : width]
         error = torch.where(residual < gap / 2, 4 * residual.square() / gap, 2 * residual)
-        sigma, bound, settled, held_up = _judge(values[:, :k], error, dtype, rtol)
+        sigma, bound, settled, held_up = _judge(values[:, :k], error, 2 * residual if vectors else None, dtype, rtol)
         found.sigma[rows], found.error[rows], found.settled[rows] = sigma, bound, settled
+        if found.vectors is not None:
+            for i in settled.nonzero()[:, 0].tolist():
+                found.vectors[rows[i]] = inner[i].to(dtype) @ basis[i, :end, :side]
         keep = (found.in_range[rows] & ~(settled | held_up)).nonzero()[:, 0]  # which waits for a device
         if len(keep) == 0:
             break

@@ -53,7 +53,7 @@ def layer_stats(
             return
         count = max(top_k, 1)
         describe = lambda i: f"layer {layout.names[layers[i]]!r} of {tasks[i] if tasks else 'the base'} ({of})"
-        stats, sigma, _ = statistics(tensors, bases, describe, count, rtol, seed)
+        stats, sigma, _, _ = statistics(tensors, bases, describe, count, rtol, seed)
         rows = torch.cat([stats[:, :3], sigma[:, :top_k]], 1)  # [B, 3 + top_k]
         index = torch.tensor(layers, device=device)
         if tasks:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # of σ₁
-OVERSAMPLING, ITERATIONS = 8, 4  # of a search for a few
 _BLOCKS = 4  # columns of a Gram that are computed at a time; eigh reads its lower triangle, so that the rest is left out
 
 
@@ -26,6 +25,7 @@ def singular_vectors(
 
     matrix: [m, n] of any float type, finite; or two factors [m, r] and [r, n], of whose product no more than r rows and columns
     are decomposed. Beyond min(m, n), or r, there are none.
+    Of few of many directions `svd_topk(vectors=True)` is faster, and as near as is asked for.
     beside: a length, where a matrix is what is left of a longer one: below 1e-6 of it a σ is nothing, too.
     """
     if isinstance(matrix, tuple):
@@ -37,25 +37,6 @@ def singular_vectors(
     sigma, short = _right(tall, k, beside)
     long = tall @ (short / sigma.where(sigma > 0, 1))
     return (long, sigma, short) if m >= n else (short, sigma, long)
-
-
-def leading_components(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """left [m, k] and right [n, k] with left · rightᵀ near the best approximation of rank k; less where the matrix has no k.
-    In the matrix's type, and for few of many directions faster than `singular_vectors`, which is exact.
-
-    Subspace iteration from a fixed random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1); the columns of
-    ``left`` are orthonormal, and ``right`` carries the singular values.
-    """
-    m, n = matrix.shape
-    width = min(k + OVERSAMPLING, m, n)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix)
-    space = torch.linalg.qr(matrix @ start).Q  # [m, width]
-    for _ in range(ITERATIONS):
-        space = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ space).Q).Q
-    u, sigma, vh = torch.linalg.svd(space.mT @ matrix, full_matrices=False)
-    k = min(k, width)
-    return space @ u[:, :k], (sigma[:k, None] * vh[:k]).mT.contiguous()
 
 
 def inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,13 +22,19 @@ from torch import Tensor
 
 from samerge_ext.checkpoints.lora import Change
 from samerge_ext.ops.component_sum import component_grad, component_sum
-from samerge_ext.ops.singular import leading_components, singular_vectors
+from samerge_ext.ops.singular import singular_vectors
+from samerge_ext.ops.svd_topk import svd_topk
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import Store
 
 Factors = tuple[Tensor, Tensor]  # left [m, T · k], right [n, T · k]
 AT_ONCE = 1 << 22  # numbers of a matrix that are fetched, or made of its components, at a time
+
+
+# Of a component's residual to its σ: coefficients can be learned for any components, and these already hold nearly all of what
+# those of the whole decomposition do, of random matrices too, whose values lie closest.
+RTOL = 0.1
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def _fetched(packed: PackedWeights, layer: int, k: int, store: Store) -> Factors
             count = min(at_once, length - start)
             _, task_vectors = store.fetch(first + start, count)
             flat[start : start + count] = task_vectors[task]
-        found.append(leading_components(flat[: m * n].view(m, n), k))
+        found.append(_leading(flat[: m * n].view(m, n), k))
     return _side_by_side(found)
 
 
@@ -177,11 +183,17 @@ def _of_change(change: Change, m: int, n: int, k: int, dtype: torch.dtype) -> Fa
     """left [m, k] and right [n, k] of what one LoRA expert adds to a matrix; zeros beyond its rank."""
     left, right = (torch.zeros(side, k, dtype=dtype) for side in (m, n))
     if isinstance(change, Tensor):
-        return leading_components(change.reshape(m, n).to(dtype), k)
+        return _leading(change.reshape(m, n).to(dtype), k)
     if change is not None:
         u, sigma, v = singular_vectors(change, k)
         left[:, : len(sigma)], right[:, : len(sigma)] = u, v * sigma
     return left, right
+
+
+def _leading(matrix: Tensor, k: int) -> Factors:
+    """left [m, k], orthonormal, and right [n, k], which carries the singular values, of a matrix [m, n]."""
+    left, sigma, right = svd_topk([matrix], min(k, *matrix.shape), RTOL, vectors=True)
+    return left[0], right[0] * sigma[0]
 
 
 def _side_by_side(found: list[Factors]) -> Factors:

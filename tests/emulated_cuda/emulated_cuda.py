@@ -136,7 +136,7 @@ def traffic(call: Callable[[], object]) -> list[Traffic]:
 
 
 # Composed of operators that are watched in their own tests.
-COMPOSED = ("test_svd_topk", "test_layer_stats")
+COMPOSED = ("test_svd_topk", "test_svd_topk_vectors", "test_layer_stats")
 
 
 def pytest_runtest_setup(item):

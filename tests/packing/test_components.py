@@ -3,39 +3,41 @@
 import pytest
 import tiny
 import torch
-from helpers import SIGMA_TOLERANCE, assert_close
+from helpers import COMPONENTS_SHARE, SIGMA_TOLERANCE, assert_close, random_normal
 
 import samerge_ext as sm
-from samerge_ext.ops.singular import leading_components
-from samerge_ext.packing.components import Components
+from samerge_ext.packing.components import RTOL, Components
 
 
-def spectrum(m, n, decay, dtype=torch.float64):
-    torch.manual_seed(1)
-    u, v = torch.linalg.qr(torch.randn(m, n, dtype=torch.float64)).Q, torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
-    return ((u * decay ** torch.arange(n, dtype=torch.float64)) @ v.mT).to(dtype)
+def of_matrix(matrix, rank):
+    """left [m, k] and right [n, k] of a matrix that is one expert's whole task vector."""
+    base = {"w": torch.zeros_like(matrix)}
+    packed = sm.PackedWeights.from_state_dicts(base, {"only": {"w": matrix}}, dtype=matrix.dtype)
+    components = Components.of(packed, rank)
+    assert components.ranks == {"w": min(rank, *matrix.shape)} and components.columns == components.ranks["w"]
+    return components.factors["w"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("decay", [0.7, 0.97])
-def test_components_are_those_of_the_whole_decomposition(dtype, transposed, decay):
-    matrix = spectrum(120, 60, decay, dtype)
-    matrix = matrix.mT if transposed else matrix
-    left, right = leading_components(matrix, 5)
-    truth = torch.linalg.svdvals(matrix.double())
-    assert left.shape == (matrix.shape[0], 5) and right.shape == (matrix.shape[1], 5)
-    assert ((right.double().norm(dim=0) - truth[:5]).abs() / truth[:5]).max() < SIGMA_TOLERANCE
-    assert_close(left.mT @ left, torch.eye(5, dtype=torch.float64))
-    rest = (matrix.double() - left.double() @ right.double().mT).norm()
-    assert rest < (1 + SIGMA_TOLERANCE) * truth[5:].norm(), "as near as rank 5 can be"
+@pytest.mark.parametrize("shape", [(200, 180), (180, 200), (9, 4), (1, 6)])
+def test_components_hold_what_those_of_the_whole_decomposition_do(dtype, shape):
+    """Of random numbers, whose singular values lie close: the hardest to find."""
+    (matrix,) = random_normal(shape, seed=1, dtype=dtype)
+    left, right = of_matrix(matrix, 5)
+    truth = torch.linalg.svdvals(matrix.double())[:5]
+    assert left.dtype == right.dtype == dtype
+    assert_close(left.mT @ left, torch.eye(len(truth), dtype=dtype))
+    held = (left.mT @ matrix).norm().item() / truth.norm().item()
+    assert COMPONENTS_SHARE < held < 1 + SIGMA_TOLERANCE
+    assert ((matrix.mT @ left - right).norm(dim=0) <= RTOL * right.norm(dim=0)).all()
 
 
-def test_a_matrix_without_so_many_components_is_whole():
-    for matrix in (spectrum(9, 4, 0.9), torch.zeros(5, 3, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)):
-        left, right = leading_components(matrix, 16)
-        assert left.shape[1] == min(matrix.shape)
-        assert_close(left @ right.mT, matrix, at_least=1e-2)
+def test_a_matrix_that_a_task_does_not_change_has_components_of_no_length():
+    base = {"w": torch.zeros(6, 4), "bias": torch.zeros(3)}
+    experts = {"none": {**base, "bias": torch.ones(3)}, "all": {**base, "w": torch.ones(6, 4)}}
+    left, right = Components.of(sm.PackedWeights.from_state_dicts(base, experts, dtype=torch.float32), 3).factors["w"]
+    assert not left[:, :3].any() and not right[:, :3].any()
+    assert_close(left[:, 3:] @ right[:, 3:].mT, torch.ones(6, 4))
 
 
 def test_every_matrix_of_the_layout_has_its_own():

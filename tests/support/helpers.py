@@ -19,6 +19,8 @@ TOLERANCE = {torch.float64: 5e-15, torch.float32: 1.5e-6, torch.float16: 4e-4, t
 # Largest relative error of a singular value against torch.linalg.svdvals in fp64 at the default rtol, and how far a bound may
 # lie below the true error: the truth has its own rounding, at most about 1e-14 of the largest value.
 SIGMA_TOLERANCE, SIGMA_ROUNDING = 1e-3, 1e-13
+# How much of a matrix's k leading components those that are learned hold, in norm: at least 0.997 of random matrices up to 2,048.
+COMPONENTS_SHARE = 0.99
 # Moments are kept in fp64; results of layer_stats are rounded to fp32. Absolute, of the largest magnitude or its square.
 MOMENTS_TOLERANCE, MOMENTS_TOLERANCE_FP32 = 1e-11, 1e-6
 # Largest error of a quantised number, in scales: half a code, and the rounding of number / scale, at most 127, in fp32.
