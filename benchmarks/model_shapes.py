@@ -30,9 +30,15 @@ def bert(width: int, layers: int, vocabulary: int, positions: int = 512) -> list
     return embeddings + layers * (4 * _linear(width, width) + _norm(width) + mlp + _norm(width)) + _linear(width, width)
 
 
-def llama_layer(width: int, mlp: int) -> list[Shape]:
-    """One decoder layer of transformers' LlamaModel."""
-    return 4 * [(width, width)] + 2 * [(mlp, width)] + [(width, mlp), (width,), (width,)]
+def llama_layer(width: int, mlp: int, keys: int | None = None) -> list[Shape]:
+    """One decoder layer of transformers' LlamaModel. keys: the rows of its keys and values, where heads share them."""
+    shared = (keys or width, width)
+    return [(width, width), shared, shared, (width, width)] + 2 * [(mlp, width)] + [(width, mlp), (width,), (width,)]
+
+
+def llama(width: int, layers: int, mlp: int, keys: int, vocabulary: int) -> list[Shape]:
+    """transformers' LlamaForCausalLM with tied embeddings."""
+    return [(vocabulary, width), *(layers * llama_layer(width, mlp, keys)), (width,)]
 
 
 def matrices(numbers: int) -> list[Shape]:
@@ -46,6 +52,7 @@ MODELS: dict[str, list[Shape]] = {
     "ViT-B/32": clip_vision(768, 12, 32),
     "88M": matrices(88_000_000),
     "Llama-7B layer": llama_layer(4096, 11008),
+    "Llama-3.2-1B": llama(2048, 16, 8192, 512, 128256),
     "ViT-L/14": clip_vision(1024, 24, 14),
     "1B": matrices(1_000_000_000),
     "tiny": bert(32, 1, 100, 20),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from samerge_ext.ops import singular
 from samerge_ext.ops.singular import FLOOR, polar_factor, singular_vectors
 
 SHAPES = [(9, 9), (40, 12), (12, 40), (1, 7), (7, 1)]
@@ -90,3 +91,40 @@ def test_what_is_left_of_something_longer_may_be_nothing():
     assert singular_vectors(rest)[1].count_nonzero() == 5
     for part in (*singular_vectors(rest, beside=1.0), *singular_vectors((rest, torch.eye(5)), beside=torch.tensor(1.0))):
         assert part.count_nonzero() == 0
+
+
+@pytest.fixture
+def decomposed(monkeypatch):
+    """Few of many have their own way from a side of 200 on; -> the types in which such a side is decomposed."""
+    eigh, found = torch.linalg.eigh, []
+    monkeypatch.setattr(singular, "_LARGE", 200)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (len(gram) >= 200 and found.append(gram.dtype)) or eigh(gram))
+    return found
+
+
+@pytest.mark.parametrize(("last", "whole"), [(0.05, False), (1.0, False), (1e-4, True)])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-300])
+def test_few_of_many_are_those_of_all(decomposed, last, whole, scale):
+    """The tenth value is far above what fp32 makes of it, or, of a spectrum that falls steeply, below."""
+    values = torch.logspace(0, float(torch.tensor(last).log10()), 10, dtype=torch.float64)
+    sigma = torch.cat([values, last * torch.linspace(0.98, 0.0, 190, dtype=torch.float64)])
+    matrix, left, right = with_values((210, 200), sigma)
+    for of_matrix in (matrix, matrix.mT):
+        found = singular_vectors(of_matrix * scale, 10)
+        u, v = (left, right) if of_matrix is matrix else (right, left)
+        torch.testing.assert_close(found[1] / scale, values, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found[0] @ found[2].mT, u[:, :10] @ v[:, :10].mT, rtol=0, atol=1e-7)
+        short = min(found[0], found[2], key=len)
+        torch.testing.assert_close(short.mT @ short, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert decomposed == 2 * ([torch.float32, torch.float64] if whole else [torch.float32])
+
+
+def test_few_of_many_that_are_equal_or_nothing(decomposed):
+    for rank, count in ((200, 10), (5, 5), (0, 0)):
+        matrix, left, right = with_values((200, 200), torch.ones(rank, dtype=torch.float64))
+        for found in (singular_vectors(matrix, 10), singular_vectors(torch.eye(200) * (rank > 0), 10)):
+            assert all(part.isfinite().all() for part in found)
+        u, s, v = singular_vectors(matrix, 10)
+        assert int(s.count_nonzero()) == count
+        torch.testing.assert_close(matrix @ v, u * s, rtol=0, atol=1e-12)
+        torch.testing.assert_close((v.mT @ v)[:count, :count], torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-12)

@@ -106,6 +106,8 @@ def test_layer_maps_are_those_of_the_models(monkeypatch):
 
     clip, bert, llama = transformers.CLIPVisionConfig, transformers.BertConfig, transformers.LlamaConfig
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    billion = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    billion |= {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}
     small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
     with torch.device("meta"):
         built = {
@@ -113,6 +115,7 @@ def test_layer_maps_are_those_of_the_models(monkeypatch):
             "ViT-L/14": transformers.CLIPVisionModel(clip(patch_size=14, **large)),
             "MiniLM": transformers.BertModel(bert(**small)),
             "Llama-7B layer": transformers.LlamaModel(llama(num_hidden_layers=1)).layers[0],
+            "Llama-3.2-1B": transformers.LlamaForCausalLM(llama(**billion)),
         }
     for name, module in built.items():
         assert MODELS[name] == [tuple(p.shape) for p in module.parameters()], name
@@ -176,8 +179,14 @@ def test_merges_by_singular_values_beside_the_published_calls(tmp_path):
     done = run("singular.py", "--model", "tiny", "--save-to", tmp_path)
     assert done.returncode == 0, done.stderr
     held = json.loads((tmp_path / "singular-cpu.json").read_text())
-    assert [row["method"] for row in held["rows"]] == ["tsv_m", "iso_c", "tsv_m", "iso_c", "knots"]
-    assert all(row["samerge_s"] > 0 and row["published_s"] > 0 for row in held["rows"]) and held["environment"]["threads"] == 1
+    products, *rows = held["tiny"].values()
+    assert products["side"] == 32 and products["eigh fp32"] > 0
+    assert [row["method"] for row in rows] == ["tsv_m", "iso_c", "tsv_m", "iso_c", "knots"]
+    assert all(row["samerge_s"] > 0 and row["published_s"] > 0 and row["threads"] == 1 for row in rows)
+    done = run("singular.py", "--model", "tiny", "--experts", "LoRA", "--save-to", tmp_path)
+    again = json.loads((tmp_path / "singular-cpu.json").read_text())["tiny"]
+    assert done.returncode == 0 and again.keys() == held["tiny"].keys(), "an earlier run's rows stay or are replaced"
+    assert again["products"] == products and again["knots LoRA, rank 16"] != rows[-1]
 
 
 def test_the_whole_of_statsmerging_beside_the_published_way(tmp_path):
