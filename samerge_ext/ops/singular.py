@@ -65,8 +65,10 @@ def _right(matrix: Tensor, k: int | None, beside: Tensor | float) -> tuple[Tenso
         end = min(n, start + width)
         gram[start:end, :end] = matrix[:, start:end].mT @ matrix[:, :end]
         gram[:start, start:end] = gram[start:end, :start].mT
-    few = k is not None and n >= _LARGE and 4 * (k + _SPARE) <= n
-    squares, vectors = _largest(gram, k) if few else torch.linalg.eigh(gram)
+    if k is not None and 4 * (k + _SPARE) <= n >= _LARGE:
+        squares, vectors = _largest(gram, k)
+    else:
+        squares, vectors = torch.linalg.eigh(gram)
     sigma = squares.flip(0)[:k].clamp(min=0).sqrt()
     known = sigma > FLOOR * sigma[:1].clamp(min=beside)
     return sigma * known, vectors.flip(1)[:, :k] * known
