@@ -104,6 +104,7 @@ $(VENV)/fuzz-ready: $(VENV)/test-ready
 MERGEKIT := .cache-mergekit
 
 mergekit-differential: $(VENV)/test-ready $(MERGEKIT)/ready
+	$(BIN)/python tests/support/mergekit_tokenizers.py --mergekit $(MERGEKIT)/bin/python
 	$(BIN)/python tests/support/mergekit_differential.py --mergekit $(MERGEKIT)/bin/python
 
 $(MERGEKIT)/ready:

@@ -58,6 +58,8 @@ _LAZY = {  # public name -> module that defines it
     "distac": "methods.distac",
     "DisTaCConfig": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
+    "TokenRow": "checkpoints.tokenizers",
+    "TokenizerConfig": "checkpoints.tokenizers",
     "available": "backend",
     "use_backend": "backend",
     "argmax_cross_entropy": "ops.softmax_kl",
@@ -90,6 +92,8 @@ __all__ = [
     "SAMergingConfig",
     "StatsMergeLearner",
     "StatsMergingConfig",
+    "TokenRow",
+    "TokenizerConfig",
     "adamerging",
     "align_norms",
     "apply_learner",
@@ -151,6 +155,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from . import models, ops
     from .backend import available, use_backend
     from .checkpoints.compatibility import CompatibilityWarning
+    from .checkpoints.tokenizers import TokenizerConfig, TokenRow
     from .merged.model import MergedModel
     from .merged.result import Result
     from .methods.adamerging import adamerging

@@ -113,6 +113,8 @@ def folder(tmp_path, monkeypatch):
         save_adapter(Path("adapters") / task)
     Path("news.txt").write_text("".join(f"{word} rain\n" for word in WORDS))
     Path("spam.jsonl").write_text("".join(json.dumps({"text": f"{word} sun goal"}) + "\n" for word in WORDS))
+    records = [{"text": f"{word} rain", "label": number % EXPERTS["news"]} for number, word in enumerate(WORDS)]
+    Path("news-test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return tmp_path
 
 

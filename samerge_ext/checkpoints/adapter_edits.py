@@ -196,7 +196,7 @@ class _Sorted:
         self.edits[place] = Edit(bias=stored, scaling=scaling)
 
     def _check_shapes(self, first: str, a: torch.Size, b: torch.Size, place: str, transposed: bool) -> None:
-        weight = self._base.shape(place)
+        weight = self._adapted_shape(place)
         made = [b[0], *a[1:]] if not transposed else [*a[1:], b[0]]
         if len(a) == len(b) and a[0] == b[1] and all(n == 1 for n in b[2:]) and made == list(weight):
             return
@@ -242,7 +242,7 @@ class _Sorted:
             raise CheckpointError(
                 f"{self._label}: '{stored}' has no place: {self._base.label} lacks '{target}'; is it an adapter of this base?"
             )
-        weight = self._base.shape(place)
+        weight = self._adapted_shape(place)
         if len(weight) != 2 or not tokens or list(rows) != [len(tokens), *weight[1:]]:
             raise CheckpointError(
                 f"{self._label}: '{stored}' {list(rows)} are not rows of {len(tokens)} tokens of '{place}' {list(weight)}; is it "
@@ -272,13 +272,18 @@ class _Sorted:
             if held.shape != own.shape or not torch.equal(held.to(own.dtype), own):
                 raise self._tied(stored, target, tied)
             return
-        place = self._place(target)
-        if place is not None:
-            found, shape = self._base.shape(place), self._file.shape(stored)
-            if _last(place) in (*EMBEDDINGS, *HEADS) and len(found) == 2 and found[1:] == shape[1:] and found != shape:
-                raise self._other_vocabulary(stored, shape[0], place)
-        place = place or target
+        place = self._place(target) or target
         self.edits[place] = replace(self.edits.get(place, Edit()), own=stored)
+
+    def _adapted_shape(self, place: str) -> torch.Size:
+        """Of the tensor that was adapted: the base's, or where the vocabulary was changed before, the one in the file."""
+        own = next((n for n in self._file.names if self._is_whole(n) and self._place(_without_wrappers(n)) == place), None)
+        return self._base.shape(place) if own is None else self._file.shape(own)
+
+    @staticmethod
+    def _is_whole(stored: str) -> bool:
+        """Whether a tensor in the file is one of the model."""
+        return not ("lora_" in stored or stored.endswith(TOKENS) or ".original_module." in stored or ".token_adapter." in stored)
 
     def _stored_as(self, target: str) -> str | None:
         """The name of a tensor in the file that is saved whole."""
@@ -330,6 +335,10 @@ class _Sorted:
             f"{self._base.shape(place)[0]}; call resize_token_embeddings({tokens}) on the base, save it, with the adapter's "
             "tokenizer, and pass that as the base"
         )
+
+
+def _without_wrappers(stored: str) -> str:
+    return WRAPPERS.sub("", stored.removeprefix(PREFIX))
 
 
 def _last(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.reading import CheckpointError, parse_json, read_bytes, read_json, read_text
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer
 
 # Everything goes along but the following; names are compared without case.
 WEIGHTS = (
@@ -50,17 +51,17 @@ QUANTISATION = ("quantization_config", "compression_config", "quantization")  # 
 class Companions:
     """What goes along with merged weights.
 
-    folder: whose files. tokenizer: another model's folder, whose tokenizer and chat template take the place of those.
-    chat_template: a template, in the place of the tokenizer's.
+    folder: whose files. tokenizer: another model's, or one to which tokens are added; it and its chat template take the place of
+    the folder's. chat_template: a template, in the place of the tokenizer's.
     """
 
     folder: Path
-    tokenizer: Path | None = None
+    tokenizer: MergedTokenizer | None = None
     chat_template: str | None = None
 
     def check(self) -> None:
         """Raises CheckpointError or OSError where `copy` will meet a file that cannot be read. For use before long work."""
-        for folder in {self.folder, self.tokenizer or self.folder}:
+        for folder in {self.folder, self.tokenizer.folder if self.tokenizer else self.folder}:
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if path.is_file() and _goes_along(path) and not os.access(path, os.R_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -74,11 +75,16 @@ class Companions:
             names = _copied(self.folder, out, companion_files(self.folder))
         else:
             own = [name for name in companion_files(self.folder) if not _is_tokenizers(name)]
-            others = [name for name in companion_files(self.tokenizer) if _is_tokenizers(name)]
-            names = (*_copied(self.folder, out, own), *_copied(self.tokenizer, out, others))
+            others = [name for name in companion_files(self.tokenizer.folder) if _is_tokenizers(name)]
+            names = (*_copied(self.folder, out, own), *_copied(self.tokenizer.folder, out, others))
+            names = (*names, *self.tokenizer.add_to(out))
         if self.chat_template is not None:
             names = (*(name for name in names if name != TEMPLATE), *self._write_template(out))
-        return tuple(sorted(names))
+        return tuple(sorted(set(names)))
+
+    def configuration(self, content: dict) -> dict:
+        """A config.json with as many tokens as the tokenizer has rows."""
+        return content if self.tokenizer is None else self.tokenizer.configuration(content)
 
     def _write_template(self, out: Path) -> list[str]:
         """The template as a file of its own, and in the tokenizer's configuration, where older versions look for it."""

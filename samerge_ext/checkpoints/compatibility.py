@@ -56,13 +56,17 @@ class CompatibilityWarning(UserWarning):
 
 
 def check_models(
-    base: str | Path | None, experts: Sequence[tuple[str, str | Path]], heads: str | Sequence[str] = ()
+    base: str | Path | None,
+    experts: Sequence[tuple[str, str | Path]],
+    heads: str | Sequence[str] = (),
+    *,
+    aligned: bool = False,
 ) -> None:
     """Compares config.json and tokenizers of model folders; what only some of them have is not compared.
 
     base: None where experts are combined without one.
     heads: patterns of tensors that are kept per task: labels do not count where these name the classifier, nor vocabularies
-        where they name the embeddings.
+        where they name the embeddings. aligned: nor do these where the models' rows are brought under one (`merged_vocabulary`).
 
     Raises ValueError where the merge of two tensors of one shape would mean nothing: another model type, other attention heads,
     another kind of positions, tokens that have other numbers; it names all of it. Raises CheckpointError for a config.json that
@@ -72,7 +76,7 @@ def check_models(
     named = [("base", base)] if base is not None else []
     named += [(f"expert '{task}'", path) for task, path in experts if base is None or Path(path) != Path(base)]
     models = [_read(label, Path(path)) for label, path in named]
-    found = [*_settings(models), *_labels(models, heads), *_vocabularies(models, heads)]
+    found = [*_settings(models), *_labels(models, heads), *(() if aligned else _vocabularies(models, heads))]
     if base is not None:
         found += _without_config(models)
     if faults := [text for is_fault, text in found if is_fault]:
@@ -182,11 +186,12 @@ def _vocabularies(models: list[_Model], heads: tuple[str, ...]) -> Found:
         if differs and differs.total:
             yield True, (
                 f"{model.label}: its tokenizer is not that of {base.label}: {differs.text}. Rows of the embeddings stand for "
-                "other tokens there, and their merge for none: merge models of one tokenizer, or order the rows as the base's "
-                "tokenizer does; where only the expert's tokenizer files are wrong, put the base's in their place"
+                "other tokens there, and their merge for none: merge them token by token with tokenizer: base or union (in "
+                "Python tokenizer='base'); where only the expert's tokenizer files are wrong, put the base's in their place"
             )
         elif differs:
-            yield False, f"{model.label}: its tokenizer is not quite that of {base.label}: {differs.text}{_kept(base)}"
+            kept = f"{_kept(base)}, and all models' with tokenizer: union" if _kept(base) else ""
+            yield False, f"{model.label}: its tokenizer is not quite that of {base.label}: {differs.text}{kept}"
 
 
 def _kept(first: _Model) -> str:

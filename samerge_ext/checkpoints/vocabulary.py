@@ -11,7 +11,8 @@ from pathlib import Path
 
 from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut, read_bytes, read_json, shown
 
-FAST, WORDS, MAP = "tokenizer.json", "vocab.txt", "vocab.json"
+FAST, WORDS, MAP, ADDED, CONFIG = "tokenizer.json", "vocab.txt", "vocab.json", "added_tokens.json", "tokenizer_config.json"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")  # of sentencepiece
 OPAQUE = ("tekken.json", "*.tiktoken")  # compared byte by byte
 MOVED = 0.01  # the share of tokens with another number from which on a merge of the embeddings means nothing
@@ -41,19 +42,62 @@ class Vocabulary:
         """What a file says, with added_tokens.json where the file has no place for added tokens. Raises CheckpointError."""
         if name not in self._read:
             self._read[name] = _tokens(self.folder / name)
-            if name != FAST and (self.folder / "added_tokens.json").is_file():
-                self._read[name].update(_numbered(read_json(self.folder / "added_tokens.json")))
+            if name != FAST and (self.folder / ADDED).is_file():
+                self._read[name].update(_numbered(read_json(self.folder / ADDED)))
         return self._read[name]
 
-    def known(self) -> set[str]:
-        """The tokens that the first of the files has; none where they are not known."""
-        first = next(iter(self.files()), "")
-        return set() if not first or any(fnmatchcase(first, pattern) for pattern in OPAQUE) else set(self.tokens(first).values())
+    def numbers(self) -> dict[str, int]:
+        """The number of every token, also of those that transformers adds as it loads the tokenizer; empty without files.
+
+        Raises CheckpointError for files that do not tell it, as a sentencepiece model whose numbers a tokenizer's code moves.
+        """
+        names = self.files()
+        if not names:
+            return {}
+        if names[0] not in (FAST, WORDS, MAP, "tokenizer.model"):
+            raise CheckpointError(
+                f"{self.folder / names[0]} does not tell the numbers of all tokens; write a tokenizer.json beside it with "
+                f"transformers: AutoTokenizer.from_pretrained({str(self.folder)!r}).save_pretrained({str(self.folder)!r})"
+            )
+        tokens = self.tokens(names[0])
+        if others := [token for token in tokens.values() if not isinstance(token, str)]:
+            raise CheckpointError(f"{self.folder / names[0]} lists {shown(others[0])} as a token, which is no text; restore it")
+        numbers = {token: number for number, token in tokens.items()}
+        for number, token in self._decoder().items():
+            numbers.setdefault(token["content"], number)
+        return numbers
+
+    def added(self) -> dict[str, dict]:
+        """The tokens that were added to the tokenizer, with their flags."""
+        found = {token["content"]: token for token in self._decoder().values()}
+        if (self.folder / FAST).is_file():
+            found.update({token["content"]: token for token in read_json(self.folder / FAST).get("added_tokens") or ()})
+        elif (self.folder / ADDED).is_file():
+            found = {token: {} for token in read_json(self.folder / ADDED)} | found
+        return found
+
+    def next_number(self) -> int:
+        """What the tokenizers library gives the next token that is added."""
+        numbers = self.numbers()
+        if not (self.folder / FAST).is_file():
+            return len(numbers)
+        own = _model(read_json(self.folder / FAST)).get("vocab") or ()
+        return max(len(own), *(numbers[token] + 1 for token in self.added()), 0)
+
+    def _decoder(self) -> dict[int, dict]:
+        """The added tokens that the tokenizer's configuration lists."""
+        listed = read_json(self.folder / CONFIG).get("added_tokens_decoder") if (self.folder / CONFIG).is_file() else None
+        try:
+            return {int(number): {**token, "content": str(token["content"])} for number, token in (listed or {}).items()}
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.folder / CONFIG}: added_tokens_decoder lists no tokens ({cut(repr(error), 200)}); save it again"
+            ) from error
 
     def same_bytes(self, other: Vocabulary, name: str, others_name: str) -> bool:
         pairs = [(self.folder / name, other.folder / others_name)]
         if name != FAST:
-            pairs.append((self.folder / "added_tokens.json", other.folder / "added_tokens.json"))
+            pairs.append((self.folder / ADDED, other.folder / ADDED))
         return all(
             cmp(a, b, shallow=False) if a.is_file() and b.is_file() else not (a.is_file() or b.is_file()) for a, b in pairs
         )
@@ -97,11 +141,10 @@ def vocabulary_advice(name: str, base_shape: Sequence[int], expert_shape: Sequen
     base, expert = base_shape[0], expert_shape[0]
     more, small = ("the expert", base) if expert > base else ("the base", expert)
     return (
-        f"The expert has {expert} tokens, the base {base}: tokens were added to {more}, or its vocabulary was padded. To merge "
-        f"without them, load {more} with transformers, call resize_token_embeddings({small}) and save it to a new folder. To "
-        f"keep them, call resize_token_embeddings({max(base, expert)}) on every model that has fewer, copy the new rows (of the "
-        "weights of get_input_embeddings() and, where there is one, get_output_embeddings()) from the model that has them, and "
-        "save these models, the base with the tokenizer that knows the tokens."
+        f"The expert has {expert} tokens, the base {base}: tokens were added to {more}, or its vocabulary was padded. Folders "
+        "with their tokenizers are merged token by token with tokenizer: union, which gives all models all tokens, or tokenizer: "
+        f"base (in Python tokenizer='union'). Or load {more} with transformers, call resize_token_embeddings({small}), which "
+        "leaves the tokens out, and save it to a new folder."
     )
 
 

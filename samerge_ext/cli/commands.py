@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import dumps as as_json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -65,6 +66,9 @@ def merge(
     keep: Annotated[
         list[str] | None, typer.Option(help='pattern of tensors that not all models have, and that stay as they are, "visual.*"')
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="whose tokens the merged model has: base, union or a folder; the base's by default")
+    ] = None,
     parameters: Annotated[list[str] | None, typer.Option("--parameter", help="KEY=VALUE of the method")] = None,
     device: Annotated[str | None, typer.Option(help="what merges: cpu, cuda, cuda:1; the same as --parameter device=…")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="TASK=FILE of unlabelled texts")] = None,
@@ -96,6 +100,7 @@ def merge(
         "tasks": tasks,
         "heads": heads,
         "keep": keep,
+        "tokenizer": {"source": tokenizer} if tokenizer else None,
         "parameters": _pairs("--parameter", parameters, parse_yaml) | ({"device": device} if device else {}),
         "calibration": {key: value for key, value in calibration_keys.items() if value},
         "dtype": dtype,
@@ -177,6 +182,44 @@ def compare(
         with atomic_write(html, "w") as file:
             file.write(page)
     typer.echo(html)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a causal language model or a sequence classifier")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="texts (.txt, one a line, or .jsonl), of a classifier .jsonl with text and label; FILE or TASK=FILE"),
+    ],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts at a time")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="tokens; longer texts are cut")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many texts of each file")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights, float32 …; as they are stored by default")] = None,
+    device: Annotated[str, typer.Option(help="what computes: cpu, cuda, cuda:1")] = "cpu",
+) -> None:
+    """Perplexity or accuracy of a model folder on files. Of a task's own head, as TASK=FILE."""
+    with _told():
+        named = {task: Path(path) for task, path in _tasks_and_folders(files)}
+        for path in (folder, *named.values()):
+            path.stat()
+        import torch
+
+        from samerge_ext.models.evaluation import evaluate as evaluate_folder
+
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+        if dtype not in (None, *known):
+            raise ValueError(f"dtype {shown(dtype)}; choose one of {', '.join(known)}")
+        options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "max_length": max_length, "device": device}
+        scores = evaluate_folder(folder, named, dtype=known[dtype] if dtype else None, **options)
+    if json:
+        typer.echo(as_json({task: {k: v for k, v in vars(score).items() if v is not None} for task, score in scores.items()}))
+        return
+    for task, score in scores.items():
+        if score.accuracy is None:
+            typer.echo(f"{task}: perplexity {score.perplexity:.4f} of {score.tokens} tokens in {score.texts} texts")
+        else:
+            typer.echo(f"{task}: accuracy {score.accuracy:.2%} of {score.texts} texts")
 
 
 @app.command()

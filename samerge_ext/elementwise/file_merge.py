@@ -65,6 +65,8 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         require_apart(target, stored)
         plan, device = models.plan, models.device
         identity = {**merge.identity, "device": device.type, "files": {str(file): list(found) for file, found in stored.items()}}
+        if models.tokenizer is not None:
+            identity["tokenizer"] = models.tokenizer.to_json()
         run = _Run(merge, plan, target, stored, device)
         record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
         if record.is_over(target):

@@ -17,6 +17,7 @@ from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.shards import Shard, plan_shards
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.checkpoints.stacked import Stack
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer, TokenizerConfig
 from samerge_ext.elementwise.file_pieces import Extent, FilePieces
 from samerge_ext.elementwise.piecewise import Combination, Rule
 from samerge_ext.elementwise.sparsified import Sparsified
@@ -38,12 +39,13 @@ class FileMerge:
     rule_of: name, shape and dtype of a tensor -> its rule; with ``whole``, called once for all tensors as one vector, for a
         `WholeRule`.
     names_from: the folder that says which tensors there are. companions: what goes along, and of keep an expert's tokenizer too
-        unless companions name one; all of that folder's by default.
+        unless one is asked for; all of that folder's by default.
     stacks: where layers of models are merged, not whole ones: the base, where there is one, and what is merged, each as a `Stack`
         of models among the base and the experts.
     factors_of: the squares of the task vectors' norms and the tasks -> a factor for every task vector, before any rule
         (`methods.distac.shortening`).
     device: where tensors are merged, "cpu" or a GPU as torch names it; on a GPU numbers may be rounded otherwise.
+    tokenizer: whose the merged model has, where that is asked for; `merged_vocabulary`.
     dtype: what tensors are read as; by default what the models' own types promote to, and at least fp32 where there are
         adapters. out_dtype: what is written; by default ``dtype``, or what the full models' types promote to.
     identity: says, as JSON, what the rules are made from.
@@ -63,6 +65,7 @@ class FileMerge:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
+    tokenizer: TokenizerConfig | None = None
     companions: Companions | None = None
     identity: dict = field(default_factory=dict)
     about: Report | None = None
@@ -80,7 +83,7 @@ class FilePlan:
     rules: by tensor, or for "" as one vector. called: what a tensor is called where it is written. shards: what is written.
     """
 
-    def __init__(self, merge: FileMerge, models: Aligned):
+    def __init__(self, merge: FileMerge, models: Aligned, tokenizer: MergedTokenizer | None = None):
         self._merge, names, experts = merge, models.base, models.experts
         check_headers(names, experts, models.heads, torch.float32, torch.float32)
         for _, expert in experts:
@@ -95,6 +98,8 @@ class FilePlan:
             text = "the names of its tensors, config.json, tokenizer and all else are those of this model, not the base's"
             warnings.warn(f"{host.label}: tensors of it are kept; in the merged model {text}", NamingNote, stacklevel=4)
             self.companions = replace(self.companions, folder=folder_of(model_of(dict(merge.experts)[models.host])))
+        if tokenizer is not None:
+            self.companions = replace(self.companions, tokenizer=tokenizer)
         self.companions.check()
         shared = shared_names(names, models.heads)
         self.buffers = {name for name in shared if names.is_buffer(name)} | self.kept.keys()
@@ -158,8 +163,10 @@ class FilePlan:
         return asked or self.whose(name).dtype(name)
 
     def configuration(self, configuration: dict) -> dict:
-        """config.json with the type that is written, in nested configurations too; as it was where several are written."""
+        """config.json with the type that is written, in nested configurations too; as it was where several are written. And with
+        the number of rows of tokens, and of layers."""
         asked = self._merge.out_dtype or self._merge.dtype
+        configuration = self.companions.configuration(configuration)
         if self._merge.stacks is not None:
             base, merged = self._merge.stacks
             configuration = (base or merged[0]).configuration(configuration)

@@ -13,7 +13,9 @@ from samerge_ext.checkpoints.alignment import align
 from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
+from samerge_ext.checkpoints.merged_vocabulary import under_one_vocabulary
 from samerge_ext.checkpoints.sources import CheckpointSource, Experts, Source
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer
 from samerge_ext.elementwise.file_plan import FileMerge, FilePlan
 from samerge_ext.packing.stores import check_device, indexed
 from samerge_ext.packing.validation import check_tasks
@@ -21,11 +23,13 @@ from samerge_ext.packing.validation import check_tasks
 
 @dataclass(frozen=True)
 class Opened:
-    """plan: what will be written. files: all that is read. device: that merges."""
+    """plan: what will be written. files: all that is read. device: that merges. tokenizer: whose tokens the rows are, where it is
+    not simply the base's."""
 
     plan: FilePlan
     files: tuple[Path, ...]
     device: torch.device
+    tokenizer: MergedTokenizer | None
 
 
 @contextmanager
@@ -36,16 +40,19 @@ def opened(merge: FileMerge) -> Iterator[Opened]:
     """
     device = _checked_device(merge.device)
     check_tasks([task for task, _ in merge.experts])
-    check_models(merge.names_from, merge.experts, (*merge.heads, *merge.keep))
+    check_models(merge.names_from, merge.experts, (*merge.heads, *merge.keep), aligned=merge.tokenizer is not None)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(merge.names_from, beside_adapter=merge.base is None))
         names: Source = CheckpointSource(checkpoint, "base")
         found = [(task, open_expert(path, names, f"expert '{task}'")) for task, path in merge.experts]
         experts: Experts = [(task, stack.enter_context(expert)) for task, expert in found]
+        places = [merge.names_from, *(path for _, path in merge.experts)]
+        names, experts, tokenizer = under_one_vocabulary(names, experts, places, merge.tokenizer, merge.heads)
         files = tuple(dict.fromkeys(file for source in (names, *(expert for _, expert in experts)) for file in source.files))
         if merge.stacks is not None:
             names, experts = _stacked(merge, names, experts)
-        yield Opened(FilePlan(merge, align(names, experts, merge.heads, merge.keep, merge.names_from)), files, device)
+        plan = FilePlan(merge, align(names, experts, merge.heads, merge.keep, merge.names_from), tokenizer)
+        yield Opened(plan, files, device, tokenizer)
 
 
 def _checked_device(device: str) -> torch.device:

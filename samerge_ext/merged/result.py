@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class Result:
             files[f"learner/{LEARNER_FILE}"] = self.learner.to_bytes()
         if self.features is not None:
             files[f"learner/{FEATURES_FILE}"] = self.features.to_bytes()
-        companions = companions or self.packed.folder
+        companions = self._companions(companions)
         configuration = self._configuration(companions)
         if configuration and dtype:
             configuration = with_dtype({"dtype": None, **configuration}, dtype)
@@ -188,13 +188,18 @@ class Result:
         base = described("base", "base", self.packed.folder or IN_MEMORY)
         return [base, *(described(task, "expert", place) for task, place in places.items())]
 
-    def _configuration(self, companions: str | Path | Companions | None) -> dict | None:
+    def _companions(self, given: str | Path | Companions | None) -> Companions | None:
+        """What goes along, with the tokenizer whose tokens the rows are."""
+        if given is None and self.packed.folder is None:
+            return None
+        found = given if isinstance(given, Companions) else Companions(folder_of(given or self.packed.folder or ""))
+        return found if self.packed.tokenizer is None else replace(found, tokenizer=self.packed.tokenizer)
+
+    def _configuration(self, companions: Companions | None) -> dict | None:
         """The content of config.json, from the folder or the module that has one; the architecture is the module's."""
-        if isinstance(companions, Companions):
-            companions = companions.folder
         if companions is not None:
-            found = read_config(companions) if (folder_of(companions) / "config.json").exists() else None
-            found = without_quantisation(found) if found else None
+            found = read_config(companions.folder) if (companions.folder / "config.json").exists() else None
+            found = companions.configuration(without_quantisation(found)) if found else None
             if found and type(self.module).__module__.startswith("transformers."):
                 found["architectures"] = [type(self.module).__name__]
             return found

@@ -85,9 +85,10 @@ def find_architecture(base: Path, experts: Mapping[str, Path]) -> tuple[Path, st
     return next((each for task, each in found.items() if not is_adapter(experts[task])), next(iter(found.values())))
 
 
-def empty_model(folder: Path, architecture: str) -> nn.Module:
+def empty_model(folder: Path, architecture: str, rows: int | None = None) -> nn.Module:
     """A model of a folder's configuration, its parameters on `meta` and its buffers there.
 
+    rows: of its embeddings, where they are others than the folder's.
     Raises ValueError, naming the folder, where transformers cannot make it.
     """
     import transformers
@@ -95,6 +96,8 @@ def empty_model(folder: Path, architecture: str) -> nn.Module:
     with bounded_by_tensors(folder), parameters_on_meta():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if rows is not None:
+                config.vocab_size = config.get_text_config().vocab_size = rows
             return getattr(transformers, architecture)._from_config(config, dtype=torch.float32)
         except Exception as error:  # of any type: a config.json may hold anything
             fault = cut(str(error), 500)

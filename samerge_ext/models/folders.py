@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.adapter_config import WEIGHTS
 from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.files import SafetensorsFile
 from samerge_ext.checkpoints.folder import open_checkpoint
-from samerge_ext.checkpoints.places import is_adapter
+from samerge_ext.checkpoints.places import folder_of, is_adapter
 from samerge_ext.checkpoints.sources import CheckpointSource, matches
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer, TokenizerConfig
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.models.architecture import Kind, empty_model, find_architecture
 from samerge_ext.models.pictures import find_pictures, load_image_processor, picture_batches
 from samerge_ext.models.texts import load_tokenizer, read_texts, text_batches
+from samerge_ext.packing.packed_weights import tokenizer_of_folders
 
 Batch = dict[str, Tensor]
 HEADS = ("classifier", "score")  # what PEFT saves with every adapter of a classifier
@@ -31,7 +35,8 @@ HEADS = ("classifier", "score")  # what PEFT saves with every adapter of a class
 class FolderModel:
     """A model of the experts' architecture without memory for its weights.
 
-    kind: what it does, and its logits function. conversion: between its tensors and those of the folders.
+    kind: what it does, and its logits function. conversion: between its tensors and those of the folders. tokenizer: of the
+    merged model, where it is not every model's own; all tasks' texts are read by it then.
     """
 
     module: Any
@@ -39,21 +44,31 @@ class FolderModel:
     conversion: Conversion
     base: Path
     experts: Mapping[str, Path]
+    tokenizer: MergedTokenizer | None = None
 
     @classmethod
-    def of(cls, base: Path, experts: Mapping[str, Path], heads: Sequence[str] = ()) -> FolderModel:
+    def of(
+        cls,
+        base: Path,
+        experts: Mapping[str, Path],
+        heads: Sequence[str] = (),
+        tokenizer: TokenizerConfig | None = None,
+    ) -> FolderModel:
         """The model that a base and its experts, model folders or adapters, are merged to.
 
-        heads: patterns of the tasks' own tensors, and of those that are kept. Raises ValueError where the folders' architecture
-            has no logits function here.
+        heads: patterns of the tasks' own tensors, and of those that are kept. tokenizer: see `PackedWeights.from_folders`. Raises
+            ValueError where the folders' architecture
+            the folders' architecture has no logits function here.
         """
         folder, architecture, kind = find_architecture(base, experts)
+        heads = tuple(heads)
         module = empty_model(folder, architecture)
-        conversion = Conversion(module)
-        if all(is_adapter(path) for path in experts.values()):
-            adapters = list(experts.values())
-            conversion = Conversion(module, *_of_other_head(module, base, adapters, tuple(heads)))
-        return cls(module, kind, conversion, base, experts)
+        conversion = _conversion(module, base, experts, heads)
+        merged = tokenizer_of_folders(base, experts, tokenizer, conversion=conversion, heads=heads)
+        if merged is not None and merged.rows not in (None, _embeddings(module)):
+            module = empty_model(folder, architecture, merged.rows)
+            conversion = _conversion(module, base, experts, heads)
+        return cls(module, kind, conversion, base, experts, merged)
 
     def batches(
         self, files: Mapping[str, Path], *, limit: int | None = None, batch_size: int = 16, max_length: int = 128
@@ -70,13 +85,26 @@ class FolderModel:
                 task: picture_batches(find_pictures(path, limit), load_image_processor(self._at(task)), batch_size, channels)
                 for task, path in files.items()
             }
-        batches, pads = {}, []
+        batches, pads, merged = {}, [], self._merged_tokenizer()
         for task, path in files.items():
-            tokenizer = load_tokenizer(self._at(task), self.module.config)
+            tokenizer = merged or load_tokenizer(self._at(task), self.module.config)
             pads.append(tokenizer.pad_token_id)
             batches[task] = self._texts(tokenizer, path, limit, batch_size, max_length)
         _pad_alike(self.module, batches, pads)
         return batches
+
+    def _merged_tokenizer(self) -> Any:
+        """The tokenizer as it will be written with the merged model; None where no rows are moved."""
+        if self.tokenizer is None:
+            return None
+        with TemporaryDirectory() as folder:
+            Companions(folder_of(self.base), self.tokenizer).copy(folder)
+            try:
+                loaded = load_tokenizer([folder], self.module.config)
+            except ValueError as error:
+                raise ValueError(str(error).replace(folder, str(self.tokenizer.folder))) from error
+        loaded.name_or_path = str(self.tokenizer.folder)
+        return loaded
 
     def _at(self, task: str) -> list[Path]:
         return [self.experts[task], self.base, *self.experts.values()]
@@ -91,6 +119,12 @@ class FolderModel:
         batches = text_batches(texts, tokenizer, batch_size, max_length, special_tokens=self.kind.special_tokens)
         _check_tokens(self.module, tokenizer, path, batches)
         return batches
+
+
+def _conversion(module: Any, base: Path, experts: Mapping[str, Path], heads: tuple[str, ...]) -> Conversion:
+    if not all(is_adapter(path) for path in experts.values()):
+        return Conversion(module)
+    return Conversion(module, *_of_other_head(module, base, list(experts.values()), heads))
 
 
 def _of_other_head(
@@ -170,9 +204,14 @@ def _positions(module: Any) -> int | None:
     return bound
 
 
+def _embeddings(module: Any) -> int:
+    """The number of rows that stand for tokens."""
+    return module.get_input_embeddings().weight.shape[0]
+
+
 def _check_tokens(module: Any, tokenizer: Any, path: Path, batches: Sequence[Batch]) -> None:
     """Raises ValueError where a tokenizer has tokens that the model lacks; warns where it knows no word."""
-    rows = module.get_input_embeddings().weight.shape[0]
+    rows = _embeddings(module)
     highest = max(int(batch["input_ids"].max()) for batch in batches)
     if highest >= rows:
         raise ValueError(

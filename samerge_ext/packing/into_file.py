@@ -16,6 +16,7 @@ from samerge_ext.checkpoints.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES
 from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.reading import CheckpointError, cut
 from samerge_ext.checkpoints.sources import Experts, Source
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer
 from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
@@ -87,6 +88,7 @@ def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
         "inputs": about["identity"].get("folders", {}),
         "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
         "places": about["experts"],
+        "tokenizer": MergedTokenizer.from_json(about["tokenizer"]) if about.get("tokenizer") else None,
     }
 
 

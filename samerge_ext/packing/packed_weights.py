@@ -17,9 +17,11 @@ from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
+from samerge_ext.checkpoints.merged_vocabulary import under_one_vocabulary
 from samerge_ext.checkpoints.places import is_adapter
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSource, Source, StateDictSource
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer, TokenizerConfig
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.in_pieces import InPieces
@@ -71,6 +73,7 @@ class PackedWeights:
     inputs: every folder or file that the weights came from -> its files' sizes and times of change; nothing is written over them.
     experts: where task vectors are quantised, the experts they were made from: teachers are read from there.
     conversion: what makes a module's tensors of the folders' ones, where these are not the same.
+    tokenizer: what goes along with the rows of tokens, where they are not the base folder's.
 
     Base and task vectors may stay in a packed file (`from_folders(file=)`, `open`), task vectors may be factors: they are then
     `InPieces` (the base too, whatever a type checker is told), read some numbers at a time by what streams them.
@@ -90,6 +93,7 @@ class PackedWeights:
     inputs: Mapping[str, dict[str, list[int]]] = field(default_factory=dict)
     experts: dict[str, Source | Path] = field(default_factory=dict)
     conversion: Conversion | None = None
+    tokenizer: MergedTokenizer | None = None
 
     @classmethod
     def from_modules(
@@ -145,6 +149,7 @@ class PackedWeights:
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
         keep: str | Sequence[str] = (),
+        tokenizer: str | Path | TokenizerConfig | None = None,
         file: str | Path | None = None,
         conversion: Conversion | None = None,
     ) -> PackedWeights:
@@ -154,14 +159,18 @@ class PackedWeights:
         by piece, the resident way once and for all. Base plus product is not rounded in between, as it is otherwise.
 
         Peak memory is the packed store plus one tensor of each model.
+        tokenizer: whose tokens the rows of embeddings and output matrix are, "base", "union" or a folder's; a `TokenizerConfig`
+            says more. Left out, models must have the base's tokens; rows that only pad a vocabulary may differ.
         file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
             written, unless it is already there and was made from the same folders with the same settings: then it is opened
             and checked.
         conversion: pack the tensors of its module; by default the folders' own.
         """
-        check_models(base, _pairs(experts), _both(heads, keep))
+        wanted = TokenizerConfig.of(tokenizer)
+        check_models(base, _pairs(experts), _both(heads, keep), aligned=wanted is not None)
         paths = [base, *(path for _, path in _pairs(experts))]
-        settings = {"dtype": dtype, "task_vector_dtype": task_vector_dtype or dtype, "heads": heads, "keep": keep}
+        form = task_vector_dtype or dtype
+        settings: dict[str, object] = dict(dtype=dtype, task_vector_dtype=form, heads=heads, keep=keep, tokenizer=wanted)
         identify = partial(identity_of, paths, tasks=[task for task, _ in _pairs(experts)], **settings)
         places = {task: str(path) for task, path in _pairs(experts)}
         if file is not None:
@@ -171,16 +180,18 @@ class PackedWeights:
                 fields = open_made_from(identify(), Path(file), torch.device(device))
                 if fields is not None:
                     return cls(**fields, conversion=conversion)
-        with _sources(base, experts, conversion) as (base_source, sources):
-            identity, form = identify(), (dtype, task_vector_dtype)
+        with _sources(base, experts, conversion, wanted, heads) as (base_source, sources, merged):
+            _check_factors(task_vector_dtype, merged)
+            identity, types = identify(), (dtype, task_vector_dtype)
             if file is not None:
-                about = {"folder": str(base), "experts": places, "identity": identity}
-                fields = pack_into_file(Path(file), about, base_source, sources, *form, heads, keep, torch.device(device))
+                about: dict = {"folder": str(base), "experts": places, "identity": identity}
+                about["tokenizer"] = merged and merged.to_json()
+                fields = pack_into_file(Path(file), about, base_source, sources, *types, heads, keep, torch.device(device))
             else:
-                fields = pack_into_memory(base_source, sources, *form, device, heads, keep, Path(base))
+                fields = pack_into_memory(base_source, sources, *types, device, heads, keep, Path(base))
         require_unchanged(identity, identify())
         packed = cls(**fields)
-        packed.folder, packed.inputs, packed.conversion = Path(base), identity["folders"], conversion
+        packed.folder, packed.inputs, packed.conversion, packed.tokenizer = Path(base), identity["folders"], conversion, merged
         packed.places = places
         if packed.experts:
             packed.experts = {task: Path(path) for task, path in _pairs(experts)}
@@ -197,11 +208,14 @@ class PackedWeights:
         device: torch.device | str = "cpu",
         heads: str | Sequence[str] = (),
         keep: str | Sequence[str] = (),
+        tokenizer: str | Path | TokenizerConfig | None = None,
         conversion: Conversion | None = None,
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
-        check_models(base, _pairs(experts), _both(heads, keep))
-        with _sources(base, experts, conversion) as (base_source, sources):
+        wanted = TokenizerConfig.of(tokenizer)
+        check_models(base, _pairs(experts), _both(heads, keep), aligned=wanted is not None)
+        with _sources(base, experts, conversion, wanted, heads) as (base_source, sources, merged):
+            _check_factors(task_vector_dtype, merged)
             return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, keep, device, Path(base)))
 
     @classmethod
@@ -313,8 +327,12 @@ class PackedWeights:
         if isinstance(expert, Path):
             if self.folder is None:
                 raise ValueError(f"expert '{task}' is read from {expert} again, and where its base lies is not known; set folder")
-            with _sources(self.folder, [(task, expert)], self.conversion) as (base, [(_, source)]):
-                yield as_in_base(base, source, self.folder)
+            folders, config = [(task, expert)], None
+            if self.tokenizer is not None:  # rows may be other experts'
+                folders = [(name, path) for name, path in self.experts.items() if isinstance(path, Path)]
+                config = self.tokenizer.config
+            with _sources(self.folder, folders, self.conversion, config) as (base, sources, _):
+                yield as_in_base(base, dict(sources)[task], self.folder)
         else:
             yield expert
 
@@ -385,6 +403,27 @@ class PackedWeights:
         return self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
 
 
+def _check_factors(form: torch.dtype | str | None, tokenizer: MergedTokenizer | None) -> None:
+    if form == LORA and tokenizer is not None and tokenizer.moves:
+        raise ValueError(
+            f"task_vector_dtype={LORA!r} keeps factors of the rows as they are stored, and those of tokens are brought under one "
+            "tokenizer; leave it out"
+        )
+
+
+def tokenizer_of_folders(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    tokenizer: TokenizerConfig | None,
+    *,
+    conversion: Conversion | None = None,
+    heads: Sequence[str] = (),
+) -> MergedTokenizer | None:
+    """`PackedWeights.tokenizer` of model folders, from their headers and tokenizers."""
+    with _sources(base, experts, conversion, tokenizer, heads) as (_, _, merged):
+        return merged
+
+
 def _pairs(experts: Mapping[str, Expert] | Sequence[tuple[str, Expert]]) -> list[tuple[str, Expert]]:
     return list(experts.items() if isinstance(experts, Mapping) else experts)
 
@@ -399,8 +438,11 @@ def _sources(
     base: str | Path,
     experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
     conversion: Conversion | None = None,
-) -> Iterator[tuple[Source, Experts]]:
-    """Model folders, or LoRA adapters of the base, opened for reading, as the tensors of the conversion's module where given."""
+    tokenizer: TokenizerConfig | None = None,
+    heads: str | Sequence[str] = (),
+) -> Iterator[tuple[Source, Experts, MergedTokenizer | None]]:
+    """Model folders, or LoRA adapters of the base, opened for reading: as the tensors of the conversion's module where given, and
+    with the rows of one tokenizer's tokens."""
     with ExitStack() as stack:
         stored = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
         source = stored if conversion is None else conversion.base(stored)
@@ -419,4 +461,6 @@ def _sources(
                 # An adapter of the folder's names, as PEFT saved them before transformers renamed the module's.
                 return conversion.expert(stack.enter_context(open_expert(path, conversion.as_stored(stored), label)))
 
-        yield source, [(task, opened(task, path)) for task, path in _pairs(experts)]
+        pairs = _pairs(experts)
+        opened_experts = [(task, opened(task, path)) for task, path in pairs]
+        yield under_one_vocabulary(source, opened_experts, [base, *(path for _, path in pairs)], tokenizer, _both(heads, ()))

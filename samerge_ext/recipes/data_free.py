@@ -15,6 +15,7 @@ from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import model_of
 from samerge_ext.checkpoints.sources import CheckpointSource
 from samerge_ext.checkpoints.task_names import names_of_folders, unused
+from samerge_ext.checkpoints.tokenizers import TokenizerConfig
 from samerge_ext.elementwise.file_merge import FileMerge
 from samerge_ext.elementwise.piecewise import Rule
 from samerge_ext.methods.distac import shortening
@@ -37,6 +38,7 @@ def file_merge(
     keep: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    tokenizer: TokenizerConfig | None = None,
     companions: Companions | None = None,
     identity: dict,
     with_page: bool = True,
@@ -88,6 +90,7 @@ def file_merge(
         device=shared.get("device", "cpu"),
         dtype=dtype,
         out_dtype=out_dtype,
+        tokenizer=tokenizer,
         companions=companions,
         identity=identity,
         about=Report(method, recipe=identity),

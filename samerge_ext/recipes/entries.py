@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from samerge_ext.checkpoints.reading import shown
+from samerge_ext.checkpoints.tokenizers import ZERO, TokenizerConfig, TokenRow
 
 MAX_PATH = 4096  # characters, as on Linux
 
@@ -84,17 +85,60 @@ class CalibrationEntry(Strict):
     max_length: int = Field(default=128, ge=1, lt=2**31, description="tokens; longer texts are cut")
 
 
+class TokenEntry(Strict):
+    """The row of a token. source: a model, {kind: zero}, or {kind: model_token, model: …, token: …} (or token_id: …). force: in
+    models that have the token, too."""
+
+    source: Any = None
+    force: bool = False
+
+    def row(self) -> TokenRow:
+        if not isinstance(self.source, dict) or "kind" not in self.source:
+            return TokenRow(None if self.source is None else _place_of(self.source), force=self.force)
+        source = without_nulls(self.source)
+        if source["kind"] == ZERO:
+            check_keys(source, ("kind",))
+            return TokenRow(ZERO, force=self.force)
+        if source["kind"] != "model_token":
+            raise ValueError(f"kind: {shown(source['kind'])} is neither zero nor model_token")
+        check_keys(source, ("kind", "model", "token", "token_id"))
+        token, number = source.get("token"), source.get("token_id")
+        if "model" not in source or (token is None) == (number is None):
+            raise ValueError("model_token: a model is expected, and either its token or its token_id")
+        if not isinstance(token, str | None) or type(number) not in (int, type(None)):
+            raise ValueError(f"model_token: token is {shown(token)}, token_id {shown(number)}; a text or a number is expected")
+        return TokenRow(_place_of(source["model"]), number if token is None else token, self.force)
+
+
 class TokenizerEntry(Strict):
-    """mergekit's `tokenizer`: whose it is. What it makes of single tokens is not done here."""
+    """mergekit's `tokenizer`, see `TokenizerConfig`; missing is not mergekit's."""
 
     source: Any = "union"
+    tokens: dict[str, TokenEntry] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+    missing: Literal["base", "mean"] = "base"
 
-    @field_validator("source")
-    @classmethod
-    def _model(cls, source: Any) -> Any:
-        if source not in ("base", "union"):
-            parse_model(source)
-        return source
+    @model_validator(mode="after")
+    def _readable(self) -> TokenizerEntry:
+        self.config()
+        return self
+
+    def config(self) -> TokenizerConfig:
+        """The same for what merges. Raises ValueError for what is no model and no row."""
+        source = self.source if self.source in ("base", "union") else _place_of(self.source)
+        rows = {}
+        for token, entry in self.tokens.items():
+            try:
+                rows[token] = entry.row()
+            except ValueError as error:
+                raise ValueError(f"tokens: {shown(token)}: {error}") from error
+        return TokenizerConfig(source, self.missing, rows, self.pad_to_multiple_of)
+
+
+def _place_of(model: Any) -> Path:
+    """What a model is called by: its adapter, or its folder."""
+    folder, adapter = parse_model(model)
+    return adapter or folder
 
 
 def parse_model(value: Any) -> tuple[Path, Path | None]:

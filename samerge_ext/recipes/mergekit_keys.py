@@ -18,7 +18,7 @@ OPTIONS = (
 )  # fmt: skip
 REFUSED = {
     "modules": "parts of a model are not merged by rules of their own; give 'models', and values by a part of the tensors' names",
-    "unsafe_truncate_embeddings": "embeddings are not cut; models of one vocabulary are merged",
+    "unsafe_truncate_embeddings": "rows are not cut in any order; 'tokenizer: base' merges those of the base's tokens",
 }
 
 
@@ -48,11 +48,6 @@ def as_recipe(content: Mapping[str, Any]) -> dict[str, Any]:
         if "tokenizer" in recipe:
             raise ValueError("'tokenizer_source' and 'tokenizer' say the same; give one of them")
         recipe["tokenizer"] = {"source": recipe.pop("tokenizer_source")}
-    if isinstance(recipe.get("tokenizer"), dict):
-        for key in ("tokens", "pad_to_multiple_of"):
-            if recipe["tokenizer"].get(key):
-                raise ValueError(f"'tokenizer.{key}': embeddings are not changed here; models of one vocabulary are merged")
-        recipe["tokenizer"] = {k: v for k, v in recipe["tokenizer"].items() if k not in ("tokens", "pad_to_multiple_of")}
     return recipe
 
 

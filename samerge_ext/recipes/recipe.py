@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_val
 from samerge_ext.checkpoints.places import find_weights, is_adapter
 from samerge_ext.checkpoints.reading import CheckpointError, cut, read_bytes, shown
 from samerge_ext.checkpoints.task_names import check_task_name, names_of_folders
+from samerge_ext.checkpoints.tokenizers import TokenizerConfig
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.methods.configs import AdaMergingConfig, SAMergingConfig, StatsMergingConfig
 from samerge_ext.recipes.entries import (
@@ -62,7 +63,8 @@ class Recipe(Strict):
     heads: patterns of tensors that belong to a task and are kept per task.
     keep: patterns of tensors that not all models have, and that stay as they are: the base's, or else the first model's that has
         them, whose config.json and tokenizer then go along. Learned methods keep the base's alone.
-    tokenizer: whose goes along, base, union or a model, where all models' vocabularies agree with it; `tokenizer_source` too.
+    tokenizer: whose goes along, base, union or a model, and where rows of tokens that models lack are from; a text alone is the
+        source, `tokenizer_source` too. Left out, it is the base's, and all models must have its tokens.
     chat_template: auto (most models'), base, a model, a file, chatml, or the template itself.
     calibration: for learned methods.
     """
@@ -129,6 +131,17 @@ class Recipe(Strict):
             hint = f"; it is written {meant}" if meant in known else ""
             raise ValueError(f"{shown(method)} is not a method here{hint}. Those that are: {', '.join(known)}")
         return method
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str | Path) else value
+
+    @property
+    def tokenizer_config(self) -> TokenizerConfig | None:
+        """Whose tokenizer is asked for; where there is no base, no model's rows are put before others'."""
+        config = self.tokenizer.config() if self.tokenizer else None
+        return replace(config, missing="mean") if config and self.base_model is None else config
 
     @field_validator("base_model", mode="before")
     @classmethod

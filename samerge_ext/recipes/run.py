@@ -157,6 +157,7 @@ def file_merge_of(recipe: Recipe, *, with_page: bool = True) -> FileMerge:
         keep=recipe.keep,
         dtype=DTYPES[recipe.dtype],
         out_dtype=DTYPES[recipe.out_dtype],
+        tokenizer=recipe.tokenizer_config,
         companions=companions_of(recipe),
         identity=as_json(recipe),
         with_page=with_page,
@@ -174,15 +175,20 @@ def _plans_a_file(recipe: Recipe) -> bool:
 def _packing(recipe: Recipe) -> dict[str, Any]:
     """How a learned merge packs its weights."""
     form = DTYPES.get(recipe.task_vector_dtype, recipe.task_vector_dtype)
-    dtype = DTYPES[recipe.dtype] or torch.float32
-    return {"dtype": dtype, "task_vector_dtype": form, "heads": recipe.heads, "keep": recipe.keep}
+    return {
+        "dtype": DTYPES[recipe.dtype] or torch.float32,
+        "task_vector_dtype": form,
+        "heads": recipe.heads,
+        "keep": recipe.keep,
+        "tokenizer": recipe.tokenizer_config,
+    }
 
 
 def model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]:
     """The model without memory for its weights, and the batches of every task."""
     base, options = recipe.learned_from()
     experts = {task: entry.model for task, entry in recipe.named_experts}
-    model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep])
+    model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep], recipe.tokenizer_config)
     batches = model.batches(
         options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
     )

@@ -7,12 +7,10 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from samerge_ext.checkpoints.companions import Companions, chat_template
 from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.reading import read_text, shown
-from samerge_ext.checkpoints.vocabulary import Vocabulary, difference
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import Recipe
 
@@ -26,47 +24,27 @@ NAMED = {
 
 
 def companions_of(recipe: Recipe) -> Companions:
-    """The base's files, or the first model's; the tokenizer and chat template that the recipe asks for.
-
-    Raises ValueError where the models' vocabularies do not agree with the tokenizer that is asked for, before any work.
-    """
+    """The base's files, or the first model's, and the chat template that the recipe asks for. Whose tokenizer goes along is known
+    with the models' tensors (`merged_vocabulary`)."""
     models = [entry.model for entry in recipe.models if os.path.exists(entry.model)]
     folder = folder_of(recipe.base_model or recipe.models[0].model)
     folders = list({os.path.realpath(place): place for place in (folder, *map(folder_of, models))}.values())
     with recipe.named():
-        tokenizer = _tokenizer(recipe.tokenizer.source, folder, folders) if recipe.tokenizer else None
+        tokenizer = _tokenizers_folder(recipe, folder)
         template = _template(recipe.chat_template, folder, folders) if recipe.chat_template else None
     if folder.is_dir():
         _tell_what_is_missing(folder, folders, tokenizer, template)
-    return Companions(folder, tokenizer, template)
+    return Companions(folder, chat_template=template)
 
 
-def _tokenizer(source: Any, base: Path, folders: Sequence[Path]) -> Path:
-    """The folder whose tokenizer is taken: of a union that which knows most tokens, and it must know all."""
-    found = {folder: Vocabulary(folder) for folder in folders}
-    if source in ("base", "union"):
-        chosen = max(folders, key=lambda folder: len(found[folder].known())) if source == "union" else base
-    else:
-        chosen = folder_of(parse_model(source)[0])
-        if not chosen.is_dir():
-            raise ValueError(f"tokenizer: {shown(source)} is neither base nor union nor the folder of a model")
-    ours = found.get(chosen, Vocabulary(chosen))
-    if not ours.files():
-        warnings.warn(f"tokenizer: {chosen} has none, so that none goes along", stacklevel=3)
-    for folder, theirs in found.items():
-        found_other = difference(ours, theirs)
-        if found_other and (found_other.total or (source == "union" and not ours.known() >= theirs.known())):
-            raise ValueError(
-                f"tokenizer: the vocabularies of {chosen} and {folder} differ: {found_other.text}. Embeddings are merged row by "
-                "row, not moved: give the models one vocabulary first, or leave 'tokenizer' out to keep the base's"
-            )
-        if theirs.known() and (unknown := sorted(ours.known() - theirs.known())):
-            warnings.warn(
-                f"tokenizer: {folder} lacks {len(unknown)} tokens of {chosen} ({shown(unknown[0])} …); whatever is in their rows "
-                "of its embeddings is merged",
-                stacklevel=3,
-            )
-    return chosen
+def _tokenizers_folder(recipe: Recipe, base: Path) -> Path:
+    """The folder whose tokenizer goes along."""
+    if recipe.tokenizer is None or recipe.tokenizer.source in ("base", "union"):
+        return base
+    folder = folder_of(parse_model(recipe.tokenizer.source)[0])
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer: {shown(recipe.tokenizer.source)} is neither base nor union nor the folder of a model")
+    return folder
 
 
 def _template(wanted: str, base: Path, folders: Sequence[Path]) -> str | None:
@@ -92,7 +70,7 @@ def _template(wanted: str, base: Path, folders: Sequence[Path]) -> str | None:
     return wanted
 
 
-def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path | None, template: str | None) -> None:
+def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path, template: str | None) -> None:
     """Says which file only other models have, and how it goes along."""
     others = [other for other in folders if other != folder]
     if not (folder / "config.json").exists():
@@ -101,11 +79,11 @@ def _tell_what_is_missing(folder: Path, folders: Sequence[Path], tokenizer: Path
             f"{folder} has no config.json, so that the merged folder has none and is no model to load; copy that of {source}",
             stacklevel=3,
         )
-    if template is None and chat_template(tokenizer or folder) is None:
+    if template is None and chat_template(tokenizer) is None:
         templates = [str(other) for other in others if chat_template(other)]
         if templates:
             warnings.warn(
-                f"a chat template is in {', '.join(templates)} and none in {tokenizer or folder}: the merged model has none; "
+                f"a chat template is in {', '.join(templates)} and none in {tokenizer}: the merged model has none; "
                 "it takes most models' with chat_template: auto, or one's with chat_template: FOLDER",
                 stacklevel=3,
             )

@@ -11,6 +11,7 @@ import samerge_ext as sm
 from samerge_ext.checkpoints.companions import Companions, chat_template, companion_files, with_dtype
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import require_apart
+from samerge_ext.checkpoints.tokenizers import MergedTokenizer
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
 
@@ -84,7 +85,7 @@ def test_another_models_tokenizer_is_taken_whole(tmp_path):
     )
     other = folder_with(tmp_path / "other", {"config.json": "other", "tokenizer.json": "other", "chat_template.jinja": "{{ x }}"})
     (tmp_path / "out").mkdir()
-    names = Companions(base, tokenizer=other).copy(tmp_path / "out")
+    names = Companions(base, tokenizer=MergedTokenizer(other)).copy(tmp_path / "out")
     assert set(names) == {"config.json", "tokenizer.json", "chat_template.jinja"}
     assert (tmp_path / "out/tokenizer.json").read_text() == "other" and (tmp_path / "out/config.json").read_text() == "base"
 

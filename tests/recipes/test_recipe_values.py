@@ -56,7 +56,7 @@ def write(folders, tmp_path):
         ({"parameters": {"device": [{"value": "cuda"}]}}, r"parameters: device: .* is not a text"),
         ({"parameters": 5}, "parameters: "),
         ({"parameters": [1], "merge_method": "dare_ties", "random_seed": 1}, r"'parameters': \[1\]; keys and values are"),
-        ({"tokenizer_source": 5}, "tokenizer.source: 5 is not a model's folder"),
+        ({"tokenizer_source": 5}, "tokenizer: 5 is not a model's folder"),
         ({"tasks": ["a", "a"]}, "tasks names 'a' twice"),
         ({"merge_method": "x" * 100_000}, "merge_method: 'xxx"),
         ({"x" * 100_000: 1}, "there is no key 'xxx"),

@@ -9,7 +9,6 @@ import yaml
 from samerge_ext.models.texts import read_texts
 from samerge_ext.packing.stores import check_device, indexed
 from samerge_ext.recipes.recipe import load_recipe
-from samerge_ext.recipes.tokenizers import companions_of
 
 
 def recipe(tmp_path, **keys):
@@ -109,19 +108,3 @@ def test_tables_are_no_texts(tmp_path, suffix):
     file.write_text("text,label\ngood,1\n")
     with pytest.raises(ValueError, match="is no file with one text a line"):
         read_texts(file)
-
-
-def test_the_union_of_tokenizers_is_the_one_that_knows_all_tokens(tmp_path):
-    """Chat tokens that all experts have, in rows of the embeddings that the base keeps free."""
-    words = {"a": 0, "b": 1}
-    found = recipe(tmp_path, models=[str(tmp_path / "a"), str(tmp_path / "b")], tokenizer_source="union")
-    for name, more in (("base", {}), ("a", {"<|im_start|>": 2}), ("b", {"<|im_start|>": 2})):
-        (tmp_path / name / "vocab.json").write_text(json.dumps({**words, **more}))
-    with pytest.warns(UserWarning, match=r"base lacks 1 tokens of .*a \('<\|im_start\|>' …\)"):
-        assert companions_of(found).tokenizer == tmp_path / "a"
-    (tmp_path / "b/vocab.json").write_text(json.dumps({**words, "<|user|>": 2}))
-    with pytest.raises(ValueError, match="the vocabularies of .* differ: by vocab.json, .*user"):
-        companions_of(found)
-    (tmp_path / "b/vocab.json").write_text(json.dumps({**words, "<|user|>": 3}))
-    with pytest.raises(ValueError, match="token '<|user|>' is only in the other"):
-        companions_of(found)

@@ -30,7 +30,6 @@ REFUSED = {
     "unknown [": "a parameter that no method of mergekit reads",
     "is not a method here": "a method that mergekit does not have",
     "'modules'": "`modules`",
-    "'tokenizer.": "`tokenizer.tokens` and `pad_to_multiple_of`",
     "sum of the weights, which is 0": "a mean whose weights sum to 0",
     "there is no key": "a key that nobody reads",
 }

@@ -179,7 +179,7 @@ def _read_config(path: Path) -> object:
 
 def _read_tokenizer(path: Path) -> object:
     check_models(path.parent, [("task", path.parent / "other")])
-    return Vocabulary(path.parent).known(), chat_template(path.parent)
+    return Vocabulary(path.parent).numbers(), chat_template(path.parent)
 
 
 def _tokenizers(_: Path) -> list[bytes]:
