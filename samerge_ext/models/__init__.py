@@ -1,6 +1,7 @@
 """Adapters: how a model's forward is called for the batch of a task, and batches for it from texts and pictures."""
 
 from samerge_ext.learning.shared_encoder import SharedEncoder, concatenate
+from samerge_ext.models.evaluation import evaluate
 from samerge_ext.models.logits import (
     causal_lm,
     image_classification,
@@ -17,6 +18,7 @@ __all__ = [
     "SharedEncoder",
     "causal_lm",
     "concatenate",
+    "evaluate",
     "find_pictures",
     "image_classification",
     "masked_lm",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from samerge_ext.checkpoints.places import folder_of
+from samerge_ext.checkpoints.reading import shown
 
 Batch = dict[str, Tensor]
 
@@ -23,12 +24,34 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
 
     Raises ValueError, naming file and line, for a record without text, for a file without any or not in UTF-8, and for a folder.
     """
+    texts = [record["text"] for record in _records(Path(path), ("text",))]
+    return texts[:limit]
+
+
+def read_labelled(path: str | Path, limit: int | None = None) -> list[tuple[str, str | int]]:
+    """Texts and labels of a .jsonl file (fields "text" and "label", a number from 0 on or a name), in the order of `read_texts`.
+
+    Raises ValueError as that, and for a label that is neither.
+    """
     path = Path(path)
+    if path.suffix != ".jsonl":
+        raise ValueError(f'{path}: labelled texts are a .jsonl file, of objects with the fields "text" and "label"')
+    found = []
+    for record in _records(path, ("text", "label"))[:limit]:
+        label = record["label"]
+        if not isinstance(label, str) and not (type(label) is int and label >= 0):
+            raise ValueError(f"{path}: {shown(label)} is no label; numbers from 0 on, or names, are expected")
+        found.append((record["text"], label))
+    return found
+
+
+def _records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a file of texts, each with the field "text", a text."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the calibration of a text model is a file with one unlabelled text a line")
     if path.suffix in TABLES:
         raise ValueError(f'{path} is no file with one text a line; write its texts as such, or as .jsonl with the field "text"')
-    texts = []
+    records = []
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # what else splitlines() splits at may be inside of a text
     except UnicodeDecodeError as error:
@@ -36,18 +59,23 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        record: dict[str, Any] = {"text": line.removesuffix("\r")}
         if path.suffix == ".jsonl":
             try:
-                line = json.loads(line)["text"]
-                line.encode()  # half of a surrogate pair is no text
+                content = json.loads(line)
+                record = {field: content[field] for field in fields}
+                record["text"] = record["text"].removesuffix("\r")
+                record["text"].encode()  # half of a surrogate pair is no text
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                wanted = " and ".join(f'"{field}"' for field in fields[1:])
                 raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with a text as its field "text" ({error!r:.200})'
+                    f'{path}, line {number}: expected a JSON object with a text as its field "text"'
+                    f"{f', and {wanted}' if wanted else ''} ({error!r:.200})"
                 ) from error
-        texts.append(line.removesuffix("\r"))
-    if not texts:
+        records.append(record)
+    if not records:
         raise ValueError(f"{path} holds no texts; a calibration file has one unlabelled text a line")
-    return texts[:limit]
+    return records
 
 
 def load_tokenizer(folders: Iterable[str | Path], config: Any = None) -> Any:

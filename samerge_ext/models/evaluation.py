@@ -1,0 +1,142 @@
+"""How good a model folder is on files: the perplexity of a causal language model, the accuracy of a sequence classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from samerge_ext.checkpoints.folder import open_checkpoint
+from samerge_ext.checkpoints.reading import shown
+from samerge_ext.checkpoints.sources import CheckpointSource
+from samerge_ext.models.folders import FolderModel
+from samerge_ext.models.logits import causal_lm, sequence_classification
+from samerge_ext.models.texts import read_labelled
+from samerge_ext.packing.stores import check_device
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one file. perplexity: e to the mean loss, in nats, of a token given those before it, over all tokens of all texts but
+    the first. accuracy: the share of texts whose largest logit is their label's. tokens: that were predicted."""
+
+    file: str
+    texts: int
+    perplexity: float | None = None
+    accuracy: float | None = None
+    tokens: int | None = None
+
+
+def evaluate(
+    folder: str | Path,
+    files: Mapping[str, str | Path],
+    *,
+    limit: int | None = None,
+    batch_size: int = 4,
+    max_length: int = 512,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> dict[str, Score]:
+    """The score of a model folder on the file of each task, as the architecture of its config.json says: a …ForCausalLM's
+    perplexity on texts (one a line, or .jsonl), a …ForSequenceClassification's accuracy on .jsonl with "text" and "label".
+
+    A task's own head, heads/TASK.safetensors in the folder, is put in where there is one. Nothing is downloaded.
+    limit: use the first so many texts. max_length: tokens; longer texts are cut. dtype: of the weights, by default as stored.
+    Memory is the model's, and that of a batch's logits: of a language model batch_size × max_length × vocabulary.
+
+    Raises ValueError for another architecture, weights or labels that are missing, and files without texts.
+    """
+    check_device(device)
+    folder, paths = Path(folder), {task: Path(path) for task, path in files.items()}
+    model = FolderModel.of(folder, {task: folder for task in paths})
+    if model.kind.logits not in (causal_lm, sequence_classification):
+        raise ValueError(f"{folder} is for {model.kind.name}; causal language models and sequence classifiers are evaluated")
+    classifies = model.kind.logits is sequence_classification
+    labels = {task: _numbered(path, limit, model.module.config) for task, path in paths.items()} if classifies else {}
+    batches = model.batches(paths, limit=limit, batch_size=batch_size, max_length=max_length)
+    scores: dict[str, Score] = {}
+    module: Any = None
+    for task, path in paths.items():
+        if module is None or (folder / "heads").is_dir():
+            module = _loaded(model, task, dtype).to(device).eval()
+        of_task = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches[task]]
+        with torch.no_grad():
+            if classifies:
+                scores[task] = _accuracy(module, of_task, labels[task], path)
+            else:
+                scores[task] = _perplexity(module, of_task, path)
+    return scores
+
+
+def _perplexity(module: Any, batches: Sequence[dict[str, Tensor]], path: Path) -> Score:
+    total, tokens, texts = 0.0, 0, 0
+    for batch in batches:
+        logits = module(**batch, use_cache=False).logits  # [B, S, V]
+        for row, ids, mask in zip(logits, batch["input_ids"], batch["attention_mask"], strict=True):
+            length = int(mask.sum())  # padding is on the right
+            wide = torch.promote_types(row.dtype, torch.float32)
+            loss = F.cross_entropy(row[: length - 1].to(wide), ids[1:length], reduction="sum") if length > 1 else 0.0
+            total, tokens, texts = total + float(loss), tokens + max(0, length - 1), texts + 1
+    if not tokens:
+        raise ValueError(f"{path}: no text has a token after its first, so that there is nothing to predict; give longer texts")
+    mean = total / tokens
+    return Score(str(path), texts, perplexity=math.exp(mean) if mean < 700 else math.inf, tokens=tokens)
+
+
+def _accuracy(module: Any, batches: Sequence[dict[str, Tensor]], labels: Sequence[int], path: Path) -> Score:
+    found = torch.cat([module(**batch).logits.argmax(1).cpu() for batch in batches])
+    classes = module(**{name: tensor[:1] for name, tensor in batches[0].items()}).logits.shape[1]
+    if max(labels) >= classes:
+        raise ValueError(
+            f"{path}: the label {max(labels)} is none of the model's {classes} classes; is it the file of another task?"
+        )
+    return Score(str(path), len(labels), accuracy=(found == torch.tensor(labels)).double().mean().item())
+
+
+def _numbered(path: Path, limit: int | None, config: Any) -> list[int]:
+    """The labels of a file by their numbers. Raises ValueError for the name of a label that config.json does not have."""
+    numbers = {str(label): int(number) for number, label in (getattr(config, "id2label", None) or {}).items()}
+    found = []
+    for _, label in read_labelled(path, limit):
+        if isinstance(label, str) and label not in numbers:
+            raise ValueError(
+                f"{path}: {shown(label)} is none of the labels in config.json, {', '.join(list(numbers)[:8])}; give their numbers"
+            )
+        found.append(numbers[label] if isinstance(label, str) else label)
+    return found
+
+
+def _loaded(model: FolderModel, task: str, dtype: torch.dtype | None) -> Any:
+    """The model's module with the folder's weights, and the task's own head. Raises ValueError for tensors that neither has."""
+    module: Any = model.module
+    head = model.base / f"heads/{task}.safetensors"
+    with open_checkpoint(model.base) as checkpoint:
+        source = model.conversion.base(CheckpointSource(checkpoint, "model"))
+        tensors = {name: source.read(name) for name in source.names}
+    tensors.update(load_file(head) if head.is_file() else {})
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            continue  # what this architecture does not load, as the head of another one
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+    module.tie_weights()
+    lacking = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise ValueError(
+            f"{model.base} lacks {', '.join(map(repr, lacking[:4]))}, and there is no heads/{task}.safetensors in it; give the "
+            "file of a task with a head of its own as TASK=FILE"
+        )
+    return module
