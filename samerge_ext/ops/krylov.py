@@ -77,10 +77,9 @@ def top_singular_values(
     """
     side = min(matrices[0].shape)
     wide = torch.float64 in (matrices[0].dtype, *(b.dtype for b in bases[:1])) or rtol < _FP32_RTOL
-    width = -(-(k + _SPARE) // WIDTH) * WIDTH
+    width = _width(k)
     if side <= max(DIRECT_SIDE, 8 * width):
-        chunks = min(32, max(matrices[0].shape) * side // 2**18 + 1)  # of gram_product, each with a result of its own
-        return _in_batches(_direct, (6 + chunks) * side * side * 8, matrices, bases, scale, k, vectors, rtol)
+        return _in_batches(_direct, _direct_bytes(*matrices[0].shape), matrices, bases, scale, k, vectors, rtol)
 
     def search(wide: bool, matrices: list[Tensor], bases: list[Tensor], scale: Tensor) -> Found:
         bytes_each = (_BASIS_BLOCKS + 6) * width * side * (8 if wide else 4)
@@ -92,6 +91,22 @@ def top_singular_values(
     if not wide and len(rest):
         found.put(rest, search(True, _pick(matrices, rest), _pick(bases, rest), scale[rest]))
     return found
+
+
+def search_bytes(m: int, n: int, k: int) -> int:
+    """What a search in one matrix takes beside it, at most: after MAX_STEPS, in fp64."""
+    side, width = min(m, n), _width(k)
+    return _direct_bytes(m, n) if side <= max(DIRECT_SIDE, 8 * width) else (MAX_STEPS + 6) * width * side * 8
+
+
+def _width(k: int) -> int:
+    """Of a block."""
+    return -(-(k + _SPARE) // WIDTH) * WIDTH
+
+
+def _direct_bytes(m: int, n: int) -> int:
+    chunks = min(32, m * n // 2**18 + 1)  # of gram_product, each with a result of its own
+    return (6 + chunks) * min(m, n) ** 2 * 8
 
 
 def _pick(matrices: list[Tensor], rows: Tensor) -> list[Tensor]:

@@ -123,6 +123,11 @@ def svd_topk(
     return tuple(found if return_bound else found[:3])
 
 
+def search_bytes(m: int, n: int, k: int) -> int:
+    """What `svd_topk` takes beside one matrix [m, n] for its k largest values and their vectors, where it settles."""
+    return krylov.search_bytes(m, n, k) + 4 * (m + n) * k * 8  # vectors in fp64, of both sides and their products
+
+
 def statistics(
     tensors: list[torch.Tensor],
     bases: list[torch.Tensor],

@@ -14,7 +14,7 @@ A dense matrix comes from where task vectors lie, one at a time; LoRA factors ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +23,13 @@ from torch import Tensor
 from samerge_ext.checkpoints.lora import Change
 from samerge_ext.ops.component_sum import component_grad, component_sum
 from samerge_ext.ops.singular import singular_vectors
-from samerge_ext.ops.svd_topk import svd_topk
+from samerge_ext.ops.svd_topk import search_bytes, svd_topk
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import Store
 
 Factors = tuple[Tensor, Tensor]  # left [m, T · k], right [n, T · k]
 AT_ONCE = 1 << 22  # numbers of a matrix that are fetched, or made of its components, at a time
-
-
 # Of a component's residual to its σ: coefficients can be learned for any components, and these already hold nearly all of what
 # those of the whole decomposition do, of random matrices too, whose values lie closest.
 RTOL = 0.1
@@ -92,7 +90,7 @@ class Components:
                 )
                 factors[layout.names[layer]] = (left, right)
         if largest is not None:
-            factors[layout.names[largest]] = _fetched(packed, largest, counts[largest], store)
+            factors[layout.names[largest]] = _fetched(packed, largest, counts[largest], store, _rehearsed)
         return cls(factors, packed.num_tasks, layout.num_layers)
 
     @property
@@ -163,8 +161,10 @@ def _rank(change: Change, otherwise: int) -> int:
     return 0 if change is None else otherwise if isinstance(change, Tensor) else change[0].shape[1]
 
 
-def _fetched(packed: PackedWeights, layer: int, k: int, store: Store) -> Factors:
-    """The components of a layer of dense task vectors, from a store."""
+def _fetched(
+    packed: PackedWeights, layer: int, k: int, store: Store, leading: Callable[[Tensor, int], Factors] | None = None
+) -> Factors:
+    """The components of a layer of dense task vectors, from a store. leading: `_leading`, or what stands for it."""
     first, length = packed.layout.extent(layer)
     m, n = _sides(packed, layer)
     at_once = min(store.piece or AT_ONCE, AT_ONCE)
@@ -175,7 +175,7 @@ def _fetched(packed: PackedWeights, layer: int, k: int, store: Store) -> Factors
             count = min(at_once, length - start)
             _, task_vectors = store.fetch(first + start, count)
             flat[start : start + count] = task_vectors[task]
-        found.append(_leading(flat[: m * n].view(m, n), k))
+        found.append((leading or _leading)(flat[: m * n].view(m, n), k))
     return _side_by_side(found)
 
 
@@ -194,6 +194,15 @@ def _leading(matrix: Tensor, k: int) -> Factors:
     """left [m, k], orthonormal, and right [n, k], which carries the singular values, of a matrix [m, n]."""
     left, sigma, right = svd_topk([matrix], min(k, *matrix.shape), RTOL, vectors=True)
     return left[0], right[0] * sigma[0]
+
+
+def _rehearsed(matrix: Tensor, k: int) -> Factors:
+    """The memory of `_leading` alone: the search depends on numbers."""
+    m, n = matrix.shape
+    workspace = torch.empty(search_bytes(m, n, k), dtype=torch.uint8, device=matrix.device)
+    factors = matrix.new_empty(m, k), matrix.new_empty(n, k)
+    del workspace
+    return factors
 
 
 def _side_by_side(found: list[Factors]) -> Factors:
