@@ -126,6 +126,8 @@ def read_config(path: str | Path) -> dict:
 
 
 def _reader(path: Path) -> type[SafetensorsFile | TorchFile]:
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is a GGUF file: make a model folder of it with `samerge from-gguf {path.name} FOLDER`")
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: a weight file ends in one of {', '.join(SUFFIXES)}; convert to safetensors")
     return SafetensorsFile if path.suffix == ".safetensors" else TorchFile

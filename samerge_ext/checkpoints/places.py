@@ -11,7 +11,7 @@ from samerge_ext.checkpoints.reading import CheckpointError
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")
-OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".index")
+OTHER_FORMATS = (".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".index")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -71,6 +71,8 @@ def _instead(folder: Path) -> str:
         return "it is a checkpoint of DeepSpeed: make a model of it with its zero_to_fp32.py"
     if list(folder.glob("**/*.distcp")):
         return "it is a sharded checkpoint of FSDP: make a model of it with `accelerate merge-weights`"
+    if files := sorted(file.name for file in folder.glob("*.gguf")):
+        return f"make a model of {files[0]} with `samerge from-gguf`"
     if others := sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS):
         return f"{others[0]} is of another format: download the model's weights as safetensors, or save them so with transformers"
     return "download the model's weights"

@@ -228,8 +228,8 @@ def demo(
     study: Annotated[
         str,
         typer.Option(
-            help="main, methods, many (tasks), guest, claims, tuning, ablation, features, learner, quantised, unseen, robustness "
-            "or heterogeneous"
+            help="main, methods, many (tasks), guest, claims, tuning, ablation, features, learner, quantised, unseen, "
+            "robustness, heterogeneous or language"
         ),
     ] = "main",
     seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,
@@ -282,6 +282,27 @@ def stats(
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:  # as wide as it is: a layer's name that is cut would not be found
         typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command("from-gguf")
+def from_gguf(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a decoder", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Argument(help="model folder to write")],
+    like: Annotated[Path | None, typer.Option(help="folder of the original model's config.json and tokenizer")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
+) -> None:
+    """Make a model folder of a GGUF file. Its codes are dequantised."""
+    with _told():
+        import torch
+
+        from samerge_ext.models.gguf import folder_of_gguf
+
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in dtypes:
+            raise ValueError(f"dtype {shown(dtype)}: choose one of {', '.join(dtypes)}")
+        folder_of_gguf(file, out, like=like, dtype=dtypes[dtype], overwrite=overwrite)
+    typer.echo(f"written to {out}")
 
 
 @app.command()

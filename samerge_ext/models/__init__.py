@@ -2,6 +2,7 @@
 
 from samerge_ext.learning.shared_encoder import SharedEncoder, concatenate
 from samerge_ext.models.evaluation import evaluate
+from samerge_ext.models.gguf import folder_of_gguf
 from samerge_ext.models.logits import (
     causal_lm,
     image_classification,
@@ -20,6 +21,7 @@ __all__ = [
     "concatenate",
     "evaluate",
     "find_pictures",
+    "folder_of_gguf",
     "image_classification",
     "masked_lm",
     "parameters_on_meta",

@@ -312,8 +312,11 @@ def test_folder_without_weights(tmp_path):
 def test_path_that_is_nothing_readable(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder nor a file; download"):
         open_checkpoint(tmp_path / "bert-base")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="model.onnx: a weight file ends in"):
+        open_checkpoint(tmp_path / "model.onnx")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="model.gguf: a weight file ends in"):
+    with pytest.raises(CheckpointError, match="model.gguf is a GGUF file: .* `samerge from-gguf model.gguf"):
         open_checkpoint(tmp_path / "model.gguf")
 
 

@@ -62,7 +62,8 @@ def test_a_module_called_module_and_names_that_would_meet_stay():
         ("checkpoint-500/model.safetensors", "pass one of the models in it: checkpoint-500"),
         ("global_step10/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
         ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights"),
-        ("model-q4.gguf", "model-q4.gguf is of another format"),
+        ("model-q4.gguf", "make a model of model-q4.gguf with `samerge from-gguf`"),
+        ("tf_model.h5", "tf_model.h5 is of another format"),
     ],
 )
 def test_a_folder_without_a_models_weights_says_what_to_do(tmp_path, file, advice):
