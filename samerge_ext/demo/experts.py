@@ -182,9 +182,10 @@ def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int, progress:
         module.embeddings.requires_grad_(False)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, protocol))
+    share = lambda step: learning_rate_share(step, protocol.steps, protocol.warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     labels = torch.tensor(task.train.labels)
-    order = _batch_order(len(task.train), protocol, seed)
+    order = batch_order(len(task.train), protocol.steps, protocol.batch, seed)
     for indices in tqdm(order, desc=f"expert '{task.name}'", unit="step", leave=False, disable=not progress):
         rows = tokenise([task.train.texts[i] for i in indices.tolist()], protocol)
         logits = heads(encode(module, collate(rows)), task.name)
@@ -197,17 +198,17 @@ def fine_tune(task: Task, heads: Heads, protocol: Protocol, seed: int, progress:
     return module.requires_grad_(True)
 
 
-def _learning_rate_share(step: int, protocol: Protocol) -> float:
+def learning_rate_share(step: int, steps: int, warmup: int) -> float:
     """Of the peak: 1/warmup, 2/warmup, ..., 1, then linearly down, reaching 0 just after the last step."""
-    return min((step + 1) / protocol.warmup, (protocol.steps - step) / (protocol.steps - protocol.warmup))
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 
-def _batch_order(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, ...]:
-    """``protocol.steps`` index tensors [batch]: whole passes over the texts, each in a new order."""
+def batch_order(count: int, steps: int, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """``steps`` index tensors [batch]: whole passes over ``count`` texts, each in a new order."""
     generator = torch.Generator().manual_seed(seed)
-    needed = protocol.steps * protocol.batch
+    needed = steps * batch
     passes = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
-    return torch.cat(passes)[:needed].split(protocol.batch)
+    return torch.cat(passes)[:needed].split(batch)
 
 
 def base_folder(protocol: Protocol, cache: Path) -> Path:

@@ -56,13 +56,13 @@ class Cell:
         return mean(self.accuracies.values())
 
 
-def spread(values: Sequence[float | None], factor: float = 1.0) -> str:
+def spread(values: Sequence[float | None], factor: float = 1.0, decimals: int = 1) -> str:
     """Mean ± sample standard deviation (n − 1), as text; the value alone where there is one, "–" for none."""
     known = [value * factor for value in values if value is not None]
     if not known:
         return "–"
-    deviation = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{mean(known):.1f}{deviation}"
+    deviation = f" ± {stdev(known):.{decimals}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{decimals}f}{deviation}"
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -118,11 +118,20 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test texts, %") -> Table:
+    """The table for a terminal."""
+    return rich_table(*table_rows(cells), title)
+
+
+def markdown_table(cells: Sequence[Cell]) -> str:
+    """The table as GitHub Markdown."""
+    return markdown(*table_rows(cells))
+
+
+def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
     """A ``rich.table.Table``; the mean column is bold. No column is ever cut, however narrow the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    header, rows = table_rows(cells)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, width=sum(widths) + 3 * len(widths))
     for name in header:
@@ -133,9 +142,8 @@ def accuracy_table(cells: Sequence[Cell], title: str = "Accuracy on the test tex
     return table
 
 
-def markdown_table(cells: Sequence[Cell]) -> str:
-    """The table as GitHub Markdown."""
-    header, rows = table_rows(cells)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as GitHub Markdown."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]) + "\n"
 

@@ -20,6 +20,7 @@ from samerge_ext.demo.estimate import announcement
 from samerge_ext.demo.experts import BACKBONE, FULL, SMALL
 from samerge_ext.demo.guest import guest_study
 from samerge_ext.demo.heterogeneous import heterogeneous_study
+from samerge_ext.demo.language_study import PerplexityCell, run_language
 from samerge_ext.demo.many import many_study
 from samerge_ext.demo.report import Cell, accuracy_table, markdown_table, plot_accuracies, write_card
 from samerge_ext.demo.robustness import robustness_study
@@ -99,13 +100,18 @@ STUDIES: dict[str, Study] = {
 
 def run_study(
     name: str, *, full: bool, seeds: int, out: Path, cache: Path, progress: bool, console: Console
-) -> list[Cell]:
+) -> list[Cell] | list[PerplexityCell]:
     """Fills a study's cells, prints its tables and writes them, with plots and the merged model for "main", under ``out``.
 
     Raises ValueError for an unknown study; MissingData, before any work, where a data package is not installed.
     """
+    if name == "language":
+        if full:
+            raise ValueError("the language study has one variant; leave out --full")
+        _quiet_transformers()
+        return run_language(seeds=seeds, out=out, cache=cache, progress=progress, console=console)
     if name not in STUDIES:
-        raise ValueError(f"there is no study {name!r}; choose one of {', '.join(STUDIES)}")
+        raise ValueError(f"there is no study {name!r}; choose one of {', '.join((*STUDIES, 'language'))}")
     protocol = FULL if full else SMALL
     console.print(f"{name}, {protocol.name} variant: {len(protocol.tasks)} tasks; reading texts and encoder")
     _quiet_transformers()

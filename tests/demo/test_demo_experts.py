@@ -111,7 +111,7 @@ def test_a_seed_repeats_an_expert_and_another_does_not(tasks, heads):
 
 
 def test_every_text_is_seen_once_before_any_is_seen_twice():
-    order = torch.cat(experts._batch_order(40, replace(SHORT, steps=5, batch=16), seed=0))
+    order = torch.cat(experts.batch_order(40, steps=5, batch=16, seed=0))
     assert len(order) == 80
     assert sorted(order[:40].tolist()) == sorted(order[40:].tolist()) == list(range(40))
     assert order[:40].tolist() != order[40:].tolist()
@@ -119,7 +119,7 @@ def test_every_text_is_seen_once_before_any_is_seen_twice():
 
 @pytest.mark.parametrize("protocol", [SMALL, FULL], ids=["small", "full"])
 def test_learning_rate_warms_up_and_falls_to_zero(protocol):
-    shares = [experts._learning_rate_share(step, protocol) for step in range(protocol.steps + 1)]
+    shares = [experts.learning_rate_share(step, protocol.steps, protocol.warmup) for step in range(protocol.steps + 1)]
     assert shares[:3] == [0.1, 0.2, 0.3]
     assert max(shares) == shares[protocol.warmup - 1] == shares[protocol.warmup] == 1
     assert shares[-1] == 0
