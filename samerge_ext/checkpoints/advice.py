@@ -5,15 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from samerge_ext.checkpoints.coded import QUANTISED
 from samerge_ext.checkpoints.sources import Source
 
-# Parts of a checkpoint whose numbers are codes of others: GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ, AQLM, QuIP,
-# MXFP4.
-QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|SCB|weight_format|weight\.(absmax|quant_map|quant_state.*|nested_absmax|nested_quant_map)"
-    r"|weight_scale(_inv)?|weight_packed|weight_zero_point|weight_shape|input_scale|q_scale|q_perm|q_invperm|q_group\w*|W_q|Qidxs|codebooks)$"
-    r"|(proj|weight)_(blocks|scales)$"
-)
 SCALES = re.compile(r"\.(scales|biases|zeros|zero_point)$")  # of codes that are called as weights are: MLX
 HEADS = re.compile(r"(^|_)(heads?|classifiers?|classification|score|cls|predictions?|logits?|fc|proj|out|output|pooler)\d*$")
 EMBEDDINGS = re.compile(r"embed|(^|\.)(wte|wpe|shared|cls_token|word_embeddings)(\.|$)")

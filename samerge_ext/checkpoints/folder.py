@@ -12,26 +12,17 @@ from torch import Tensor
 from samerge_ext.checkpoints.files import SafetensorsFile, check_relative
 from samerge_ext.checkpoints.naming import unwrapped
 from samerge_ext.checkpoints.places import SUFFIXES, find_weights, folder_of
+from samerge_ext.checkpoints.coded import Coded, coded_weights
 from samerge_ext.checkpoints.reading import CheckpointError, cut, read_json, shown
 from samerge_ext.checkpoints.state_dicts import TorchFile
 
 
-class Checkpoint:
-    """The stored tensors of one model; a context manager. Made by `open_checkpoint`.
-
-    path: the folder or file that was opened.
-    names: every stored tensor once: shards by file name, within a shard in the order of the file; without what wrappers of a
-        module put into them (`naming.unwrapped`).
-    tied: other name of a tensor -> the name in `names`. Known for .bin files; safetensors stores a tied tensor under
-        one name and does not say which others it has.
-
-    The methods take both kinds of names and raise CheckpointError for an unknown one.
-    """
+class StoredTensors:
+    """The tensors of weight files as they are stored; names and tied as of a `Checkpoint`."""
 
     def __init__(self, path: Path, files: list[SafetensorsFile | TorchFile]):
-        self.path = path
+        self.path, self.files = path, files
         self.tied: dict[str, str] = {}
-        self._files = files
         self._places: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
         plain = unwrapped(name for file in files for name in (*file.names, *file.tied))
         for file in files:
@@ -47,27 +38,83 @@ class Checkpoint:
         return file.shape(stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored type, float or not."""
         file, stored = self._find(name)
         return file.dtype(stored)
 
     def read(self, name: str) -> Tensor:
-        """The tensor in new, contiguous CPU memory, in its stored type and shape."""
         file, stored = self._find(name)
         return file.read(stored)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its stored type, contiguous and on the CPU."""
         file, stored = self._find(name)
         file.read_into(stored, start, out)
+
+    def _find(self, name: str) -> tuple[SafetensorsFile | TorchFile, str]:
+        """Which file has a tensor, and under which name."""
+        if name not in self._places:
+            raise CheckpointError(f"{self.path} has no tensor '{name}'; see its .names")
+        return self._places[name]
+
+
+class Checkpoint:
+    """The tensors of one model; a context manager. Made by `open_checkpoint`.
+
+    path: the folder or file that was opened.
+    names: every tensor once: shards by file name, within a shard in the order of the file; without what wrappers of a module put
+        into them (`naming.unwrapped`). Codes and what belongs to them are one tensor, the weight that they stand for.
+    tied: other name of a tensor -> the name in `names`. Known for .bin files; safetensors stores a tied tensor under
+        one name and does not say which others it has.
+
+    The methods take both kinds of names and raise CheckpointError for an unknown one.
+    """
+
+    def __init__(self, path: Path, stored: StoredTensors, coded: dict[str, Coded]):
+        self.path, self.tied = path, stored.tied
+        self._stored, self._coded = stored, coded
+        called = {weight.parts[0]: name for name, weight in coded.items()}
+        parts = {part for weight in coded.values() for part in weight.parts[1:]}
+        self.names = tuple(called.get(name, name) for name in stored.names if name not in parts)
+
+    def shape(self, name: str) -> torch.Size:
+        coded = self._coded_as(name)
+        return coded.shape if coded else self._stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type, float or not; float32 of codes."""
+        return torch.float32 if self._coded_as(name) else self._stored.dtype(name)
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """As `dtype`; of codes the type of the model that was quantised."""
+        coded = self._coded_as(name)
+        return coded.dtype if coded else self._stored.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in new, contiguous CPU memory, in its type and shape."""
+        coded = self._coded_as(name)
+        if coded is None:
+            return self._stored.read(name)
+        out = torch.empty(coded.shape, dtype=torch.float32, device="cpu")
+        coded.read_into(self._stored, 0, out.view(-1))
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Numbers ``start`` … of a tensor, flattened, into ``out`` [n] of its type, contiguous and on the CPU."""
+        coded = self._coded_as(name)
+        if coded is None:
+            self._stored.read_into(name, start, out)
+        else:
+            coded.read_into(self._stored, start, out)
+
+    def _coded_as(self, name: str) -> Coded | None:
+        return self._coded.get(self.tied.get(name, name))
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The weight files, each once."""
-        return tuple(file.path for file in self._files)
+        return tuple(file.path for file in self._stored.files)
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self._stored.files:
             file.close()
 
     def __enter__(self) -> Checkpoint:
@@ -75,12 +122,6 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _find(self, name: str) -> tuple[SafetensorsFile | TorchFile, str]:
-        """Which file has a tensor, and under which name."""
-        if name not in self._places:
-            raise CheckpointError(f"{self.path} has no tensor '{name}'; see its .names")
-        return self._places[name]
 
 
 def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
@@ -94,7 +135,7 @@ def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkp
 
     Raises CheckpointError, naming the file, the tensor and the fix, for: no weights, an adapter, a file that is
     truncated or whose header lies, an index that names a shard or a tensor that is not there, a tensor in two shards,
-    a pickle with code in it (which is never run).
+    a pickle with code in it (which is never run), codes of quantised weights that are not read here (`coded`).
     """
     path = Path(path)
     weights = find_weights(path, beside_adapter=beside_adapter)
@@ -112,7 +153,8 @@ def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkp
         for name, shard in indexed.items():
             if name not in stored[weights.parent / shard]:
                 raise CheckpointError(f"{weights} places {shown(name)} in {cut(shard)}, which lacks it; save the model again")
-        checkpoint = Checkpoint(path, files)
+        tensors = StoredTensors(path, files)
+        checkpoint = Checkpoint(path, tensors, coded_weights(tensors, folder_of(path) / "config.json"))
         stack.pop_all()
     return checkpoint
 

@@ -108,7 +108,7 @@ class AdapterSource(Source):
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """The base's: factors are trained in wider types than the model that they belong to."""
-        return self._base.dtype(name) if name in self._base else self.dtype(name)
+        return self._base.weight_dtype(name) if name in self._base else self.dtype(name)
 
     def change(self, name: str) -> Change:
         """What the adapter adds to a tensor of the base: the product of two factors [m, r] and [r, n], in fp32 and with the

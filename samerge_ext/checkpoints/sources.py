@@ -148,6 +148,9 @@ class CheckpointSource(Source):
     def _dtype(self, name: str) -> torch.dtype:
         return self._checkpoint.dtype(name)
 
+    def weight_dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.weight_dtype(self.aliases.get(name, name))
+
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name)
 

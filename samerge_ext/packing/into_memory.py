@@ -100,7 +100,7 @@ def outline(models: Aligned, changed: Collection[str], dtype: torch.dtype, devic
     layers = [name for name in shared if not base.is_buffer(name)]
     buffers = {name: base.read(name).clone() for name in shared if base.is_buffer(name)}
     own = [name for name, buffer in buffers.items() if buffer.is_floating_point() and not is_derived_buffer(name, buffer.shape)]
-    shapes, dtypes = [base.shape(name) for name in layers], [base.dtype(name) for name in layers]
+    shapes, dtypes = [base.shape(name) for name in layers], [base.weight_dtype(name) for name in layers]
     return {
         "layout": Layout.build(layers, shapes, dtypes, [name in changed for name in layers], device),
         "tasks": tuple(task for task, _ in experts),
