@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from samerge_ext.checkpoints.coded import Coded, coded_weights
 from samerge_ext.checkpoints.files import SafetensorsFile, check_relative
 from samerge_ext.checkpoints.naming import unwrapped
 from samerge_ext.checkpoints.places import SUFFIXES, find_weights, folder_of
-from samerge_ext.checkpoints.coded import Coded, coded_weights
 from samerge_ext.checkpoints.reading import CheckpointError, cut, read_json, shown
 from samerge_ext.checkpoints.state_dicts import TorchFile
 
