@@ -178,6 +178,27 @@ def test_a_quantised_base_is_written_as_the_model_that_was_quantised(tmp_path):
     assert_close(written[WEIGHT], (truth + other_truth) / 2)
 
 
+def test_an_adapter_of_a_quantised_base_is_merged_with_it(tmp_path):
+    """From file to file in the type of the model that was quantised, and packed."""
+    tensors, config, truth = KINDS["nf4"](10, 18)
+    base, adapter = save(tmp_path / "base", tensors, config), tmp_path / "adapter"
+    adapter.mkdir()
+    left, right = random(10, 2, seed=7), random(2, 18, seed=8)
+    factors = {f"base_model.model.{STEM}.lora_B.weight": left, f"base_model.model.{STEM}.lora_A.weight": right}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    expected = truth + 0.5 * 2 * left.double() @ right.double()
+    half = Combination([0.5], 1.0, normalize=False, elect=False)
+    with pytest.warns(UserWarning, match="quantization_config is left out"):
+        out = merge_files(FileMerge([("a", adapter)], lambda *_: half, base, base), tmp_path / "out")
+    written = load_file(out / "model.safetensors")[WEIGHT]
+    assert written.dtype == torch.bfloat16
+    assert_close(written, expected)
+    packed = sm.PackedWeights.from_folders(base, {"a": adapter})
+    assert_close(sm.task_arithmetic(packed, 0.5).state_dict()[WEIGHT], expected)
+
+
 REFUSED = {
     "a scale of another shape": ("float8, rows", {f"{STEM}.weight_scale": torch.ones(3)}, r"weight_scale' is \[3\], which is no"),
     "codes in an order of processors": (
