@@ -78,6 +78,7 @@ class LanguageBench:
 
     def __init__(self, protocol: LanguageProtocol, seed: int, cache: Path, progress: bool = True):
         self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache) / "language", progress
+        self._packed: dict[str | None, sm.PackedWeights] = {}
 
     @cached_property
     def base(self) -> Path:
@@ -156,15 +157,12 @@ class LanguageBench:
     def experts(self) -> dict[str, Path]:
         return {kind: self.expert(kind) for kind in self.tasks}
 
-    @cached_property
-    def packed(self) -> sm.PackedWeights:
-        """Task vectors multiplied out."""
-        return sm.PackedWeights.from_folders(self.base, self.experts)
-
-    @cached_property
-    def factored(self) -> sm.PackedWeights:
-        """Task vectors as the adapters' factors, for methods that decompose these."""
-        return sm.PackedWeights.from_folders(self.base, self.experts, task_vector_dtype="lora")
+    def packed(self, form: str | None = None) -> sm.PackedWeights:
+        """Task vectors multiplied out, or as the adapters' factors ("lora"); the last ones that were asked for are kept."""
+        if form not in self._packed:
+            self._packed.clear()
+            self._packed[form] = sm.PackedWeights.from_folders(self.base, self.experts, task_vector_dtype=form)
+        return self._packed[form]
 
 
 def fine_tune(bench: LanguageBench, kind: str) -> Any:

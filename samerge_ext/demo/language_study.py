@@ -127,11 +127,11 @@ def merged(bench: LanguageBench, row: Row) -> tuple[Any, dict[str, Any]]:
         packed = sm.PackedWeights.from_folders(bench.base, {row.settings["kind"]: bench.expert(row.settings["kind"])})
         return sm.task_arithmetic(packed, 1.0, module=bench.module()).module, {}
     if row.kind == "average":
-        return sm.average(bench.packed, module=bench.module()).module, {}
+        return sm.average(bench.packed(), module=bench.module()).module, {}
     if row.kind == "samerging":
         return learned(bench, row)
     method = METHODS[row.kind]
-    packed = bench.factored if method in FACTORED else bench.packed
+    packed = bench.packed("lora" if method in FACTORED else None)
     if "scales" not in row.settings:
         return method(packed, **row.settings, module=bench.module()).module, {}
     tried = {}
@@ -146,9 +146,10 @@ def learned(bench: LanguageBench, row: Row) -> tuple[Any, dict[str, Any]]:
     settings = {key: value for key, value in row.settings.items() if key != "batch"}
     config = sm.SAMergingConfig(shuffle=True, seed=bench.seed, progress=bench.progress, **settings)
     calibration = bench.calibration(row.settings["batch"])
-    result = sm.samerging(bench.module(), bench.packed, calibration, sm.models.causal_lm, config=config)
+    packed = bench.packed()
+    result = sm.samerging(bench.module(), packed, calibration, sm.models.causal_lm, config=config)
     assert result.coefficients is not None
-    lambdas = {task: mean(values) for task, values in zip(bench.packed.tasks, result.coefficients.tolist(), strict=True)}
+    lambdas = {task: mean(values) for task, values in zip(packed.tasks, result.coefficients.tolist(), strict=True)}
     return result.module, {"mean_coefficients": lambdas, "losses": [record["loss"] for record in result.history]}
 
 
