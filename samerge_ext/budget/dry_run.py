@@ -7,6 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from samerge_ext.learning.calibration import expert_head
+from samerge_ext.learning.language_model import OfExpert
+from samerge_ext.learning.losses import Answers, Gradient, distillation, uncertainty
 from samerge_ext.learning.nested import map_tensors
-from samerge_ext.learning.passes import Logits, losses_and_gradient
+from samerge_ext.learning.passes import Logits, answering, losses_and_gradient
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.ops.chunked_rows import workspace_for
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import InMemory, WholeStore, empty_like, parts
@@ -34,12 +39,12 @@ class DryRun:
     """What one pass of all tasks takes.
 
     peak: bytes on the device beyond base and task vectors: merged weights, gradients, activations.
-    logits: bytes of each task's logits. heads: of a vector of all heads that are learned.
+    answers: bytes of each task's logits, or of its last hidden states. heads: of a vector of all heads that are learned.
     fetched: of a streamed pass, (start, numbers, whether they are needed again for gradients) of every run that is fetched.
     """
 
     peak: int = 0
-    logits: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
     heads: int = 0
     fetched: list[list] = field(default_factory=list)
 
@@ -52,6 +57,7 @@ def dry_run(
     *,
     device: torch.device,
     streamed: bool,
+    teachers: bool = True,
     tasks_per_batch: int | None = None,
     precision: str = "fp32",
     train_heads: str | Sequence[str] = (),
@@ -60,7 +66,8 @@ def dry_run(
 ) -> DryRun:
     """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
 
-    train_heads, heads: of the heads that are learned too, the activations and gradients count. rank: of so many singular
+    teachers: a language model's loss has an expert's head beside its own. train_heads, heads: of the heads that are learned too,
+        the activations and gradients count. rank: of so many singular
         components of every matrix the factors do, and the search for them.
 
     Raises ValueError where the model's forward depends on values that are not there.
@@ -74,9 +81,16 @@ def dry_run(
         meter.ignore(empty)
         return empty
 
-    def objective(values: Tensor, task: str) -> tuple[Tensor, Tensor]:
-        found.logits[task] = values.numel() * values.element_size()
-        return values.new_zeros((), dtype=torch.float32), torch.empty_like(values)
+    def objective(answers: Answers, task: str) -> tuple[Tensor, Gradient]:
+        if isinstance(answers, Tensor):
+            found.answers[task] = answers.nbytes
+            return answers.new_zeros((), dtype=torch.float32), torch.empty_like(answers)
+        found.answers[task] = answers.hidden.nbytes
+        teacher = OfExpert(answers.hidden.detach(), partial(expert_head, model, task))
+        workspace = torch.empty(workspace_for(None, device), dtype=torch.uint8, device=device)  # where its logits are
+        found_loss = distillation(answers, teacher, 1.0, 1.0, None) if teachers else uncertainty(answers)
+        del workspace
+        return found_loss
 
     with mode:
         module = _without_memory(module, fake)
@@ -93,6 +107,9 @@ def dry_run(
                 model.train_heads(train_heads, heads)
                 if rank:
                     model.use_components(Components.rehearsed(packed, rank, WholeStore(base, task_vectors)))
+                first, (batch, _) = next(iter(inputs.items()))
+                model.select_head(first)
+                logits = answering(logits, model.module, batch)
                 losses_and_gradient(
                     model,
                     model.coefficients.detach(),

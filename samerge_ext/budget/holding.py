@@ -12,7 +12,8 @@ from torch import nn
 from samerge_ext.budget.plan import planned_way
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig
-from samerge_ext.learning.passes import Logits
+from samerge_ext.learning.nested import to_device
+from samerge_ext.learning.passes import Logits, answering
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.memory import large_tensors_mapped, trim_heap
 from samerge_ext.merged.model import MergedModel
@@ -46,8 +47,9 @@ def make_model(
     *,
     teachers: bool,
     heads: Mapping[str, nn.Module] | None = None,
-) -> MergedModel:
-    """The model that coefficients are learned on, held as the configuration says or as a plan for its memory budget does.
+) -> tuple[MergedModel, Logits]:
+    """The model that coefficients are learned on, held as the configuration says or as a plan for its memory budget does; and
+    ``logits`` in the form in which they are learned from (`answering`).
 
     teachers: the experts' logits will be kept too. heads: modules by task, for what config.train_heads names.
     Raises MemoryBudgetError where nothing fits the budget, ValueError for heads that cannot be trained.
@@ -64,7 +66,10 @@ def make_model(
             )
     if config.granularity == "rank":
         model.use_components(Components.of(packed, config.rank, model.weights.store))
-    return model
+    first = next(iter(calibration.batches))
+    model.select_head(first)
+    batch = to_device(calibration.batches[first][0], model.device)
+    return model, answering(logits, model.module, batch, getattr(config, "samples", None))
 
 
 def _held(

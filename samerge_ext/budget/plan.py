@@ -148,11 +148,11 @@ def plan(
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
     run = partial(dry_run, device=device, tasks_per_batch=config.tasks_per_batch, precision=config.precision)
     rank = config.rank if config.granularity == "rank" else 0
-    run = partial(run, train_heads=config.train_heads, heads=heads, rank=rank)
+    run = partial(run, teachers=teachers, train_heads=config.train_heads, heads=heads, rank=rank)
     resident, streamed = (run(module, packed, largest, logits, streamed=way) for way in (False, True))
     kept = HEAD_VECTORS * resident.heads
     for task, held in batches.items() if teachers else ():
-        kept += resident.logits[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
+        kept += resident.answers[task] * sum(map(_numel, held)) // max(1, _numel(largest[task]))
     passes = 2 if config.sam == "paper" else 1
     # What is only described can be packed either way.
     available = {"device", "host", "factors", *(("file",) if not on_host(packed.base) or packed.base.is_meta else ())}

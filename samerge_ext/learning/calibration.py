@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from samerge_ext.learning.language_model import LanguageModel, OfExpert, output_head
 from samerge_ext.learning.nested import to_device
-from samerge_ext.learning.passes import Logits, call_logits
+from samerge_ext.learning.passes import Logits, call_logits, running
 from samerge_ext.merged.model import MergedModel
 
 
@@ -86,17 +88,50 @@ def _spread(count: int, share: float) -> list[int]:
 
 def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits, precision: str) -> dict[str, list[Tensor]]:
     """Every expert's logits [B, V] on its own task's batches, from the merged model at one-hot coefficients."""
-    cached = {}
-    for task, batches in calibration.batches.items():
-        with model.teacher(task) as module:
-            cached[task] = [
-                call_logits(logits, module, to_device(batch, model.device), task, precision).detach() for batch in batches
-            ]
+
+    def run(module: nn.Module, batch: Any, task: str) -> Tensor:
+        return call_logits(logits, module, batch, task, precision)
+
+    cached = _of_teachers(model, calibration, run)
+    for task in cached:
         if cached[task][0].shape[1] == 1:
             warnings.warn(
                 f"expert '{task}' has one class, whose soft-max is 1 whatever the weights; nothing is learned from its batches",
                 stacklevel=3,
             )
+    return cached
+
+
+def teacher_answers(
+    model: MergedModel, calibration: Calibration, logits: Logits, precision: str
+) -> dict[str, list[Tensor]] | dict[str, list[OfExpert]]:
+    """`teacher_logits`; of a LanguageModel every expert's last hidden states [R, H], beside the way to its head."""
+    if not isinstance(logits, LanguageModel):
+        return teacher_logits(model, calibration, logits, precision)
+
+    def run(module: nn.Module, batch: Any, task: str) -> Tensor:
+        with running(module, precision, f"the batch of task '{task}'"):
+            return logits.hidden_states(module, batch)
+
+    hidden = _of_teachers(model, calibration, run)
+    return {task: [OfExpert(states, partial(expert_head, model, task)) for states in held] for task, held in hidden.items()}
+
+
+def expert_head(model: MergedModel, task: str) -> tuple[Tensor, Tensor | None]:
+    """The output embeddings of expert ``task``: weight [V, H] and bias [V]."""
+    head = output_head(model.module)
+    bias = None if head.bias is None else model.expert_parameter(task, head, "bias")
+    return model.expert_parameter(task, head, "weight"), bias
+
+
+def _of_teachers(
+    model: MergedModel, calibration: Calibration, run: Callable[[nn.Module, Any, str], Tensor]
+) -> dict[str, list[Tensor]]:
+    """What every expert gives to its own task's batches."""
+    cached = {}
+    for task, batches in calibration.batches.items():
+        with model.teacher(task) as module:
+            cached[task] = [run(module, to_device(batch, model.device), task).detach() for batch in batches]
         for index, values in enumerate(cached[task]):
             if torch.isnan(values).any():
                 raise FloatingPointError(f"expert '{task}' gives NaN logits on its calibration batch {index}")

@@ -10,20 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.learning.language_model import LanguageModel
+from samerge_ext.learning.losses import Answers, Gradient, scaled
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.merged.model import MergedModel
 
 # logits(module, batch, task) -> [B, V]: the user's forward on the user's module.
 Logits = Callable[[nn.Module, Any, str], Tensor]
 # objective(logits [B, V], target) -> loss [], ∂loss/∂logits [B, V]; the target is what the batch came with.
-Objective = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+Objective = Callable[[Any, Any], tuple[Tensor, Any]]
 
 
 def call_logits(logits: Logits, module: nn.Module, batch: Any, task: str, precision: str = "fp32") -> Tensor:
     """The user's forward on one task's batch, under autocast where asked; checks what comes back."""
-    with _running(module, precision, f"the batch of task '{task}'"):
+    with running(module, precision, f"the batch of task '{task}'"):
         values = logits(module, batch, task)
     return _checked(task, values)
+
+
+def answers_to(logits: Logits, module: nn.Module, batch: Any, task: str, precision: str = "fp32") -> Answers:
+    """What the model gives to one task's batch: of a LanguageModel no logits, but what they are the product of."""
+    if not isinstance(logits, LanguageModel):
+        return call_logits(logits, module, batch, task, precision)
+    with running(module, precision, f"the batch of task '{task}'"):
+        return logits.projected(module, batch)
+
+
+def answering(logits: Logits, module: nn.Module, batch: Any, samples: int | None = None) -> Logits:
+    """A LanguageModel where its logits need not be computed, else the function that computes them: a pass over a batch decides.
+
+    samples: of a TaughtConfig; they are chosen by logits.
+    """
+    if not isinstance(logits, LanguageModel):
+        return logits
+    with running(module, "fp32", "its first batch"):
+        return logits if samples is None and logits.is_exact(module, batch) else logits.logits
 
 
 def losses_and_gradient(
@@ -46,16 +67,19 @@ def losses_and_gradient(
     model.zero_gradients()
     losses = []
     for outputs in _forwards(model, inputs, logits, tasks_per_batch, precision):
-        gradients = []
-        for task, values in outputs.items():
-            if not values.requires_grad:
+        tensors, gradients = [], []
+        for task, answers in outputs.items():
+            if not any(part.requires_grad for part in _parts(answers) if part is not None):
                 raise RuntimeError(
                     f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach"
                 )
-            loss, gradient = objective(values.detach(), inputs[task][1])
+            loss, gradient = objective(answers.detach() if isinstance(answers, Tensor) else answers, inputs[task][1])
             losses.append(loss)
-            gradients.append(gradient.mul_(task_weights[task]).to(values.dtype))
-        torch.autograd.backward(list(outputs.values()), gradients)
+            for part, of_part in zip(_parts(answers), _parts(scaled(gradient, task_weights[task])), strict=True):
+                if part is not None and of_part is not None:
+                    tensors.append(part)
+                    gradients.append(of_part.to(part.dtype))
+        torch.autograd.backward(tensors, gradients)
     return torch.stack(losses), model.coefficient_gradient()
 
 
@@ -78,9 +102,9 @@ def mean_loss(
         model.select_head(task)
         losses, rows = [], []
         for batch, target in of_task:
-            values = call_logits(logits, model.module, batch, task, precision)
-            losses.append(objective(values, target)[0].double())
-            rows.append(len(values))
+            answers = answers_to(logits, model.module, batch, task, precision)
+            losses.append(objective(answers, target)[0].double())
+            rows.append(len(answers if isinstance(answers, Tensor) else answers.hidden))
         weights = torch.tensor(rows, dtype=torch.float64, device=losses[0].device) / sum(rows)
         total += task_weights[task] * (torch.stack(losses) @ weights).item()
     return total
@@ -88,22 +112,26 @@ def mean_loss(
 
 def _forwards(
     model: MergedModel, inputs: Mapping[str, tuple[Any, Any]], logits: Logits, tasks_per_batch: int | None, precision: str
-) -> Iterator[dict[str, Tensor]]:
-    """Logits of one group of tasks after another: of several at once where they share an encoder."""
+) -> Iterator[dict[str, Answers]]:
+    """Answers to one group of tasks after another: of several at once where they share an encoder."""
     if isinstance(logits, SharedEncoder):
         remaining = iter(inputs.items())
         while group := {task: batch for task, (batch, _) in islice(remaining, tasks_per_batch or len(inputs))}:
-            with _running(model.module, precision, f"the batches of tasks {list(group)}"):
+            with running(model.module, precision, f"the batches of tasks {list(group)}"):
                 together = logits.together(model.module, group)
             yield {task: _checked(task, values) for task, values in together.items()}
     else:
         for task, (batch, _) in inputs.items():
             model.select_head(task)
-            yield {task: call_logits(logits, model.module, batch, task, precision)}
+            yield {task: answers_to(logits, model.module, batch, task, precision)}
+
+
+def _parts(answers: Answers | Gradient) -> list[Tensor | None]:
+    return [answers] if isinstance(answers, Tensor) else list(answers)
 
 
 @contextmanager
-def _running(module: nn.Module, precision: str, what: str) -> Iterator[None]:
+def running(module: nn.Module, precision: str, what: str) -> Iterator[None]:
     """Autocast as asked; an error of the user's code leaves with a note that says what ran."""
     device = next(module.parameters()).device.type
     try:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.learning.calibration import Calibration, teacher_logits
+from samerge_ext.learning.calibration import Calibration, teacher_answers
 from samerge_ext.learning.config import TaughtConfig
+from samerge_ext.learning.language_model import OfExpert
+from samerge_ext.learning.losses import ExpertAnswers, entropies
 from samerge_ext.learning.nested import map_tensors, to_device
-from samerge_ext.learning.passes import Logits, call_logits
+from samerge_ext.learning.passes import Logits, answers_to
 from samerge_ext.learning.shared_encoder import SharedEncoder, batch_size, concatenate
 from samerge_ext.merged.model import MergedModel
-from samerge_ext.ops.softmax_kl import entropy
 
-# A batch's logits [B, V] of its teacher, and the weights [B] of its rows where they have some.
-Lesson = tuple[Tensor, Tensor | None]
+# A batch's answers of its teacher, and the weights [B] of its rows where they have some.
+Lesson = tuple[ExpertAnswers, Tensor | None]
 
 
 def lessons(
@@ -28,7 +29,7 @@ def lessons(
     """
     if config.confidence_weights and len(model.packed.tasks) < 2:
         raise ValueError("confidence_weights compares experts, and there is one; leave it out")
-    teachers = teacher_logits(model, calibration, logits, config.precision)
+    teachers: dict[str, list[Any]] = dict(teacher_answers(model, calibration, logits, config.precision))
     if config.samples is not None:
         calibration, teachers = by_difficulty(model.module, calibration, teachers, logits, config)
     if not config.confidence_weights:
@@ -38,27 +39,30 @@ def lessons(
 
 
 def confidence(
-    model: MergedModel, calibration: Calibration, teachers: dict[str, list[Tensor]], logits: Logits, precision: str
+    model: MergedModel, calibration: Calibration, teachers: dict[str, list[Any]], logits: Logits, precision: str
 ) -> dict[str, list[Tensor]]:
     """task t -> the weight of every row of its batches, 1 − H(p_t) / Σ_k H(p_k): large where the task's own expert is certain of
     a row and the others, each with its own head, are not. Where all are certain, 1 − 1/T."""
-    own = {task: [_entropy(values) for values in of_task] for task, of_task in teachers.items()}
+    own = {
+        task: [entropies(given.projected() if isinstance(given, OfExpert) else given) for given in of_task]
+        for task, of_task in teachers.items()
+    }
     total = {task: [rows.clone() for rows in of_task] for task, of_task in own.items()}
     for expert in model.packed.tasks:
         with model.teacher(expert) as module:
             for task, batches in calibration.batches.items():
                 for index, batch in enumerate(batches if task != expert else ()):
                     try:
-                        values = call_logits(logits, module, to_device(batch, model.device), expert, precision)
+                        found = entropies(answers_to(logits, module, to_device(batch, model.device), expert, precision))
                     except Exception as error:
                         error.add_note(f"confidence_weights gives the batches of task '{task}' to expert '{expert}' too")
                         raise
-                    if len(values) != len(total[task][index]):
+                    if len(found) != len(total[task][index]):
                         raise ValueError(
-                            f"confidence_weights: expert '{expert}' gives {len(values)} rows of logits for batch {index} of task "
+                            f"confidence_weights: expert '{expert}' gives {len(found)} rows of logits for batch {index} of task "
                             f"'{task}', whose own expert gives {len(total[task][index])}"
                         )
-                    total[task][index] += _entropy(values)
+                    total[task][index] += found
     equal = 1 / len(model.packed.tasks)
     return {
         task: [1 - torch.where(every > 0, one / every, equal) for one, every in zip(own[task], total[task], strict=True)]
@@ -97,11 +101,6 @@ def by_difficulty(
         batches, tuple(batches), shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back
     )
     return chosen_set, kept
-
-
-def _entropy(values: Tensor) -> Tensor:
-    """H of the soft-max of every row [B]."""
-    return entropy(values, reduction="none")
 
 
 def _example(batch: Any, row: int, task: str) -> Any:

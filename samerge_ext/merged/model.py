@@ -78,6 +78,7 @@ class MergedModel(nn.Module):
             for owner, leaf in places[name]:
                 set_parameter(owner, leaf, unchanged)
         self._freeze_others(places)
+        self._layer_at = {(id(owner), leaf): layer for layer, of_layer in places.items() for owner, leaf in of_layer}
         self._buffers_of: dict[str | None, Buffers] = {None: packed.merged_buffers()}
         self._buffers_of.update((task, packed.expert_buffers.get(task, {})) for task in packed.tasks)
         self._move_buffers()
@@ -192,6 +193,23 @@ class MergedModel(nn.Module):
             self.module.train(training)
             self._set_buffers(None)
             self.merge()
+
+    @torch.no_grad()
+    def expert_parameter(self, task: str, owner: nn.Module, leaf: str) -> Tensor:
+        """A parameter of a part of the module as expert ``task`` has it: alone, while the module stays as it is merged. As in
+        `teacher`, before any quantising."""
+        parameter = owner._parameters[leaf] if (id(owner), leaf) not in self._layer_at else None
+        if parameter is not None:  # a head's, or another that is not merged
+            own = (x for n, x in self.packed.heads.get(task, {}).items() if _find(self.module, n) == (owner, leaf))
+            return next(own, parameter).detach().to(parameter)
+        name = self._layer_at[id(owner), leaf]
+        if name in self.packed.unchanged:
+            return getattr(owner, leaf).detach()
+        with self.packed.expert_source(task) as source:
+            layer = self.packed.layout.names.index(name)
+            if source is not None:
+                return source.read_shaped(name, self.packed.layout.shapes[layer]).to(self.device, self.weights.dtype)
+            return self.weights.layer(layer, self.packed.one_hot(task))
 
     def select_head(self, task: str) -> None:
         """Puts the task's own head tensors, in the merged weights' dtype, into the module where it has a place for them."""

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.ops.coefficient_grad import coefficient_grad
+from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.components import Components
+from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.stores import narrow
 
 # layer -> where it stands in the module: (owner, its own name for the tensor); several where the tensor is tied.
 Places = dict[str, list[tuple[nn.Module, str]]]
@@ -42,6 +45,16 @@ class ResidentWeights:
                 self.components.add(name, of_layer, views[name])
         # Autocast keeps casts of the weights it has seen; they would outlive this merge.
         torch.clear_autocast_cache()
+
+    def layer(self, layer: int, coefficients: Tensor) -> Tensor:
+        """One layer merged at ``coefficients`` [T, L], in memory of its own."""
+        start, length = self.packed.layout.extent(layer)
+        task_vectors = narrow(self.packed.whole_task_vectors(), start, length)
+        blocks = self.packed.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
+        merged = torch.empty(length, dtype=self.dtype, device=self.device)
+        weighted_sum(self.packed.base[start : start + length], task_vectors, coefficients, blocks, out=merged)
+        shape = self.packed.layout.shapes[layer]
+        return merged[: shape.numel()].view(shape)
 
     def read(self, source: Source) -> None:
         """In place of merged weights, those of one model."""

@@ -92,6 +92,13 @@ class StreamedWeights:
         self._merges += 1
         self.store.begin_pass()
 
+    def layer(self, layer: int, coefficients: Tensor) -> Tensor:
+        """One layer merged at ``coefficients`` [T, L], outside of autograd."""
+        unit, shape = self._alone[layer], self.packed.layout.shapes[layer]
+        merged = torch.empty(unit.numel, dtype=self.dtype, device=self.device)
+        self._fill(merged, unit, coefficients.to(self.device))
+        return merged[: shape.numel()].view(shape)
+
     def read(self, source: Source) -> None:
         """Until the next `merge`, units take their weights from one model."""
         self._source = source
@@ -150,9 +157,7 @@ class StreamedWeights:
                 for layer, view in views.items():
                     view.copy_(self._source.read_shaped(self.packed.layout.names[layer], view.shape))
                 return views
-            for start, length, place in unit.pieces:
-                base, task_vectors = self.store.fetch(start, length)
-                weighted_sum(base, task_vectors, self._at, self._blocks(start, length), out=merged[place : place + length])
+            self._fill(merged, unit, self._at)
             for layer, view in views.items():
                 name = self.packed.layout.names[layer]
                 if name in self._deviations:
@@ -164,6 +169,11 @@ class StreamedWeights:
                 # Otherwise autograd would keep the gradients of all of the unit's layers until the last one is there.
                 layers[layer].grad_fn._set_sequence_nr(FIRST)
         return layers
+
+    def _fill(self, merged: Tensor, unit: Unit, coefficients: Tensor) -> None:
+        for start, length, place in unit.pieces:
+            base, task_vectors = self.store.fetch(start, length)
+            weighted_sum(base, task_vectors, coefficients, self._blocks(start, length), out=merged[place : place + length])
 
     @torch.no_grad()
     def contract(self, gradient: Tensor, unit: Unit, layer: int) -> None:

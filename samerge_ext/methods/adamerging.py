@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.loop import calibration_set, learn
+from samerge_ext.learning.losses import Answers, Gradient, uncertainty
 from samerge_ext.learning.passes import Logits
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.configs import AdaMergingConfig
-from samerge_ext.ops.softmax_kl import entropy_with_grad
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
@@ -35,10 +35,10 @@ def adamerging(
     config = config or AdaMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = make_model(module, packed, config, held, logits, teachers=False)
+    model, logits = make_model(module, packed, config, held, logits, teachers=False)
 
-    def uncertainty(student: Tensor, target: None) -> tuple[Tensor, Tensor]:
-        return entropy_with_grad(student)
+    def loss_of(student: Answers, target: None) -> tuple[Tensor, Gradient]:
+        return uncertainty(student)
 
-    history = learn(model, held, logits, uncertainty, config, "adamerging")
+    history = learn(model, held, logits, loss_of, config, "adamerging")
     return Result.of_model(model, "adamerging", config, history, time.perf_counter() - started)

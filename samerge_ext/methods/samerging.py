@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
+from samerge_ext.learning import losses
 from samerge_ext.learning.loop import calibration_set, learn
+from samerge_ext.learning.losses import Answers, Gradient
 from samerge_ext.learning.passes import Logits, Objective
 from samerge_ext.learning.teaching import Lesson, lessons
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.configs import SAMergingConfig
-from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
@@ -35,7 +36,7 @@ def samerging(
     minimised by SAM: the step at λ follows the gradient at λ + ε, where the loss is worst nearby.
 
     module: of the experts' architecture; taken over, and given back merged as ``result.module``.
-    calibration: task -> unlabelled batches. logits(module, batch, task) -> [B, V], or a SharedEncoder.
+    calibration: task -> unlabelled batches. logits(module, batch, task) -> [B, V], a SharedEncoder or a LanguageModel.
     heads: task -> a module of its own that ``logits`` calls, where its parameters are to be learned too, as config.train_heads
         says (task layers, as in SyMerge, arXiv 2412.19098); they are trained in place. Packed heads need no mention.
     Raises ValueError for a calibration set that does not fit the tasks, FloatingPointError for a loss that diverges.
@@ -43,27 +44,21 @@ def samerging(
     config = config or SAMergingConfig()
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
-    model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
+    model, logits = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
     held, taught = lessons(model, held, logits, config)
     history = learn(model, held, logits, distillation(config), config, "samerging", targets=taught)
     return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)
 
 
 def distillation(config: SAMergingConfig) -> Objective:
-    """The loss of a batch and its gradient by the logits."""
+    """The loss of a batch and its gradient by the model's answers."""
     student_temperature = config.temperature
     teacher_temperature = config.teacher_temperature or config.temperature
     scale = student_temperature * teacher_temperature if config.scale_by_temperature else 1.0
 
-    def objective(student: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def objective(student: Answers, lesson: Lesson) -> tuple[Tensor, Gradient]:
         teacher, row_weights = lesson
-        loss, gradient = softmax_kl_with_grad(
-            student,
-            teacher,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            row_weights=row_weights,
-        )
-        return loss * scale, gradient.mul_(scale)
+        loss, gradient = losses.distillation(student, teacher, student_temperature, teacher_temperature, row_weights)
+        return loss * scale, losses.scaled(gradient, scale)
 
     return objective

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.loop import calibration_set, learn
+from samerge_ext.learning.losses import Answers, Gradient, distillation, imitation
 from samerge_ext.learning.passes import Logits
 from samerge_ext.learning.teaching import Lesson, lessons
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.arithmetic import task_arithmetic
 from samerge_ext.methods.configs import StatsMergingConfig
-from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, softmax_kl_with_grad
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.statistics.features import FEATURES_FILE, Features
 from samerge_ext.statistics.learner import LearnerSettings, PredictedCoefficients, StatsMergeLearner
@@ -49,17 +49,14 @@ def statsmerging(
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
     features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values, path=_features_path(config))
-    model = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
+    model, logits = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
     held, taught = lessons(model, held, logits, config)
 
-    def imitation(student: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        teacher, row_weights = lesson
+    def loss_of(student: Answers, lesson: Lesson) -> tuple[Tensor, Gradient]:
         if config.loss == "cross_entropy":
-            return argmax_cross_entropy_with_grad(student, teacher, row_weights=row_weights)
-        tau = config.temperature
-        return softmax_kl_with_grad(
-            student, teacher, student_temperature=tau, teacher_temperature=tau, row_weights=row_weights
-        )
+            return imitation(student, *lesson)
+        teacher, row_weights = lesson
+        return distillation(student, teacher, config.temperature, config.temperature, row_weights)
 
     statistics = features.of_granularity(config.granularity, config.whole_model)
     learner = StatsMergeLearner.made_for(
@@ -70,7 +67,7 @@ def statsmerging(
         dtype=packed.coefficient_dtype,
     )
     predicted = PredictedCoefficients(learner, statistics)
-    history = learn(model, held, logits, imitation, config, "statsmerging", targets=taught, learner=predicted)
+    history = learn(model, held, logits, loss_of, config, "statsmerging", targets=taught, learner=predicted)
     result = Result.of_model(model, "statsmerging", config, history, time.perf_counter() - started)
     result.learner, result.features = learner, features
     return result

@@ -1,5 +1,6 @@
 """Adapters: how a model's forward is called for the batch of a task, and batches for it from texts and pictures."""
 
+from samerge_ext.learning.language_model import LanguageModel
 from samerge_ext.learning.shared_encoder import SharedEncoder, concatenate
 from samerge_ext.models.evaluation import evaluate
 from samerge_ext.models.gguf import folder_of_gguf
@@ -16,6 +17,7 @@ from samerge_ext.models.pictures import find_pictures, picture_batches
 from samerge_ext.models.texts import read_texts, text_batches
 
 __all__ = [
+    "LanguageModel",
     "SharedEncoder",
     "causal_lm",
     "concatenate",

@@ -1,18 +1,23 @@
 """Logits functions for transformers' models, one for each kind: logits(module, batch, task) -> [rows, classes].
 
-They call the user's own module, with whatever head is in it. Where a row is a token, rows are the tokens that are not padding,
+They call the user's own module, with whatever head is in it. Those of language models are `LanguageModel`s, whose logits learned
+methods do without. Where a row is a token, rows are the tokens that are not padding,
 text after text: `attention_mask` says which those are. Batches are dicts of tensors, as `text_batches` and `picture_batches` make
 them.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.learning.language_model import LanguageModel
+
 Batch = dict[str, Tensor]
+Inputs = tuple[dict[str, Any], Tensor]  # of the module's forward, and the tokens [B, S] whose logits count
 
 
 def sequence_classification(module: nn.Module, batch: Batch, task: str) -> Tensor:
@@ -33,22 +38,32 @@ def token_classification(module: nn.Module, batch: Batch, task: str) -> Tensor:
     return module(**inputs).logits[kept]
 
 
-def masked_lm(module: nn.Module, batch: Batch, task: str) -> Tensor:
+@LanguageModel
+def masked_lm(module: Any, batch: Batch) -> Inputs:
     """Logits [tokens, vocabulary] of a …ForMaskedLM model on the texts as they are, without masked words.
 
     batch: as of `token_classification`.
     """
-    return token_classification(module, batch, task)
+    return _kept(batch)
 
 
-def causal_lm(module: nn.Module, batch: Batch, task: str) -> Tensor:
-    """Next-token logits [tokens, vocabulary] of a …ForCausalLM model. batch: {input_ids, attention_mask: [B, S]}."""
+@LanguageModel
+def causal_lm(module: Any, batch: Batch) -> Inputs:
+    """Next-token logits [tokens, vocabulary] of a …ForCausalLM model.
+
+    batch: {input_ids, attention_mask: [B, S]}, padded on either side. Or several texts in a row without padding,
+        {input_ids, position_ids: [B, S]}, where every text's positions begin at 0: transformers' models whose masks are made of
+        positions (Llama, Qwen, Mistral, Gemma, GPT-2 and most others) then see each text by itself.
+    """
     inputs, kept = _kept(batch)
+    if "attention_mask" in inputs and "position_ids" not in inputs and _takes_positions(module):
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)  # padding on the left has none
     # A cache of keys and values is of no use here, and what is streamed runs again in the backward: it would be filled twice.
-    return module(**inputs, use_cache=False).logits[kept]
+    return {**inputs, "use_cache": False}, kept
 
 
-def seq2seq_lm(module: nn.Module, batch: Batch, task: str) -> Tensor:
+@LanguageModel
+def seq2seq_lm(module: Any, batch: Batch) -> Inputs:
     """Logits [tokens, vocabulary] of an encoder–decoder (T5, BART) that repeats its text.
 
     The encoder reads the text. The decoder is given the same text, moved one to the right behind the model's start token, and
@@ -60,7 +75,7 @@ def seq2seq_lm(module: nn.Module, batch: Batch, task: str) -> Tensor:
         kept = inputs["decoder_attention_mask"].bool()
     else:
         inputs["decoder_input_ids"] = _moved_right(module, inputs["input_ids"])
-    return module(**inputs, use_cache=False).logits[kept]
+    return {**inputs, "use_cache": False}, kept
 
 
 def image_classification(module: nn.Module, batch: Batch, task: str) -> Tensor:
@@ -68,12 +83,20 @@ def image_classification(module: nn.Module, batch: Batch, task: str) -> Tensor:
     return module(**batch).logits
 
 
-def _kept(batch: Batch) -> tuple[Batch, Tensor]:
+def _kept(batch: Batch) -> Inputs:
     """The module's own inputs, and the tokens [B, S] whose logits count."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "special_tokens_mask"}
-    kept = inputs["attention_mask"].bool()
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "special_tokens_mask"}
+    mask = inputs.get("attention_mask")
+    kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     special = batch.get("special_tokens_mask")
     return inputs, kept if special is None else kept & ~special.bool()
+
+
+def _takes_positions(module: Any) -> bool:
+    """Whether a decoder can be told its tokens' positions, counted from 0: not RoBERTa's, which begin after that of padding."""
+    tables = (part for name, part in module.named_modules() if name.endswith("position_embeddings"))
+    begin_later = any(isinstance(table, nn.Embedding) and table.padding_idx is not None for table in tables)
+    return not begin_later and "position_ids" in inspect.signature(module.forward).parameters
 
 
 def _moved_right(module: Any, tokens: Tensor) -> Tensor:

@@ -119,6 +119,26 @@ def linear_entropy(
     return _loss(hidden, head, bias, Teachers([], [], []), row_weights, None, mask, reduction, settings)
 
 
+def linear_loss_with_grad(
+    loss: str,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    teachers: Teachers,
+    temperatures: tuple[float, float],
+    row_weights: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """A loss, "kl", "cross_entropy" or "entropy", with reduction "batchmean", and its gradients by hidden, head and bias in one
+    call; None by what requires none, and by all under no_grad. Nothing is allocated beside them and the workspace."""
+    check_linear(hidden, head, bias, teachers, temperatures, row_weights, None, None, "batchmean")
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
+    with torch.no_grad():
+        inputs = (hidden, head, bias, teachers.hidden, teachers.heads, teachers.biases, None, None)
+        row_scale = reduced_scale(hidden, row_weights, None, "batchmean")
+        found = torch.ops.samerge.linear_softmax_kl_sum(*inputs, row_scale, loss, *temperatures, None, wanted)
+    return found[0], [grad if wants else None for grad, wants in zip(found[2:], wanted, strict=True)]
+
+
 def _loss(
     hidden: Tensor,
     head: Tensor,

@@ -74,7 +74,7 @@ def test_rows_chosen_by_a_mask_count_as_all_of_them():
 
     batches = {task: held[0] for task, held in streaming.make_batches().items()}
     found = dry_run(streaming.make(1), streaming.make_packed(streaming.make()), batches, masked, device=CPU, streamed=True)
-    assert found.logits == dict.fromkeys(streaming.TASKS, 4 * 37 * 8)
+    assert found.answers == dict.fromkeys(streaming.TASKS, 4 * 37 * 8)
 
 
 def test_a_forward_that_asks_for_values_is_said_to_be_unplannable():

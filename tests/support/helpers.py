@@ -30,6 +30,10 @@ QUANTISED_LOSS = {"int8": 2e-2, "int4": 2e-1, "int4-residual": 2e-1}
 # Gradients and learned coefficients of a tiny model that is held in two ways, relative: sums in another order, over some steps.
 PATH_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
+# What goes through a whole tiny model, there and back, in two orders of sums: relative L2 error, by dtype.
+MODEL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
+BF16_COEFFICIENTS = 1e-2  # how far a tiny model's λ may be from those that are learned in fp32
+
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CPU_LEVELS = ("portable", "avx2", "avx512")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,6 +61,14 @@ def assert_close(actual: torch.Tensor, truth: torch.Tensor, what: str = "result"
         f"{what} ({actual.dtype}): error {error:.3e} exceeds {tolerance:.3e}; worst at {worst}: {a[worst]:.9g} instead of "
         f"{b[worst]:.9g}; cosine {cosine:.9f}"
     )
+
+
+def assert_alike(actual: torch.Tensor, truth: torch.Tensor, what: str = "result") -> None:
+    """Compares two ways through a whole model."""
+    assert actual.shape == truth.shape, f"{what} has shape {list(actual.shape)}, expected {list(truth.shape)}"
+    error = (actual.double() - truth.double()).norm().item()
+    tolerance = MODEL_TOLERANCE[actual.dtype] * truth.double().norm().item()
+    assert error <= tolerance, f"{what} ({actual.dtype}): error {error:.3e} exceeds {tolerance:.3e}"
 
 
 def packed(num_tasks: int, blocks_per_layer: list[int], *, base=torch.float32, tasks=torch.float32, seed=0):

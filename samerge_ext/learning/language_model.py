@@ -1,0 +1,102 @@
+"""Language models whose logits are never in memory: their last hidden states, and the head that logits would be made with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# inputs(module, batch) -> the keyword arguments of the module's forward, and which tokens [B, S] are rows of logits.
+Inputs = Callable[[Any, Any], tuple[dict[str, Any], Tensor]]
+
+
+class Projected(NamedTuple):
+    """Logits [R, V] that do not exist: hidden · weightᵀ + bias."""
+
+    hidden: Tensor  # [R, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class OfExpert(NamedTuple):
+    """A teacher's logits [R, V] that do not exist. head: makes its weight [V, H] and bias [V] anew whenever they are needed."""
+
+    hidden: Tensor  # [R, H]
+    head: Callable[[], tuple[Tensor, Tensor | None]]
+
+    def projected(self) -> Projected:
+        return Projected(self.hidden, *self.head())
+
+
+class LanguageModel:
+    """A ``logits(module, batch, task)`` function -> [rows, V] of a model of transformers with a row of logits for every token.
+
+    It says what the model is given, and so that learned methods need no logits: they take the hidden states [rows, H] before the
+    module's output embeddings, wherever the module's logits are the product of the two and no more (`is_exact`). Elsewhere, as
+    where logits are capped (Gemma 2) or scaled (Granite, Cohere) or have a bias added (BART), logits are what is kept.
+    """
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        functools.update_wrapper(self, inputs)
+
+    def __call__(self, module: nn.Module, batch: Any, task: str) -> Tensor:
+        return self.logits(module, batch, task)
+
+    def logits(self, module: nn.Module, batch: Any, task: str) -> Tensor:  # [rows, V]
+        inputs, kept = self.inputs(module, batch)
+        return module(**inputs).logits[kept]
+
+    def hidden_states(self, module: nn.Module, batch: Any) -> Tensor:  # [rows, H]
+        """What the head is given, from a pass in which it gives that back."""
+        inputs, kept = self.inputs(module, batch)
+        with _passing_through(output_head(module)):
+            return module(**inputs).logits[kept]
+
+    def projected(self, module: nn.Module, batch: Any) -> Projected:
+        hidden, head = self.hidden_states(module, batch), output_head(module)
+        return Projected(hidden, head.weight, head.bias)
+
+    @torch.no_grad()
+    def is_exact(self, module: nn.Module, batch: Any) -> bool:
+        """Whether logits are hidden · weightᵀ + bias of the output embeddings: these are a plain linear layer, and what it gives
+        is what the module gives. A pass over the batch, at no matter which weights, also without numbers."""
+        head = output_head(module)
+        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+            return False
+        inputs, _ = self.inputs(module, batch)
+        with _passing_through(head) as given:
+            try:
+                outputs = module(**inputs)
+            except RuntimeError:  # something of the vocabulary's size is added to the logits
+                return False
+        return len(given) == 1 and outputs.logits is given[0]
+
+
+def output_head(module: Any) -> Any:
+    """A model's output embeddings; None where it names none."""
+    return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+
+
+@contextmanager
+def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
+    """While it lasts the head gives back what it is given, which is noted."""
+    given: list[Tensor] = []
+    before = head.__dict__.get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        given.append(hidden)
+        return hidden
+
+    head.forward = forward
+    try:
+        yield given
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
