@@ -22,7 +22,8 @@ ALIASES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 @dataclass(frozen=True)
 class Shape:
-    """dtype: of the base, and of what is merged. batch, tokens: of a task's calibration batch."""
+    """dtype: of the base, and of what is merged. batch, tokens: of a task's calibration batch. groups: of heads that share keys
+    and values, as many as heads by default."""
 
     hidden: int
     intermediate: int
@@ -33,6 +34,7 @@ class Shape:
     experts: int
     batch: int
     tokens: int
+    groups: int | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -41,6 +43,8 @@ class Shape:
 
 SHAPES = {
     "test": Shape(256, 704, 10, 4, 4096, torch.float32, 6, 2, 16),
+    "SmolLM2-135M": Shape(576, 1536, 30, 9, 49152, torch.float32, 4, 2, 128, groups=3),
+    "SmolLM2-135M-bf16": Shape(576, 1536, 30, 9, 49152, torch.bfloat16, 4, 2, 128, groups=3),
     "300M": Shape(1024, 2816, 20, 16, 32000, torch.float32, 8, 1, 32),
     "1B": Shape(2048, 5632, 22, 32, 32000, torch.float32, 8, 2, 128),
     "7B": Shape(4096, 11008, 32, 32, 32000, torch.bfloat16, 8, 2, 128),
@@ -53,7 +57,7 @@ def llama(shape: Shape, with_weights: bool = False):
 
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, vocab_size=shape.vocabulary,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.groups or shape.heads, vocab_size=shape.vocabulary,
         tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     if with_weights:

@@ -109,6 +109,10 @@ def folder(tmp_path, monkeypatch):
     for name, model in models.items():
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
+    config = transformers.GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    for name in ("base", "news", "spam"):
+        transformers.GPT2LMHeadModel(config).save_pretrained(f"language/{name}")
+        tokenizer.save_pretrained(f"language/{name}")
     for task in ("news", "spam"):
         save_adapter(Path("adapters") / task)
     Path("news.txt").write_text("".join(f"{word} rain\n" for word in WORDS))

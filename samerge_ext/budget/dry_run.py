@@ -87,10 +87,12 @@ def dry_run(
             return answers.new_zeros((), dtype=torch.float32), torch.empty_like(answers)
         found.answers[task] = answers.hidden.nbytes
         teacher = OfExpert(answers.hidden.detach(), partial(expert_head, model, task))
-        workspace = torch.empty(workspace_for(None, device), dtype=torch.uint8, device=device)  # where its logits are
-        found_loss = distillation(answers, teacher, 1.0, 1.0, None) if teachers else uncertainty(answers)
+        # Where the operators put logits; what goes by slabs is seen.
+        by_slabs = teachers and not isinstance(answers.weight, Tensor)
+        workspace = torch.empty(0 if by_slabs else workspace_for(None, device), dtype=torch.uint8, device=device)
+        result = distillation(answers, teacher, 1.0, 1.0, None) if teachers else uncertainty(answers)
         del workspace
-        return found_loss
+        return result
 
     with mode:
         module = _without_memory(module, fake)

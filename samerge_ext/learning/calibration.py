@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.learning.language_model import LanguageModel, OfExpert, output_head
+from samerge_ext.learning.language_model import LanguageModel, OfExpert, Weight, output_head
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, call_logits, running
 from samerge_ext.merged.model import MergedModel
@@ -117,11 +117,11 @@ def teacher_answers(
     return {task: [OfExpert(states, partial(expert_head, model, task)) for states in held] for task, held in hidden.items()}
 
 
-def expert_head(model: MergedModel, task: str) -> tuple[Tensor, Tensor | None]:
+def expert_head(model: MergedModel, task: str) -> tuple[Weight, Tensor | None]:
     """The output embeddings of expert ``task``: weight [V, H] and bias [V]."""
     head = output_head(model.module)
-    bias = None if head.bias is None else model.expert_parameter(task, head, "bias")
-    return model.expert_parameter(task, head, "weight"), bias
+    bias: Any = None if head.bias is None else model.expert_parameter(task, head, "bias")
+    return model.expert_parameter(task, head, "weight", by_rows=True), bias
 
 
 def _of_teachers(

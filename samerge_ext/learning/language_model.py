@@ -10,23 +10,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from samerge_ext.merged.streamed import StreamedRows, rows_of
+
 # inputs(module, batch) -> the keyword arguments of the module's forward, and which tokens [B, S] are rows of logits.
 Inputs = Callable[[Any, Any], tuple[dict[str, Any], Tensor]]
+
+
+# The weight of a head [V, H]: as a tensor, or of a streamed model as rows that are merged when they are asked for.
+Weight = Tensor | StreamedRows
 
 
 class Projected(NamedTuple):
     """Logits [R, V] that do not exist: hidden · weightᵀ + bias."""
 
     hidden: Tensor  # [R, H]
-    weight: Tensor  # [V, H]
+    weight: Weight  # [V, H]
     bias: Tensor | None  # [V]
+
+    def parts(self) -> list[Tensor | None]:
+        """What there are gradients by: in place of rows that are merged, their coefficients [T]."""
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.coefficients
+        return [self.hidden, weight, self.bias]
 
 
 class OfExpert(NamedTuple):
     """A teacher's logits [R, V] that do not exist. head: makes its weight [V, H] and bias [V] anew whenever they are needed."""
 
     hidden: Tensor  # [R, H]
-    head: Callable[[], tuple[Tensor, Tensor | None]]
+    head: Callable[[], tuple[Weight, Tensor | None]]
 
     def projected(self) -> Projected:
         return Projected(self.hidden, *self.head())
@@ -59,7 +70,8 @@ class LanguageModel:
 
     def projected(self, module: nn.Module, batch: Any) -> Projected:
         hidden, head = self.hidden_states(module, batch), output_head(module)
-        return Projected(hidden, head.weight, head.bias)
+        rows = rows_of(head, "weight")
+        return Projected(hidden, head.weight if rows is None else rows, head.bias)
 
     @torch.no_grad()
     def is_exact(self, module: nn.Module, batch: Any) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from samerge_ext.learning.language_model import OfExpert, Projected
+from samerge_ext.learning.language_model import OfExpert, Projected, Weight
 from samerge_ext.learning.nested import map_tensors
-from samerge_ext.ops.linear_arguments import Teachers
+from samerge_ext.merged.streamed import StreamedRows
+from samerge_ext.ops.linear_arguments import Teachers, reduced_scale
 from samerge_ext.ops.linear_softmax_kl import linear_entropy, linear_loss_with_grad
+from samerge_ext.ops.merged_linear_softmax_kl import WholeHead, losses_by_slab
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, entropy, entropy_with_grad, softmax_kl_with_grad
 
 # What the model gives to a batch, and its expert: logits [R, V], or the hidden states and the head that would make them.
 Answers = Tensor | Projected
 ExpertAnswers = Tensor | OfExpert
-# By logits; or by hidden states, weight and bias, None by what needs none.
+# By logits; or by the parts of a `Projected`, None by what needs none.
 Gradient = Tensor | list[Tensor | None]
 
 
@@ -50,7 +53,7 @@ def uncertainty(student: Answers) -> tuple[Tensor, Gradient]:
 def entropies(answers: Answers) -> Tensor:
     """The entropy of every row [R]."""
     if isinstance(answers, Projected):
-        return linear_entropy(answers.hidden, answers.weight, bias=answers.bias, reduction="none")
+        return linear_entropy(answers.hidden, _whole(answers.weight), bias=answers.bias, reduction="none")
     return entropy(answers, reduction="none")
 
 
@@ -66,12 +69,45 @@ def _projected(
     temperatures: tuple[float, float],
     row_weights: Tensor | None,
 ) -> tuple[Tensor, Gradient]:
-    teachers = Teachers([], [], [])
-    if teacher is not None:
-        assert isinstance(teacher, OfExpert)  # both or neither come from hidden states
-        hidden, weight, bias = teacher.projected()
-        teachers = Teachers([hidden], [weight], [] if bias is None else [bias])
-    return linear_loss_with_grad(loss, *student, teachers, temperatures, row_weights)
+    taught = None if teacher is None else _projected_of(teacher)
+    hidden, weight, bias = student
+    if isinstance(weight, Tensor):
+        return linear_loss_with_grad(loss, hidden, weight, bias, _teachers(taught), temperatures, row_weights)
+    if loss == "kl" and taught is not None:
+        return _by_slab(student, weight, taught, temperatures, row_weights)
+    whole = weight.whole().requires_grad_()
+    value, gradient = linear_loss_with_grad(loss, hidden, whole, bias, _teachers(taught), temperatures, row_weights)
+    if gradient[1] is not None:
+        gradient[1] = weight.contracted(gradient[1])
+    return value, gradient
+
+
+def _by_slab(
+    student: Projected, weight: StreamedRows, teacher: Projected, temperatures: tuple[float, float], row_weights: Tensor | None
+) -> tuple[Tensor, Gradient]:
+    scale = reduced_scale(student.hidden, row_weights, None, "batchmean")
+    head = WholeHead(teacher.weight) if isinstance(teacher.weight, Tensor) else teacher.weight
+    biases = [] if teacher.bias is None else [teacher.bias]
+    with torch.no_grad():
+        once = torch.ones_like(scale)[None]
+        arguments = (student.hidden, weight, student.bias, [teacher.hidden], [head], biases, once, scale)
+        losses, *gradient = losses_by_slab(*arguments, *temperatures, 0.0, None)
+    return losses.dot(scale), gradient
+
+
+def _teachers(teacher: Projected | None) -> Teachers:
+    if teacher is None:
+        return Teachers([], [], [])
+    return Teachers([teacher.hidden], [_whole(teacher.weight)], [] if teacher.bias is None else [teacher.bias])
+
+
+def _whole(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.whole()
+
+
+def _projected_of(teacher: ExpertAnswers) -> Projected:
+    assert isinstance(teacher, OfExpert)  # both or neither come from hidden states
+    return teacher.projected()
 
 
 def _logits(teacher: ExpertAnswers) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.learning.language_model import LanguageModel
-from samerge_ext.learning.losses import Answers, Gradient, scaled
+from samerge_ext.learning.losses import Answers, scaled
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.merged.model import MergedModel
 
@@ -75,7 +75,9 @@ def losses_and_gradient(
                 )
             loss, gradient = objective(answers.detach() if isinstance(answers, Tensor) else answers, inputs[task][1])
             losses.append(loss)
-            for part, of_part in zip(_parts(answers), _parts(scaled(gradient, task_weights[task])), strict=True):
+            gradient = scaled(gradient, task_weights[task])
+            by_part = [gradient] if isinstance(gradient, Tensor) else gradient
+            for part, of_part in zip(_parts(answers), by_part, strict=True):
                 if part is not None and of_part is not None:
                     tensors.append(part)
                     gradients.append(of_part.to(part.dtype))
@@ -126,8 +128,8 @@ def _forwards(
             yield {task: answers_to(logits, model.module, batch, task, precision)}
 
 
-def _parts(answers: Answers | Gradient) -> list[Tensor | None]:
-    return [answers] if isinstance(answers, Tensor) else list(answers)
+def _parts(answers: Answers) -> list[Tensor | None]:
+    return [answers] if isinstance(answers, Tensor) else answers.parts()
 
 
 @contextmanager

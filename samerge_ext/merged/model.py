@@ -13,7 +13,7 @@ from samerge_ext.checkpoints.naming import correspondence
 from samerge_ext.checkpoints.sources import matches
 from samerge_ext.merged.heads import TrainedHeads, find_trained
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
-from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.merged.streamed import StreamedRows, StreamedWeights
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import Buffers, PackedWeights
 from samerge_ext.packing.stores import Store
@@ -195,9 +195,12 @@ class MergedModel(nn.Module):
             self.merge()
 
     @torch.no_grad()
-    def expert_parameter(self, task: str, owner: nn.Module, leaf: str) -> Tensor:
+    def expert_parameter(self, task: str, owner: nn.Module, leaf: str, by_rows: bool = False) -> Tensor | StreamedRows:
         """A parameter of a part of the module as expert ``task`` has it: alone, while the module stays as it is merged. As in
-        `teacher`, before any quantising."""
+        `teacher`, before any quantising.
+
+        by_rows: of a streamed model, where it can be, rows that are merged when they are asked for.
+        """
         parameter = owner._parameters[leaf] if (id(owner), leaf) not in self._layer_at else None
         if parameter is not None:  # a head's, or another that is not merged
             own = (x for n, x in self.packed.heads.get(task, {}).items() if _find(self.module, n) == (owner, leaf))
@@ -209,7 +212,9 @@ class MergedModel(nn.Module):
             layer = self.packed.layout.names.index(name)
             if source is not None:
                 return source.read_shaped(name, self.packed.layout.shapes[layer]).to(self.device, self.weights.dtype)
-            return self.weights.layer(layer, self.packed.one_hot(task))
+            at = self.packed.one_hot(task)
+            rows = self.weights.rows_of(layer, at) if by_rows and isinstance(self.weights, StreamedWeights) else None
+            return self.weights.layer(layer, at) if rows is None else rows
 
     def select_head(self, task: str) -> None:
         """Puts the task's own head tensors, in the merged weights' dtype, into the module where it has a place for them."""

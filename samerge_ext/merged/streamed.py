@@ -7,10 +7,10 @@ merged again. A layer's gradient is contracted into that of λ and of its compon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.stores import Store, narrow
+from samerge_ext.packing.stores import InMemory, Store, narrow
 
 FIRST = 2**64 - 1  # autograd's own accumulation of leaf gradients has this priority
 
@@ -92,6 +92,17 @@ class StreamedWeights:
         self._merges += 1
         self.store.begin_pass()
 
+    def rows_of(self, layer: int, coefficients: Tensor | None = None) -> StreamedRows | None:
+        """A matrix whose rows are merged when they are asked for, at ``coefficients`` [T, L] or those of the last `merge`. None
+        where that cannot be: it has coefficients of components too, weights are those of one model now, or pieces of the store are
+        too small for a block's rows."""
+        has_components = self.packed.layout.names[layer] in self._gradients_of_components
+        if coefficients is None and (self._source is not None or has_components):
+            return None
+        at = self._at if coefficients is None else coefficients.to(self.device)
+        found = StreamedRows(self, layer, at)
+        return found if found.fits else None
+
     def layer(self, layer: int, coefficients: Tensor) -> Tensor:
         """One layer merged at ``coefficients`` [T, L], outside of autograd."""
         unit, shape = self._alone[layer], self.packed.layout.shapes[layer]
@@ -122,7 +133,7 @@ class StreamedWeights:
                 owner._parameters = _Parameters(owner._parameters)
             absent = nn.Parameter(nan.expand(self.packed.layout.shapes[layer]), requires_grad=False)
             set_parameter(owner, leaf, absent)
-            owner._parameters.absent[leaf] = (absent, partial(self._merged_alone, layer))
+            owner._parameters.absent[leaf] = _Absent(absent, self, layer)
 
     def _replace_forward(self, part: nn.Module, unit: Unit, places: list[tuple[nn.Module, str, int]]) -> None:
         forward = part.forward
@@ -142,7 +153,7 @@ class StreamedWeights:
 
         part.forward = streamed
 
-    def _merged_alone(self, layer: int) -> Tensor:
+    def merged_alone(self, layer: int) -> Tensor:
         return self._merged(self._alone[layer])[layer]
 
     def _merged(self, unit: Unit) -> dict[int, Tensor]:
@@ -173,7 +184,7 @@ class StreamedWeights:
     def _fill(self, merged: Tensor, unit: Unit, coefficients: Tensor) -> None:
         for start, length, place in unit.pieces:
             base, task_vectors = self.store.fetch(start, length)
-            weighted_sum(base, task_vectors, coefficients, self._blocks(start, length), out=merged[place : place + length])
+            weighted_sum(base, task_vectors, coefficients, self.blocks(start, length), out=merged[place : place + length])
 
     @torch.no_grad()
     def contract(self, gradient: Tensor, unit: Unit, layer: int) -> None:
@@ -193,8 +204,82 @@ class StreamedWeights:
                 part = flat[begin - first : end - first]
                 self._gradient[:, layer] += coefficient_grad(part, task_vectors, blocks[: part.numel() // BLOCK], 1)[:, 0]
 
-    def _blocks(self, start: int, length: int) -> Tensor:
+    def add_gradient(self, gradient: Tensor, layer: int) -> None:
+        """gradient: [T], of the coefficients of one layer."""
+        self._gradient[:, layer] += gradient
+
+    def blocks(self, start: int, length: int) -> Tensor:
         return self._block_layer[start // BLOCK : (start + length) // BLOCK]
+
+
+class StreamedRows:
+    """A matrix [V, H] of a streamed model of which no more than a slab of rows is merged at once; `ops.merged_linear_softmax_kl`.
+
+    coefficients: [T] of it; what a backward finds to be their gradient is added to that of λ.
+    """
+
+    def __init__(self, weights: StreamedWeights, layer: int, at: Tensor):  # [T, L]
+        layout = weights.packed.layout
+        self._weights, self._layer, self._at = weights, layer, at.detach()
+        self.shape, self._width = layout.shapes[layer], layout.shapes[layer][1:].numel()
+        self._start, self._length = layout.extent(layer)
+        self._aligned = BLOCK // math.gcd(BLOCK, self._width)  # so many rows are whole blocks
+        all_rows, piece = -(-self.shape[0] // self._aligned) * self._aligned, weights.store.piece or self._length
+        # Of what is fetched at a time.
+        self._at_once = all_rows if piece >= self._length else piece // (self._aligned * self._width) * self._aligned
+        self.coefficients = _Added.apply(at, weights, layer)
+
+    @property
+    def fits(self) -> bool:
+        return self._at_once > 0
+
+    def slabs(self, most: int) -> list[slice]:
+        """All rows, about ``most`` at a time, none of two pieces."""
+        classes, most = self.shape[0], max(self._aligned, most // self._aligned * self._aligned)
+        pieces = [(first, min(first + self._at_once, classes)) for first in range(0, classes, self._at_once)]
+        return [slice(r, min(r + most, last)) for first, last in pieces for r in range(first, last, most)]
+
+    def rows(self, some: slice, out: Tensor, room: Tensor) -> Tensor:  # [v, H]
+        base, task_vectors, start = self._fetch(some)
+        merged = torch.empty_like(base)
+        weighted_sum(base, task_vectors, self._at, self._weights.blocks(start, len(base)), out=merged)
+        return out.copy_(merged[: out.numel()].view(out.shape))
+
+    def contract(self, some: slice, gradient: Tensor, room: Tensor) -> Tensor:  # [v, H], -> [T]
+        base, task_vectors, _ = self._fetch(some)
+        flat = pad(gradient.reshape(-1), (0, len(base) - gradient.numel()))
+        blocks = torch.zeros(len(flat) // BLOCK, dtype=torch.int32, device=flat.device)
+        return coefficient_grad(flat, task_vectors, blocks, 1)[:, 0]
+
+    def whole(self) -> Tensor:
+        return self._weights.layer(self._layer, self._at)
+
+    def contracted(self, gradient: Tensor) -> Tensor:  # by the whole matrix [V, H], -> [T]
+        return torch.stack([self.contract(some, gradient[some], gradient) for some in self.slabs(len(gradient))]).sum(0)
+
+    def _fetch(self, some: slice) -> tuple[Tensor, InMemory, int]:
+        """base and task vectors of a slab, with what fills the layer's last block, and where they begin in the flat weights."""
+        begin, last = some.start * self._width, some.stop == self.shape[0]
+        end = self._length if last else some.stop * self._width
+        piece = self._at_once * self._width
+        first = begin // piece * piece
+        base, task_vectors = self._weights.store.fetch(self._start + first, min(piece, self._length - first))
+        place = (begin - first, end - begin)
+        return narrow(base, *place), narrow(task_vectors, *place), self._start + begin
+
+
+class _Added(torch.autograd.Function):
+    """One layer's coefficients [T] of λ [T, L]: their gradient goes into that of λ, which is kept outside of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, weights: StreamedWeights, layer: int) -> Tensor:
+        ctx.weights, ctx.layer = weights, layer
+        return coefficients[:, layer].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.weights.add_gradient(gradient, ctx.layer)
+        return None, None, None
 
 
 class _Contracted(torch.autograd.Function):
@@ -216,13 +301,24 @@ class _Parameters(dict[str, Any]):
 
     def __init__(self, parameters: dict[str, nn.Parameter | None]):
         super().__init__(parameters)
-        self.absent: dict[str, tuple[nn.Parameter, Callable[[], Tensor]]] = {}  # leaf -> what stands for it, how to merge it
+        self.absent: dict[str, _Absent] = {}
 
     def __getitem__(self, leaf: str) -> Tensor | None:
         value = super().__getitem__(leaf)
-        if leaf in self.absent and value is self.absent[leaf][0]:
-            return self.absent[leaf][1]()
+        if leaf in self.absent and value is self.absent[leaf].stand_in:
+            return self.absent[leaf].merged()
         return value
+
+
+class _Absent(NamedTuple):
+    """A parameter that is absent, and what stands for it."""
+
+    stand_in: nn.Parameter
+    weights: StreamedWeights
+    layer: int
+
+    def merged(self) -> Tensor:
+        return self.weights.merged_alone(self.layer)
 
 
 @contextmanager
@@ -249,3 +345,12 @@ def _buffers_kept(part: nn.Module) -> Iterator[None]:
     finally:
         for owner, leaf, buffer in buffers:
             owner._buffers[leaf] = buffer
+
+
+def rows_of(owner: nn.Module, leaf: str) -> StreamedRows | None:
+    """The rows of a matrix of a streamed model where they can be merged when they are asked for; None else."""
+    parameters = owner._parameters
+    absent = parameters.absent.get(leaf) if isinstance(parameters, _Parameters) else None
+    if absent is None or dict.__getitem__(parameters, leaf) is not absent.stand_in:
+        return None
+    return absent.weights.rows_of(absent.layer)

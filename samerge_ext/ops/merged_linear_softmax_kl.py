@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -138,6 +138,150 @@ class _Room:
         return [numbers[: rows * columns].view(rows, columns) for numbers in self._numbers]
 
 
+class Slabs(Protocol):
+    """A head [V, H] of which no more than some rows exist at once. shape: [V, H]."""
+
+    shape: torch.Size
+
+    def rows(self, some: slice, out: Tensor, room: Tensor) -> Tensor:
+        """Those rows [v, H], widened: in ``out``, or where they lie. room: as large as ``out``, may be written over."""
+
+
+class MergedSlabs(Slabs, Protocol):
+    """One that is merged of task vectors."""
+
+    def slabs(self, most: int) -> list[slice]:
+        """All rows, some ``most`` at a time."""
+
+    def contract(self, some: slice, gradient: Tensor, room: Tensor) -> Tensor:
+        """⟨∂loss/∂head, τ_t⟩ [T] of those rows, the gradient being [v, H]."""
+
+
+class WholeHead:
+    """A head that is there."""
+
+    def __init__(self, head: Tensor):  # [V, H]
+        self.head, self.shape = head, head.shape
+
+    def rows(self, some: slice, out: Tensor, room: Tensor) -> Tensor:
+        slab = self.head[some]
+        return slab if slab.dtype == out.dtype else out.copy_(slab)
+
+
+class _MergedHead:
+    """base + Σ_t coefficients[t] · task_vectors[t]."""
+
+    def __init__(self, base: Tensor, task_vectors: Tensor, coefficients: Tensor):  # [V, H], [T, V, H], [T]
+        self.base, self.task_vectors, self.coefficients = base, task_vectors, coefficients
+        self.shape = base.shape
+
+    def slabs(self, most: int) -> list[slice]:
+        return [slice(first, min(first + most, len(self.base))) for first in range(0, len(self.base), most)]
+
+    def rows(self, some: slice, out: Tensor, room: Tensor) -> Tensor:
+        out.copy_(self.base[some])
+        for coefficient, task_vector in zip(self.coefficients, self.task_vectors, strict=True):
+            out.add_(room.copy_(task_vector[some]).mul_(coefficient))
+        return out
+
+    def contract(self, some: slice, gradient: Tensor, room: Tensor) -> Tensor:
+        products = (torch.mul(task_vector[some], gradient, out=room) for task_vector in self.task_vectors)
+        return torch.stack([each.sum(1).sum(dtype=torch.float64) for each in products])
+
+
+def losses_by_slab(
+    hidden: Tensor,  # [R, H]
+    student: MergedSlabs,  # [V, H]
+    bias: Tensor | None,  # [V]
+    teacher_hidden: Sequence[Tensor],  # K of [R, H_k]
+    teachers: Sequence[Slabs],  # K of [V, H_k]
+    teacher_bias: Sequence[Tensor],  # K of [V], or none
+    teacher_weights: Tensor,  # [K, R]
+    scale: Tensor,  # [R]
+    student_temperature: float,
+    teacher_temperature: float,
+    beta: float,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # [R], [R, H], [T], [V]
+    """Every row's loss, and of Σ_r scale_r · loss_r the gradients by hidden states, coefficients and bias."""
+    wide, rows = accumulator(hidden), len(hidden)
+    classes, width = student.shape
+    widest = max(head.shape[1] for head in (student, *teachers))
+    number, of_weights, of_logits = wide.itemsize, 3, 5  # matrices of a slab [v, widest] and [R, v]
+    of_class = number * (of_logits * rows + of_weights * widest) + rows
+    most = min(classes, workspace_for(workspace_bytes, hidden.device) // of_class)
+    if most < 1:
+        raise ValueError(f"workspace_bytes is {workspace_bytes}, too little for one class of {rows} rows: give {2 * of_class}")
+    slabs = student.slabs(most)
+    most = max((some.stop - some.start for some in slabs), default=0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        x, taught = hidden.to(wide), [states.to(wide) for states in teacher_hidden]
+        weights_room, logits_room = _Room(of_weights, most * widest, x), _Room(of_logits, rows * most, x)
+
+        def merged_logits(some: slice, out: Tensor) -> tuple[Tensor, Tensor]:  # [R, v], and the slab [v, H] in the first room
+            first, _, other = weights_room.matrices(out.shape[1], width)
+            head = student.rows(some, first, other)
+            torch.mm(x, head.t(), out=out)
+            return out if bias is None else out.add_(bias[some]), head
+
+        def teacher_logits(k: int, some: slice, out: Tensor) -> Tensor:  # [R, v]
+            _, second, other = weights_room.matrices(out.shape[1], teachers[k].shape[1])
+            torch.mm(taught[k], teachers[k].rows(some, second, other).t(), out=out)
+            return out.add_(teacher_bias[k][some]) if teacher_bias else out
+
+        of_student = _Rows(rows, student_temperature, x)
+        of_teachers = [_Rows(rows, teacher_temperature, x) for _ in teachers]
+        for some in slabs:
+            logits = logits_room.matrices(rows, some.stop - some.start)[0]
+            of_student.see(merged_logits(some, logits)[0])
+            for k, teacher in enumerate(of_teachers):
+                teacher.see(teacher_logits(k, some, logits))
+
+        losses, means, hidden_grad = x.new_zeros(rows), x.new_zeros(rows), torch.zeros_like(x)
+        coefficient_grad: Tensor | None = None
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        mixture = _Mixture(beta)
+        for some in slabs if beta else ():
+            log_q, log_p, log_m, q, p = logits_room.matrices(rows, some.stop - some.start)
+            of_student.log_probabilities(merged_logits(some, log_q)[0])
+            for k, teacher in enumerate(of_teachers):
+                torch.exp(teacher.log_probabilities(teacher_logits(k, some, log_p)), out=p)
+                mixture.log_probabilities(log_p, log_q, q, log_m)
+                of_p = log_p.sub_(log_m).masked_fill_(p == 0, 0).mul_(p).sum(1)
+                of_q = mixture.of_student(log_q, log_m, q).sum(1)
+                losses += teacher_weights[k] * (beta * of_p + of_q + (p.sub_(q).sum(1) if beta == 1 else 0))  # as below
+                means += teacher_weights[k] * of_q
+        for some in slabs:
+            log_q, log_p, p, slope, grad = logits_room.matrices(rows, some.stop - some.start)
+            _, head = merged_logits(some, log_q)
+            of_student.log_probabilities(log_q)
+            grad.zero_()
+            for k, teacher in enumerate(of_teachers):
+                teacher.log_probabilities(teacher_logits(k, some, log_p))
+                if beta:
+                    log_m = mixture.log_probabilities(log_p, log_q, slope, out=p)
+                    grad.addcmul_(mixture.of_student(log_q, log_m, slope), teacher_weights[k][:, None])
+                    continue
+                torch.exp(log_p, out=p)
+                torch.exp(log_q, out=slope).sub_(p)  # q − p
+                d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
+                # Σ p · d + q − p: what is added sums to 0 over a row, and takes the roundings of log Z with it.
+                losses += teacher_weights[k] * p.mul_(d).add_(slope).sum(1)
+                grad.addcmul_(slope, teacher_weights[k][:, None])
+            if beta:
+                grad.addcmul_(torch.exp(log_q, out=slope), means[:, None], value=-1)
+            grad.mul_((scale / student_temperature)[:, None])
+            _, head_grad, other = weights_room.matrices(some.stop - some.start, width)
+            hidden_grad.addmm_(grad, head)
+            torch.mm(grad.t(), x, out=head_grad)
+            found = student.contract(some, head_grad, other).double()
+            coefficient_grad = found if coefficient_grad is None else coefficient_grad + found
+            if bias_grad is not None:
+                bias_grad[some] = grad.sum(0)
+    assert coefficient_grad is not None  # a head has a row
+    return losses, hidden_grad, coefficient_grad.to(wide), bias_grad
+
+
 def _forward(
     hidden: Tensor,  # [R, H]
     base: Tensor,  # [V, H]
@@ -149,88 +293,19 @@ def _forward(
     teacher_weights: Tensor | None,  # [K, R], None for 1/K
     mask: Tensor | None,  # [R], None for all rows
     row_scale: Tensor,  # [R]
-    student_temperature: float,
-    teacher_temperature: float,
-    beta: float,
-    workspace_bytes: int | None,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [R], [R, H], [T]
     kept = slice(None) if mask is None else mask.nonzero().flatten()
     scale, wide, count = row_scale[kept], accumulator(hidden), len(teacher_head)
-    rows, widest = len(scale), max(head.shape[1] for head in (base, *teacher_head))
-    number, of_weights, of_logits = wide.itemsize, 3, 5  # matrices of a slab [v, widest] and [R, v]
-    of_class = number * (of_logits * rows + of_weights * widest) + rows
-    step = min(len(base), workspace_for(workspace_bytes, hidden.device) // of_class)
-    if step < 1:
-        raise ValueError(f"workspace_bytes is {workspace_bytes}, too little for one class of {rows} rows: give {2 * of_class}")
-    slabs = [slice(first, min(first + step, len(base))) for first in range(0, len(base), step)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        x, taught = hidden[kept].to(wide), [states[kept].to(wide) for states in teacher_hidden]
-        weights_room, logits_room = _Room(of_weights, step * widest, x), _Room(of_logits, rows * step, x)
-
-        def merged_logits(some: slice, out: Tensor) -> Tensor:  # [R, v]; leaves the merged slab in the first room
-            head, _, other = weights_room.matrices(out.shape[1], base.shape[1])
-            head.copy_(base[some])
-            for coefficient, task_vector in zip(coefficients, task_vectors, strict=True):
-                head.add_(other.copy_(task_vector[some]).mul_(coefficient))
-            return torch.mm(x, head.t(), out=out)
-
-        def teacher_logits(k: int, some: slice, out: Tensor) -> Tensor:  # [R, v]
-            head = teacher_head[k][some]
-            if head.dtype != wide:
-                head = weights_room.matrices(*head.shape)[2].copy_(head)
-            torch.mm(taught[k], head.t(), out=out)
-            return out.add_(teacher_bias[k][some]) if teacher_bias else out
-
-        student = _Rows(rows, student_temperature, x)
-        teachers = [_Rows(rows, teacher_temperature, x) for _ in range(count)]
-        for some in slabs:
-            logits = logits_room.matrices(rows, some.stop - some.start)[0]
-            student.see(merged_logits(some, logits))
-            for k, teacher in enumerate(teachers):
-                teacher.see(teacher_logits(k, some, logits))
-
-        losses, means, hidden_grad = x.new_zeros(rows), x.new_zeros(rows), torch.zeros_like(x)
-        coefficient_grad = torch.zeros_like(coefficients, dtype=torch.float64)
-        weights = x.new_full((count, rows), 1 / count) if teacher_weights is None else teacher_weights[:, kept]
-        mixture = _Mixture(beta)
-        for some in slabs if beta else ():
-            log_q, log_p, log_m, q, p = logits_room.matrices(rows, some.stop - some.start)
-            student.log_probabilities(merged_logits(some, log_q))
-            for k, teacher in enumerate(teachers):
-                torch.exp(teacher.log_probabilities(teacher_logits(k, some, log_p)), out=p)
-                mixture.log_probabilities(log_p, log_q, q, log_m)
-                of_p = log_p.sub_(log_m).masked_fill_(p == 0, 0).mul_(p).sum(1)
-                of_q = mixture.of_student(log_q, log_m, q).sum(1)
-                losses += weights[k] * (beta * of_p + of_q + (p.sub_(q).sum(1) if beta == 1 else 0))  # as below
-                means += weights[k] * of_q
-        for some in slabs:
-            log_q, log_p, p, slope, grad = logits_room.matrices(rows, some.stop - some.start)
-            student.log_probabilities(merged_logits(some, log_q))
-            grad.zero_()
-            for k, teacher in enumerate(teachers):
-                teacher.log_probabilities(teacher_logits(k, some, log_p))
-                if beta:
-                    log_m = mixture.log_probabilities(log_p, log_q, slope, out=p)
-                    grad.addcmul_(mixture.of_student(log_q, log_m, slope), weights[k][:, None])
-                    continue
-                torch.exp(log_p, out=p)
-                torch.exp(log_q, out=slope).sub_(p)  # q − p
-                d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
-                # Σ p · d + q − p: what is added sums to 0 over a row, and takes the roundings of log Z with it.
-                losses += weights[k] * p.mul_(d).add_(slope).sum(1)
-                grad.addcmul_(slope, weights[k][:, None])
-            if beta:
-                grad.addcmul_(torch.exp(log_q, out=slope), means[:, None], value=-1)
-            grad.mul_((scale / student_temperature)[:, None])
-            head, head_grad, other = weights_room.matrices(some.stop - some.start, base.shape[1])
-            hidden_grad.addmm_(grad, head)
-            torch.mm(grad.t(), x, out=head_grad)
-            for t, task_vector in enumerate(task_vectors):
-                products = torch.mul(task_vector[some], head_grad, out=other)
-                coefficient_grad[t] += products.sum(1).sum(dtype=torch.float64)
+    weights = scale.new_full((count, len(scale)), 1 / count) if teacher_weights is None else teacher_weights[:, kept]
+    student, teachers = _MergedHead(base, task_vectors, coefficients), [WholeHead(head) for head in teacher_head]
+    taught = [states[kept] for states in teacher_hidden]
+    losses, hidden_grad, coefficient_grad, _ = losses_by_slab(
+        hidden[kept], student, None, taught, teachers, teacher_bias, weights, scale, *settings
+    )
     all_losses, all_grads = hidden.new_zeros(len(hidden), dtype=wide), torch.zeros_like(hidden)
     all_losses[kept], all_grads[kept] = losses, hidden_grad.to(hidden.dtype)
-    return losses.dot(scale), all_losses, all_grads, coefficient_grad.to(wide)
+    return losses.dot(scale), all_losses, all_grads, coefficient_grad
 
 
 def _fake(hidden: Tensor, base: Tensor, task_vectors: Tensor, coefficients: Tensor, *_: Any) -> tuple[Tensor, ...]:

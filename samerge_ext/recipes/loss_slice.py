@@ -46,11 +46,11 @@ def loss_slice(recipe: Recipe, coefficients: Mapping[str, Mapping[str, float]], 
         packed = packed_weights(recipe, model, Path(state))
         point = _point(packed, coefficients)
         held = calibration_set(calibration, packed, settings)
-        merged = make_model(model.module, packed, settings, held, model.kind.logits, teachers=True)
-        held, taught = lessons(merged, held, model.kind.logits, settings)
+        merged, logits = make_model(model.module, packed, settings, held, model.kind.logits, teachers=True)
+        held, taught = lessons(merged, held, logits, settings)
         weights, objective, point = settings.weights(packed.tasks), distillation(settings), point.to(merged.device)
 
-        options: dict[str, Any] = {"logits": model.kind.logits, "objective": objective, "precision": settings.precision}
+        options: dict[str, Any] = {"logits": logits, "objective": objective, "precision": settings.precision}
         gradient_of = partial(losses_and_gradient, merged, point, **options)
         gradient = torch.zeros_like(point)
         for task, rows in _rows(held).items():

@@ -7,14 +7,16 @@ import weakref
 import pytest
 import tiny
 import torch
-from helpers import PATH_TOLERANCE
+from helpers import PATH_TOLERANCE, assert_close
 from streaming import TASKS, Model, both, gradient, learn_both, make, make_batches, make_packed
 from torch import nn
 from torch.nn import functional as F
 
 import samerge_ext as sm
+from samerge_ext.merged.streamed import rows_of
 from samerge_ext.merged.units import find_units
 from samerge_ext.models import parameters_on_meta
+from samerge_ext.packing.stores import StagedStore
 
 
 def test_forward_and_gradient_are_those_of_the_resident_model():
@@ -221,3 +223,36 @@ def test_the_small_models_of_the_other_tests_stream():
     for forward in (tiny.plain(heads), tiny.shared_encoder(heads)):
         resident, streamed = learn_both(packed, tiny.make(1), batches, forward, steps=4, learning_rate=0.02)
         torch.testing.assert_close(streamed.coefficients, resident.coefficients, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("piece", [None, 1024, 3072])
+def test_rows_of_a_matrix_are_merged_when_they_are_asked_for(piece):
+    """And their gradient is contracted with the task vectors, slab by slab, into that of λ."""
+    packed = make_packed(make(vocabulary=200))
+    store = piece and StagedStore(packed.base, packed.task_vectors, torch.device("cpu"), piece)
+    model = sm.MergedModel(make(1, vocabulary=200), packed, streamed=True, store=store)
+    coefficients = torch.randn_like(packed.coefficients(0.0))
+    model.merge(coefficients)
+    model.zero_gradients()
+    rows = rows_of(model.module.head, "weight")
+    slabs = rows.slabs(64)
+    assert [row for some in slabs for row in range(some.start, some.stop)] == list(range(200)) and len(slabs) == 4
+    layer = packed.layout.names.index("embedding.weight")
+    expected = packed.layout.views(packed.merge(coefficients))["embedding.weight"]
+    found = [rows.rows(some, torch.empty(some.stop - some.start, 16, dtype=torch.float64), torch.empty(0)) for some in slabs]
+    assert torch.equal(torch.cat(found), expected) and torch.equal(rows.whole(), expected)
+    by_weight = torch.randn(200, 16, dtype=torch.float64)
+    start, length = packed.layout.extent(layer)
+    by_coefficients = packed.task_vectors[:, start : start + length][:, : 200 * 16] @ by_weight.flatten()
+    assert_close(rows.contracted(by_weight), by_coefficients, at_least=by_weight.norm().item())  # sums that cancel
+    torch.autograd.backward([rows.coefficients], [by_coefficients])
+    assert torch.equal(model.coefficient_gradient()[:, layer], by_coefficients)
+
+
+def test_rows_that_are_no_whole_blocks_of_a_piece_are_merged_as_a_whole():
+    base = make(width=24)
+    packed = make_packed(base)
+    store = StagedStore(packed.base, packed.task_vectors, torch.device("cpu"), 1024)  # 128 rows are 3 blocks
+    model = sm.MergedModel(make(1, width=24), packed, streamed=True, store=store)
+    assert rows_of(model.module.head, "weight") is None
+    assert rows_of(sm.MergedModel(make(1, width=24), packed).module.head, "weight") is None  # not streamed

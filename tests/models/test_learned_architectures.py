@@ -81,6 +81,13 @@ def test_a_family_is_merged_and_loads(family, tmp_path):
     assert_merged(tmp_path, "out", FAMILIES[family][0])
 
 
+def test_language_models_of_recipes_learn_without_logits(tmp_path, monkeypatch):
+    monkeypatch.setattr(sm.models.LanguageModel, "logits", lambda *given: pytest.fail("logits are computed"))
+    for family in ("qwen2", "roberta", "t5"):
+        done = merge(tmp_path / family, save_family(tmp_path / family, family))
+        assert done.exit_code == 0, done.output
+
+
 def load_names(folder):
     return {name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()}
 

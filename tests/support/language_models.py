@@ -13,8 +13,8 @@ VOCABULARY = 23
 DECODER = {**families.DECODER, "vocab_size": VOCABULARY}
 DEEPSEEK = {
     **DECODER, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12,
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1,
-    "num_key_value_heads": 2,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "first_k_dense_replace": 1, "num_key_value_heads": 2,
 }  # fmt: skip
 MODELS = {  # the adapter, class, its configuration's class and values
     "gpt2": ("causal_lm", "GPT2LMHeadModel", "GPT2Config", {**families.GPT2, "vocab_size": VOCABULARY}),
