@@ -5,7 +5,7 @@
 A model with random weights, of which every task has a batch of tokens that are all learned from. Each budget is kept to in a
 process of its own that learns two steps; the peak is the process's largest resident memory (VmHWM). In one more process the
 passes of a step take turns with bare ones of the same module: forward and backward through its own logits, at given weights,
-towards no teacher.
+towards no teacher. Seconds are of the processor, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from random_llama import SHAPES, Shape, llama, packed_weights, write_packed
 from report import environment
-from turns import seconds_on
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import PLAN_FILE, Way
@@ -69,7 +69,7 @@ def within_budget(name: str, work: Path) -> dict:
 
 
 def beside_bare_passes(name: str) -> dict:
-    """Seconds of a step's one pass, and of bare passes of all tasks, in turns."""
+    """A step's one pass of all tasks, and bare ones, in turns."""
     shape = SHAPES[name]
     model = sm.MergedModel(llama(shape, with_weights=True), packed_weights(shape, "bf16", "cpu"), 0.3)
     config = sm.SAMergingConfig(sam="off", progress=False)
@@ -87,11 +87,11 @@ def beside_bare_passes(name: str) -> dict:
 
     calls = {"step": lambda: passes(point, inputs), "bare": bare}
     seconds: dict[str, list[float]] = {call: [] for call in calls}
-    for turn in range(TURNS + 1):
+    for _ in range(TURNS):
         for call, run in calls.items():
-            taken = seconds_on("cpu")(run, 1)
-            if turn:  # the first one warms up
-                seconds[call].append(taken)
+            started = time.process_time()
+            run()
+            seconds[call].append(time.process_time() - started)
     ratios = [step / other for step, other in zip(*seconds.values(), strict=True)]
     return {"shape": name, "seconds": seconds, "of_bare_passes": median(ratios)}
 

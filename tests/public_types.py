@@ -41,6 +41,8 @@ def learning(module: nn.Module, packed: sm.PackedWeights, batches: dict[str, Seq
     assert_type(sm.MergedModel(module, packed, 0.3).coefficients, nn.Parameter)
     encoder = sm.models.SharedEncoder(lambda module, batch: module(batch), lambda features, task: features)
     sm.samerging(module, packed, batches, encoder)
+    assert_type(sm.models.causal_lm, sm.models.LanguageModel)
+    sm.samerging(module, packed, batches, sm.models.causal_lm)
     sm.samerging(module, packed, batches, logits, config=sm.AdaMergingConfig())  # type: ignore[arg-type]
     sm.SAMergingConfig(temprature=2.0)  # type: ignore[call-arg]
 

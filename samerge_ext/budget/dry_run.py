@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from samerge_ext.learning.calibration import expert_head
 from samerge_ext.learning.language_model import OfExpert
-from samerge_ext.learning.losses import Answers, Gradient, distillation, uncertainty
+from samerge_ext.learning.losses import Answers, Gradient, distillation, imitation, uncertainty
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, answering, losses_and_gradient
 from samerge_ext.merged.model import MergedModel
@@ -57,7 +57,7 @@ def dry_run(
     *,
     device: torch.device,
     streamed: bool,
-    teachers: bool = True,
+    loss: str = "kl",
     tasks_per_batch: int | None = None,
     precision: str = "fp32",
     train_heads: str | Sequence[str] = (),
@@ -66,9 +66,9 @@ def dry_run(
 ) -> DryRun:
     """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
 
-    teachers: a language model's loss has an expert's head beside its own. train_heads, heads: of the heads that are learned too,
-        the activations and gradients count. rank: of so many singular
-        components of every matrix the factors do, and the search for them.
+    loss: of a language model, "kl", "cross_entropy" or "entropy": the first two have an expert's head beside its own. rank: of so
+        many singular components of every matrix the factors count, and the search for them. train_heads, heads: of the heads that
+        are learned too, the activations and gradients.
 
     Raises ValueError where the model's forward depends on values that are not there.
     """
@@ -87,10 +87,15 @@ def dry_run(
             return answers.new_zeros((), dtype=torch.float32), torch.empty_like(answers)
         found.answers[task] = answers.hidden.nbytes
         teacher = OfExpert(answers.hidden.detach(), partial(expert_head, model, task))
-        # Where the operators put logits; what goes by slabs is seen.
-        by_slabs = teachers and not isinstance(answers.weight, Tensor)
-        workspace = torch.empty(0 if by_slabs else workspace_for(None, device), dtype=torch.uint8, device=device)
-        result = distillation(answers, teacher, 1.0, 1.0, None) if teachers else uncertainty(answers)
+        if loss == "kl" and not isinstance(answers.weight, Tensor):
+            return distillation(answers, teacher, 1.0, 1.0, None)  # whose slabs are seen
+        workspace = torch.empty(workspace_for(None, device), dtype=torch.uint8, device=device)  # where the operators put logits
+        if loss == "entropy":
+            result = uncertainty(answers)
+        elif loss == "cross_entropy":
+            result = imitation(answers, teacher, None)
+        else:
+            result = distillation(answers, teacher, 1.0, 1.0, None)
         del workspace
         return result
 

@@ -94,8 +94,8 @@ class StreamedWeights:
 
     def rows_of(self, layer: int, coefficients: Tensor | None = None) -> StreamedRows | None:
         """A matrix whose rows are merged when they are asked for, at ``coefficients`` [T, L] or those of the last `merge`. None
-        where that cannot be: it has coefficients of components too, weights are those of one model now, or pieces of the store are
-        too small for a block's rows."""
+        where that cannot be: it has coefficients of components too, weights are those of one model now, or pieces of the store
+        are too small for a block's rows."""
         has_components = self.packed.layout.names[layer] in self._gradients_of_components
         if coefficients is None and (self._source is not None or has_components):
             return None

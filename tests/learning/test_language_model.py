@@ -16,7 +16,7 @@ from samerge_ext.merged.streamed import StreamedRows
 pytest.importorskip("transformers")
 import language_models as models  # noqa: E402
 
-CONFIG = {"steps": 3, "learning_rate": 0.1, "progress": False}
+CONFIG = {"steps": 2, "learning_rate": 0.1, "progress": False}
 
 
 def learned(base, packed, logits, method=sm.samerging, config=sm.SAMergingConfig, batches=None, **settings):
@@ -197,10 +197,9 @@ def test_bf16_learns_the_coefficients_of_fp32():
 # Memory.
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_logits_of_a_wide_vocabulary_are_never_held(streamed):
+def test_logits_of_a_wide_vocabulary_are_never_held():
     script = ROOT / "tests" / "support" / "language_model_memory.py"
-    done = subprocess.run([sys.executable, str(script), str(int(streamed))], stdout=subprocess.PIPE, text=True, check=True)
-    rise, planned, logits = json.loads(done.stdout.splitlines()[-1])
-    assert rise < logits, (rise, logits)
-    assert planned < logits, (planned, logits)
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=True)
+    for rise, planned, logits in json.loads(done.stdout.splitlines()[-1]):
+        assert rise < logits / 4, "of one task's logits, the workspace and the head included"
+        assert planned < logits / 4, "nor planned for"
