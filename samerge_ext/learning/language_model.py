@@ -15,7 +15,6 @@ from samerge_ext.merged.streamed import StreamedRows, rows_of
 # inputs(module, batch) -> the keyword arguments of the module's forward, and which tokens [B, S] are rows of logits.
 Inputs = Callable[[Any, Any], tuple[dict[str, Any], Tensor]]
 
-
 # The weight of a head [V, H]: as a tensor, or of a streamed model as rows that are merged when they are asked for.
 Weight = Tensor | StreamedRows
 
@@ -96,7 +95,11 @@ def output_head(module: Any) -> Any:
 
 @contextmanager
 def _passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
-    """While it lasts the head gives back what it is given, which is noted."""
+    """While it lasts the head gives back what it is given, which is noted.
+
+    A streamed unit that holds the head (BERT's) runs again in its backward without this, but not as far as the head: checkpoint
+    stops when it has what the forward saved.
+    """
     given: list[Tensor] = []
     before = head.__dict__.get("forward")
 
