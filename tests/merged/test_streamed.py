@@ -250,9 +250,9 @@ def test_rows_of_a_matrix_are_merged_when_they_are_asked_for(piece):
 
 
 def test_rows_that_are_no_whole_blocks_of_a_piece_are_merged_as_a_whole():
-    base = make(width=24)
+    base = make(width=24, vocabulary=200)
     packed = make_packed(base)
     store = StagedStore(packed.base, packed.task_vectors, torch.device("cpu"), 1024)  # 128 rows are 3 blocks
-    model = sm.MergedModel(make(1, width=24), packed, streamed=True, store=store)
+    model = sm.MergedModel(make(1, width=24, vocabulary=200), packed, streamed=True, store=store)
     assert rows_of(model.module.head, "weight") is None
-    assert rows_of(sm.MergedModel(make(1, width=24), packed).module.head, "weight") is None  # not streamed
+    assert rows_of(sm.MergedModel(make(1, width=24, vocabulary=200), packed).module.head, "weight") is None  # not streamed
