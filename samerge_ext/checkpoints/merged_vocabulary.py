@@ -62,9 +62,12 @@ def under_one_vocabulary(
         return base, experts, None
     vocabularies = vocabularies_of(places)
     if not any(vocabulary.files() for vocabulary in vocabularies):
-        if config is not None:
-            warnings.warn(f"tokenizer: {vocabularies[0].folder} has none, so that none goes along", stacklevel=4)
-        return base, experts, None
+        if config is None:
+            return base, experts, None
+        folder = vocabularies[0].folder if config.source in ("base", "union") else folder_of(os.path.expanduser(config.source))
+        if not Vocabulary(folder).files():
+            warnings.warn(f"tokenizer: {folder} has no vocabulary, so that none goes along", stacklevel=4)
+        return base, experts, MergedTokenizer(folder, config=config)
     models = [
         TokenModel(os.path.realpath(own_place(place)), source, vocabulary, vocabulary.numbers(), names, count)
         for place, source, vocabulary, names, count in zip(places, sources, vocabularies, tensors, rows, strict=True)
