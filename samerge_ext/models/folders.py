@@ -25,7 +25,7 @@ from samerge_ext.learning.calibration import Calibration
 from samerge_ext.models.architecture import Kind, empty_model, find_architecture
 from samerge_ext.models.pictures import find_pictures, load_image_processor, picture_batches
 from samerge_ext.models.texts import load_tokenizer, read_texts, text_batches
-from samerge_ext.packing.packed_weights import tokenizer_of_folders
+from samerge_ext.packing.opened import tokenizer_of_folders
 
 Batch = dict[str, Tensor]
 HEADS = ("classifier", "score")  # what PEFT saves with every adapter of a classifier

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,7 @@ from samerge_ext.checkpoints.alignment import as_in_base
 from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.folder import open_checkpoint
-from samerge_ext.checkpoints.lora import open_expert
-from samerge_ext.checkpoints.merged_vocabulary import under_one_vocabulary
-from samerge_ext.checkpoints.places import is_adapter
-from samerge_ext.checkpoints.reading import CheckpointError
-from samerge_ext.checkpoints.sources import CheckpointSource, Experts, ModuleSource, Source, StateDictSource
+from samerge_ext.checkpoints.sources import CheckpointSource, ModuleSource, Source, StateDictSource
 from samerge_ext.checkpoints.tokenizers import MergedTokenizer, TokenizerConfig
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA
@@ -35,6 +30,7 @@ from samerge_ext.packing.into_file import (
 )
 from samerge_ext.packing.into_memory import pack_into_memory
 from samerge_ext.packing.layout import BLOCK, Layout
+from samerge_ext.packing.opened import all_patterns, as_pairs, check_factors, opened_models
 from samerge_ext.packing.quantised import QuantisedTaskVectors
 from samerge_ext.packing.stores import (
     InMemory,
@@ -51,7 +47,6 @@ from samerge_ext.packing.stores import (
 )
 
 Buffers = dict[str, Tensor]
-Expert = TypeVar("Expert")
 PIECE_BYTES = 64 << 20  # of base and task vectors, staged at a time unless a plan says otherwise
 
 
@@ -119,7 +114,7 @@ class PackedWeights:
         Raises ValueError, before anything is allocated, for tensors that are missing, extra, of another shape,
         NaN, Inf or not float, for two tasks of one name, and for an expert that equals the base.
         """
-        sources = [(task, ModuleSource(module, f"expert '{task}'")) for task, module in _pairs(experts)]
+        sources = [(task, ModuleSource(module, f"expert '{task}'")) for task, module in as_pairs(experts)]
         return cls(**pack_into_memory(ModuleSource(base, "base"), sources, dtype, task_vector_dtype, device, heads, keep))
 
     @classmethod
@@ -135,7 +130,7 @@ class PackedWeights:
         keep: str | Sequence[str] = (),
     ) -> PackedWeights:
         """As `from_modules`; int64 and bool tensors and BatchNorm's running statistics count as buffers."""
-        sources = [(task, StateDictSource(tensors, f"expert '{task}'")) for task, tensors in _pairs(experts)]
+        sources = [(task, StateDictSource(tensors, f"expert '{task}'")) for task, tensors in as_pairs(experts)]
         return cls(**pack_into_memory(StateDictSource(base, "base"), sources, dtype, task_vector_dtype, device, heads, keep))
 
     @classmethod
@@ -167,12 +162,12 @@ class PackedWeights:
         conversion: pack the tensors of its module; by default the folders' own.
         """
         wanted = TokenizerConfig.of(tokenizer)
-        check_models(base, _pairs(experts), _both(heads, keep), aligned=wanted is not None)
-        paths = [base, *(path for _, path in _pairs(experts))]
+        check_models(base, as_pairs(experts), all_patterns(heads, keep), aligned=wanted is not None)
+        paths = [base, *(path for _, path in as_pairs(experts))]
         form = task_vector_dtype or dtype
         settings: dict[str, object] = dict(dtype=dtype, task_vector_dtype=form, heads=heads, keep=keep, tokenizer=wanted)
-        identify = partial(identity_of, paths, tasks=[task for task, _ in _pairs(experts)], **settings)
-        places = {task: str(path) for task, path in _pairs(experts)}
+        identify = partial(identity_of, paths, tasks=[task for task, _ in as_pairs(experts)], **settings)
+        places = {task: str(path) for task, path in as_pairs(experts)}
         if file is not None:
             if task_vector_dtype == LORA:
                 raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
@@ -180,8 +175,8 @@ class PackedWeights:
                 fields = open_made_from(identify(), Path(file), torch.device(device))
                 if fields is not None:
                     return cls(**fields, conversion=conversion)
-        with _sources(base, experts, conversion, wanted, heads) as (base_source, sources, merged):
-            _check_factors(task_vector_dtype, merged)
+        with opened_models(base, experts, conversion, wanted, heads) as (base_source, sources, merged):
+            check_factors(task_vector_dtype, merged)
             identity, types = identify(), (dtype, task_vector_dtype)
             if file is not None:
                 about: dict = {"folder": str(base), "experts": places, "identity": identity}
@@ -194,7 +189,7 @@ class PackedWeights:
         packed.folder, packed.inputs, packed.conversion, packed.tokenizer = Path(base), identity["folders"], conversion, merged
         packed.places = places
         if packed.experts:
-            packed.experts = {task: Path(path) for task, path in _pairs(experts)}
+            packed.experts = {task: Path(path) for task, path in as_pairs(experts)}
         return packed
 
     @classmethod
@@ -213,9 +208,9 @@ class PackedWeights:
     ) -> PackedWeights:
         """What `from_folders` would give without its numbers, from the folders' headers: for `plan.plan`."""
         wanted = TokenizerConfig.of(tokenizer)
-        check_models(base, _pairs(experts), _both(heads, keep), aligned=wanted is not None)
-        with _sources(base, experts, conversion, wanted, heads) as (base_source, sources, merged):
-            _check_factors(task_vector_dtype, merged)
+        check_models(base, as_pairs(experts), all_patterns(heads, keep), aligned=wanted is not None)
+        with opened_models(base, experts, conversion, wanted, heads) as (base_source, sources, merged):
+            check_factors(task_vector_dtype, merged)
             return cls(**described(base_source, sources, dtype, task_vector_dtype, heads, keep, device, Path(base)))
 
     @classmethod
@@ -331,7 +326,7 @@ class PackedWeights:
             if self.tokenizer is not None:  # rows may be other experts'
                 folders = [(name, path) for name, path in self.experts.items() if isinstance(path, Path)]
                 config = self.tokenizer.config
-            with _sources(self.folder, folders, self.conversion, config) as (base, sources, _):
+            with opened_models(self.folder, folders, self.conversion, config) as (base, sources, _):
                 yield as_in_base(base, dict(sources)[task], self.folder)
         else:
             yield expert
@@ -401,66 +396,3 @@ class PackedWeights:
 
     def _blocks(self, start: int, length: int) -> Tensor:
         return self.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
-
-
-def _check_factors(form: torch.dtype | str | None, tokenizer: MergedTokenizer | None) -> None:
-    if form == LORA and tokenizer is not None and tokenizer.moves:
-        raise ValueError(
-            f"task_vector_dtype={LORA!r} keeps factors of the rows as they are stored, and those of tokens are brought under one "
-            "tokenizer; leave it out"
-        )
-
-
-def tokenizer_of_folders(
-    base: str | Path,
-    experts: Mapping[str, str | Path],
-    tokenizer: TokenizerConfig | None,
-    *,
-    conversion: Conversion | None = None,
-    heads: Sequence[str] = (),
-) -> MergedTokenizer | None:
-    """`PackedWeights.tokenizer` of model folders, from their headers and tokenizers."""
-    with _sources(base, experts, conversion, tokenizer, heads) as (_, _, merged):
-        return merged
-
-
-def _pairs(experts: Mapping[str, Expert] | Sequence[tuple[str, Expert]]) -> list[tuple[str, Expert]]:
-    return list(experts.items() if isinstance(experts, Mapping) else experts)
-
-
-def _both(heads: str | Sequence[str], keep: str | Sequence[str]) -> list[str]:
-    """Patterns of all that is not merged."""
-    return [pattern for patterns in (heads, keep) for pattern in ((patterns,) if isinstance(patterns, str) else patterns)]
-
-
-@contextmanager
-def _sources(
-    base: str | Path,
-    experts: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
-    conversion: Conversion | None = None,
-    tokenizer: TokenizerConfig | None = None,
-    heads: str | Sequence[str] = (),
-) -> Iterator[tuple[Source, Experts, MergedTokenizer | None]]:
-    """Model folders, or LoRA adapters of the base, opened for reading: as the tensors of the conversion's module where given, and
-    with the rows of one tokenizer's tokens."""
-    with ExitStack() as stack:
-        stored = CheckpointSource(stack.enter_context(open_checkpoint(base)), "base")
-        source = stored if conversion is None else conversion.base(stored)
-
-        def opened(task: str, path: str | Path) -> Source:
-            label = f"expert '{task}'"
-            if conversion is None:
-                return stack.enter_context(open_expert(path, source, label))
-            if not is_adapter(path):
-                return conversion.expert(stack.enter_context(open_expert(path, stored, label)))
-            try:
-                return stack.enter_context(open_expert(path, source, label))
-            except CheckpointError:
-                if source is stored:
-                    raise
-                # An adapter of the folder's names, as PEFT saved them before transformers renamed the module's.
-                return conversion.expert(stack.enter_context(open_expert(path, conversion.as_stored(stored), label)))
-
-        pairs = _pairs(experts)
-        opened_experts = [(task, opened(task, path)) for task, path in pairs]
-        yield under_one_vocabulary(source, opened_experts, [base, *(path for _, path in pairs)], tokenizer, _both(heads, ()))

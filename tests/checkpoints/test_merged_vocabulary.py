@@ -253,9 +253,9 @@ def test_any_range_of_numbers_is_that_of_the_whole(tmp_path):
     config = TokenizerConfig("union", missing="mean", pad_to_multiple_of=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from samerge_ext.packing.packed_weights import _sources
+        from samerge_ext.packing.opened import opened_models
 
-        with _sources(tmp_path / "base", {name: tmp_path / name for name in "xy"}, None, config) as (base, experts, _):
+        with opened_models(tmp_path / "base", {name: tmp_path / name for name in "xy"}, None, config) as (base, experts, _):
             for source in (base, *(expert for _, expert in experts)):
                 whole = source.read(EMBEDDINGS).flatten()
                 for start in range(0, whole.numel(), 7):
@@ -267,9 +267,9 @@ def test_any_range_of_numbers_is_that_of_the_whole(tmp_path):
 
 def test_an_interrupted_merge_begins_anew_with_another_tokenizer(tmp_path):
     """What rows are told by is an input: it is watched as the weights are."""
-    from samerge_ext.packing.packed_weights import _sources
+    from samerge_ext.packing.opened import opened_models
 
     write(tmp_path, {"base": BASE, "x": [*BASE, "x1"], "y": BASE})
     with pytest.warns(VocabularyNote):
-        with _sources(tmp_path / "base", {"x": tmp_path / "x"}, None, TokenizerConfig("union")) as (base, _, _):
+        with opened_models(tmp_path / "base", {"x": tmp_path / "x"}, None, TokenizerConfig("union")) as (base, _, _):
             assert {file.name for file in base.files} == {"model.safetensors", "tokenizer.json"}
