@@ -299,7 +299,7 @@ def test_tokens_of_unknown_embeddings_are_not_moved(root):
 
 def test_without_tokenizers_nothing_is_compared(root):
     _, said = told(lambda: merged(root, recipe(tokenizer_source="union")))
-    assert "tokenizer: base has none, so that none goes along" in said
+    assert "tokenizer: base has no vocabulary, so that none goes along" in said
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_folders_that_cannot_be_written_or_read_end_in_a_message(root, monkeypat
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied", "a/model.safetensors")
 
-    monkeypatch.setattr("samerge_ext.elementwise.file_merge.open_checkpoint", denied)
+    monkeypatch.setattr("samerge_ext.elementwise.opening.open_checkpoint", denied)
     run = command("merge", root / "recipe.yaml", root / "out")
     assert run.exit_code == 1 and "error: a/model.safetensors: Permission denied" in run.output
 

@@ -264,6 +264,6 @@ READERS = {
         Reader("recipe", "recipe.yaml", _recipes, lambda path: companions_of(load_recipe(path, {})), _split_yaml, _join_yaml),
         Reader("config", "model/config.json", lambda _: [_join_json(CONFIG)], _read_config, *JSON),
         Reader("tokenizer", "tokenized/tokenizer.json", _tokenizers, _read_tokenizer, *JSON),
-        Reader("pieces", "pieces/spiece.model", lambda _: [b"\n\x05\n\x03abc\n\x05\n\x03def"], _read_tokenizer),
+        Reader("pieces", "pieces/tokenizer.model", lambda _: [b"\n\x05\n\x03abc\n\x05\n\x03def"], _read_tokenizer),
     )
 }
