@@ -94,7 +94,7 @@ def save_checkpoint(
 
 def require_space(path: str | Path, num_bytes: int) -> None:
     """Raises CheckpointError unless `num_bytes` are free where `path` is or will be. For use before long work."""
-    if _free_bytes(Path(path)) < num_bytes:
+    if free_bytes(Path(path)) < num_bytes:
         raise no_space(Path(path), num_bytes)
 
 
@@ -273,11 +273,11 @@ def out_of_space(error: BaseException | None) -> bool:
 def no_space(path: Path, num_bytes: int | None = None) -> CheckpointError:
     """The error of a disk that is or would be full."""
     needed = "" if num_bytes is None else f"{num_bytes} bytes are needed, "
-    free = f"{_free_bytes(path)} bytes are free"
+    free = f"{free_bytes(path)} bytes are free"
     return CheckpointError(f"no space to write {path}: {needed}{free}; make room or choose another place")
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
     """Free bytes of the file system that a path, existing or not, belongs to."""
     path = Path(os.path.abspath(path))
     while not path.exists():

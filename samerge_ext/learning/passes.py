@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.learning.language_model import LanguageModel
-from samerge_ext.learning.losses import Answers, scaled
+from samerge_ext.learning.losses import Answers, number_of_rows, scaled
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.merged.model import MergedModel
 
@@ -106,7 +106,7 @@ def mean_loss(
         for batch, target in of_task:
             answers = answers_to(logits, model.module, batch, task, precision)
             losses.append(objective(answers, target)[0].double())
-            rows.append(len(answers if isinstance(answers, Tensor) else answers.hidden))
+            rows.append(number_of_rows(answers))
         weights = torch.tensor(rows, dtype=torch.float64, device=losses[0].device) / sum(rows)
         total += task_weights[task] * (torch.stack(losses) @ weights).item()
     return total

@@ -75,15 +75,25 @@ def evaluate(
     return scores
 
 
+def surprise(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """−log p of every token but the first of each text, text after text, [tokens] in fp32 at least. Padding is on the right."""
+    logits = module(**batch, use_cache=False).logits  # [B, S, V]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    lengths = [max(1, int(mask.sum())) for mask in batch["attention_mask"]]
+    return torch.cat(
+        [
+            F.cross_entropy(row[: length - 1].to(wide), ids[1:length], reduction="none")
+            for row, ids, length in zip(logits, batch["input_ids"], lengths, strict=True)
+        ]
+    )
+
+
 def _perplexity(module: Any, batches: Sequence[dict[str, Tensor]], path: Path) -> Score:
     total, tokens, texts = 0.0, 0, 0
     for batch in batches:
-        logits = module(**batch, use_cache=False).logits  # [B, S, V]
-        for row, ids, mask in zip(logits, batch["input_ids"], batch["attention_mask"], strict=True):
-            length = int(mask.sum())  # padding is on the right
-            wide = torch.promote_types(row.dtype, torch.float32)
-            loss = F.cross_entropy(row[: length - 1].to(wide), ids[1:length], reduction="sum") if length > 1 else 0.0
-            total, tokens, texts = total + float(loss), tokens + max(0, length - 1), texts + 1
+        of_tokens = surprise(module, batch)
+        total, tokens = total + of_tokens.double().sum().item(), tokens + len(of_tokens)
+        texts += len(batch["input_ids"])
     if not tokens:
         raise ValueError(f"{path}: no text has a token after its first, so that there is nothing to predict; give longer texts")
     mean = total / tokens

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from samerge_ext.budget.plan import Plan
-from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
+from samerge_ext.checkpoints.saving import free_bytes, require_apart, require_space, require_target
 from samerge_ext.elementwise.opening import opened
 from samerge_ext.elementwise.record import RECORD
 from samerge_ext.learning.loop import calibration_set
@@ -73,21 +71,20 @@ def _of_learned(recipe: Recipe, out: Path | None) -> list[str]:
     packed = described_weights(recipe, model)
     calibration_set(calibration, packed, settings)  # may refuse
     sizes = [(s.numel(), dtype or of_base) for s, of_base in zip(packed.layout.shapes, packed.layout.dtypes, strict=True)]
-    writes, memory = sum(numbers * to.itemsize for numbers, to in sizes), []
-    if settings.granularity != "rank":  # which is not planned for
-        plan, budget = plan_weights(recipe, model, calibration, packed), settings.memory_budget
-        chosen = plan.choose(budget, settings.host_memory_budget) if budget is not None else None
-        if chosen is not None and chosen.store == "file":
-            writes += packed.base.nbytes + packed.task_vectors.nbytes
-        memory = [f"memory, of the {show_bytes(machine_bytes())} of this machine:", *_ways(plan, chosen)]
-        memory += [f"* the fastest within {budget}"] if chosen else []
+    writes = sum(numbers * to.itemsize for numbers, to in sizes)
+    plan, budget = plan_weights(recipe, model, calibration, packed), settings.memory_budget
+    chosen = plan.choose(budget, settings.host_memory_budget) if budget is not None else None
+    if chosen is not None and chosen.store == "file":
+        writes += packed.base.nbytes + packed.task_vectors.nbytes
     return [
         *_models(recipe),
         _merged(len(sizes), sum(numbers for numbers, _ in sizes), {str(to).removeprefix("torch.") for _, to in sizes}),
         *_names("kept per task", dict.fromkeys(name for head in packed.heads.values() for name in head)),
         *(f"learns from {task}: {len(batches)} batches" for task, batches in calibration.items()),
         _writes(writes, out),
-        *memory,
+        f"memory, of the {show_bytes(machine_bytes())} of this machine:",
+        *_ways(plan, chosen),
+        *([f"* the fastest within {budget}"] if chosen else []),
     ]
 
 
@@ -125,7 +122,4 @@ def _writes(num_bytes: int, out: Path | None) -> str:
     if out is None:
         return f"writes {show_bytes(num_bytes)}"
     require_space(out, num_bytes)
-    place = Path(os.path.abspath(out))
-    while not place.exists():
-        place = place.parent
-    return f"writes {show_bytes(num_bytes)}, of {show_bytes(shutil.disk_usage(place).free)} that are free there"
+    return f"writes {show_bytes(num_bytes)}, of {show_bytes(free_bytes(out))} that are free there"

@@ -24,9 +24,15 @@ def add_similarity(report: Report, folder: Path) -> None:
         merge = file_merge_of(recipe)
     else:
         experts = [(task, entry.path, entry.parameters) for task, entry in recipe.named_experts]
-        identity = as_json(recipe)
         merge = file_merge(
-            "task_arithmetic", experts, recipe.base_model, {}, heads=recipe.heads, keep=recipe.keep, identity=identity
+            "task_arithmetic",
+            experts,
+            recipe.base_model,
+            {},
+            heads=recipe.heads,
+            keep=recipe.keep,
+            tokenizer=recipe.tokenizer_config,
+            identity=as_json(recipe),
         )
     report.similarity = similarity(merge)
 

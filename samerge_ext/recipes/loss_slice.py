@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from samerge_ext.budget.holding import make_model
-from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.loop import calibration_set
+from samerge_ext.learning.losses import number_of_rows
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import losses_and_gradient, mean_loss
-from samerge_ext.learning.shared_encoder import batch_size
 from samerge_ext.learning.teaching import lessons
 from samerge_ext.methods.configs import SAMergingConfig
 from samerge_ext.methods.samerging import distillation
@@ -53,9 +52,10 @@ def loss_slice(recipe: Recipe, coefficients: Mapping[str, Mapping[str, float]], 
         options: dict[str, Any] = {"logits": logits, "objective": objective, "precision": settings.precision}
         gradient_of = partial(losses_and_gradient, merged, point, **options)
         gradient = torch.zeros_like(point)
-        for task, rows in _rows(held).items():
-            for batch, target, count in zip(held.batches[task], taught[task], rows, strict=True):
-                inputs = {task: to_device((batch, target), merged.device)}
+        for task, of_task in taught.items():
+            rows = [number_of_rows(answers) for answers, _ in of_task]
+            for batch, lesson, count in zip(held.batches[task], of_task, rows, strict=True):
+                inputs = {task: to_device((batch, lesson), merged.device)}
                 share = {task: weights[task] * count / sum(rows)}
                 gradient += gradient_of(inputs=inputs, task_weights=share)[1]
 
@@ -82,8 +82,3 @@ def _point(packed: PackedWeights, coefficients: Mapping[str, Mapping[str, float]
     if list(coefficients) != list(packed.tasks) or any(list(row) != names for row in coefficients.values()):
         raise ValueError("the report's λ are of other tasks or layers than the recipe's models have now; merge them again")
     return packed.coefficients(torch.tensor([list(row.values()) for row in coefficients.values()], dtype=torch.float64))
-
-
-def _rows(calibration: Calibration) -> dict[str, list[int]]:
-    """task -> how many rows each of its batches has."""
-    return {task: [batch_size(batch) for batch in batches] for task, batches in calibration.batches.items()}

@@ -7,7 +7,7 @@ import json
 import re
 from statistics import mean
 
-from samerge_ext.reports.report import Report
+from samerge_ext.reports.report import Report, as_yaml
 
 
 def model_card(report: Report, loading: str, library: str | None = None) -> str:
@@ -29,7 +29,7 @@ def model_card(report: Report, loading: str, library: str | None = None) -> str:
         _table(["model", "part", "from"], rows) if rows else "",
         f"## Load it\n\n{_fenced(loading, 'python')}",
         f"## Coefficients\n\n{_table(['task', 'mean λ', 'min λ', 'max λ'], coefficients)}" if coefficients else "",
-        f"## Recipe\n\n{_fenced(_yaml(report.recipe), 'yaml')}" if report.recipe else "",
+        f"## Recipe\n\n{_fenced(as_yaml(report.recipe), 'yaml')}" if report.recipe else "",
         f"## Settings\n\n{_fenced(json.dumps(report.config, indent=2, ensure_ascii=False), 'json')}" if report.config else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -62,9 +62,3 @@ def _fenced(text: str, language: str) -> str:
     """A block whose fence is longer than any inside."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _yaml(recipe: dict) -> str:
-    import yaml  # of the command line, as recipes are
-
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from samerge_ext.reports.chart import chart
 from samerge_ext.reports.heat_map import heat_map
-from samerge_ext.reports.report import Report
+from samerge_ext.reports.report import Report, as_yaml
 from samerge_ext.sizes import show_bytes
 
 if TYPE_CHECKING:  # imported when a page is made
@@ -42,7 +42,7 @@ def page(report: Report, title: str, loading: str) -> str:
         cosines=_matrix(similar, "cosines", ".3f"),
         conflicts=_matrix(similar, "conflicts", ".1%"),
         similarity=heat_map("Mean cosine and share of sign conflicts by layer", similar["layers"]) if similar else None,
-        recipe=_yaml(report.recipe),
+        recipe=as_yaml(report.recipe),
         settings=[[key, json.dumps(value, ensure_ascii=False)] for key, value in report.config.items()],
         run=run_rows(report),
     )
@@ -100,14 +100,6 @@ def _matrix(similarity: dict, key: str, form: str) -> list[list[str]]:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _yaml(recipe: dict) -> str:
-    if not recipe:
-        return ""
-    import yaml  # of the command line, as recipes are
-
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
 def rendered(template: str, **values: Any) -> str:

@@ -89,6 +89,15 @@ def _no_report(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is no report of this version, which has {keys}; merge the models again")
 
 
+def as_yaml(recipe: Mapping[str, Any]) -> str:
+    """A recipe as its file says it; nothing where there was none."""
+    if not recipe:
+        return ""
+    import yaml  # of the command line, as recipes are
+
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+
+
 def facts_of_run(device: torch.device, seconds: float | None, planned_bytes: int | None = None) -> dict[str, Any]:
     """`Report.run` of a merge that has just ended in this process. seconds: None where another one began it."""
     import torch

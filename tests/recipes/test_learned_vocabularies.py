@@ -12,6 +12,7 @@ from vocabularies import EMBEDDINGS, HEAD, write_model
 from samerge_ext.checkpoints.tokenizers import TokenizerConfig
 from samerge_ext.cli import commands
 from samerge_ext.models.folders import FolderModel
+from samerge_ext.reports.report import read_report
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["?", "a", "b", "c"]
@@ -61,3 +62,27 @@ def test_a_learned_merge_of_a_union(root, parameters):
         for number, owner in ((4, "x"), (5, "y")):
             own = load_file(root / owner / "model.safetensors")[name][4]
             assert_close(model.state_dict()[name][number], own.double(), f"{name} of <{owner}>")
+
+
+def test_a_report_of_a_union_reads_the_models_as_they_were_merged(root):
+    """A slice of the loss rises along its gradient, in which a token counts as much as in the loss."""
+    for name in "xy":
+        (root / f"{name}.txt").write_text(f"a <{name}> b c a b c a b c\nc <{name}>\n")
+    content = {
+        "merge_method": "samerging",
+        "base_model": str(root / "base"),
+        "models": [str(root / name) for name in "xy"],
+        "tokenizer": "union",
+        "parameters": {"steps": 1, "rho": 0.02},
+        "calibration": {"files": {name: str(root / f"{name}.txt") for name in "xy"}, "batch_size": 1},
+    }
+    (root / "recipe.yaml").write_text(json.dumps(content))
+    for command in (["merge", str(root / "recipe.yaml")], ["report", "--similarity", "--loss-slice"]):
+        result = CliRunner().invoke(commands.app, [*command, str(root / "out")])
+        assert result.exit_code == 0, result.output
+    found = read_report(root / "out")
+    assert found.similarity["models"] == ["x", "y"]
+    at, losses = found.loss_slice["distances"], found.loss_slice["losses"]
+    middle = len(at) // 2
+    slope = (losses[middle + 1] - losses[middle - 1]) / (at[middle + 1] - at[middle - 1])
+    assert slope == pytest.approx(found.loss_slice["gradient_norm"], rel=0.01)
