@@ -17,7 +17,7 @@ from samerge_ext.merged.model import MergedModel
 
 # logits(module, batch, task) -> [B, V]: the user's forward on the user's module.
 Logits = Callable[[nn.Module, Any, str], Tensor]
-# objective(logits [B, V], target) -> loss [], ∂loss/∂logits [B, V]; the target is what the batch came with.
+# objective(answers, target) -> loss [], its gradient by the answers: `learning.losses`; the target is what the batch came with.
 Objective = Callable[[Any, Any], tuple[Tensor, Any]]
 
 

@@ -137,6 +137,13 @@ class Recipe(Strict):
     def _source_alone(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str | Path) else value
 
+    @model_validator(mode="after")
+    def _rows_of_a_base(self) -> Recipe:
+        if self.base_model is None and self.tokenizer and "missing" in self.tokenizer.model_fields_set:
+            if self.tokenizer.missing == "base":
+                raise ValueError("tokenizer: missing: base takes the rows of 'base_model', which is not given; leave it out")
+        return self
+
     @property
     def tokenizer_config(self) -> TokenizerConfig | None:
         """Whose tokenizer is asked for; where there is no base, no model's rows are put before others'."""

@@ -163,6 +163,7 @@ def test_model_and_adapter_are_told_apart_by_what_exists(root):
         ({"tokenizer": {"tokens": {"x": {"force": "perhaps"}}}}, "tokenizer.tokens.x.force: "),
         ({"tokenizer": {"source": "base", "pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: "),
         ({"tokenizer": {"missing": "any"}}, "tokenizer.missing: "),
+        ({"merge_method": "linear", "base_model": None, "tokenizer": {"missing": "base"}}, "takes the rows of 'base_model'"),
         ({"tokenizer": {"sauce": "base"}}, "tokenizer: there is no key 'sauce'"),
         ({"tokenizer": {}, "tokenizer_source": "base"}, "say the same"),
         ({"tasks": ["org/news", "b"]}, "'org/news' is not a task name"),
