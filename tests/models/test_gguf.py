@@ -209,7 +209,7 @@ def test_the_command_writes_the_folder_and_says_what_is_wrong(tmp_path):
         assert_close(checkpoint.read("model.norm.weight"), truth["model.norm.weight"])
         assert checkpoint.dtype("model.norm.weight") == torch.float16
     run = CliRunner().invoke(app, [*arguments, "--dtype", "int4"])
-    assert run.exit_code == 1 and "dtype 'int4': choose one of float32" in run.output
+    assert run.exit_code == 1 and "dtype 'int4'; choose one of float32" in run.output
 
 
 def test_a_folder_that_is_there_is_not_replaced(tmp_path):
