@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -152,30 +152,36 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
     return cell
 
 
-def elsewhere(bench: Workbench, row: Row, evaluator: Evaluator, where: str) -> dict[str, float]:
-    """Accuracies of the cell's model on other texts than its own: merged again from its coefficients, where these are all.
+def elsewhere(bench: Workbench, row: Row, evaluators: Mapping[str, Evaluator]) -> dict[str, dict[str, float]]:
+    """Accuracies of the cell's model on other texts than its own: merged again, from its coefficients where these are all.
 
-    where: names the evaluator's texts; the result is kept in a file of that name beside the cell's.
+    evaluators: by a name of their texts; what one finds is kept in a file of that name beside the cell's.
     """
-    path = cell_path(bench, row, "test").with_suffix(f".{where}.json")
-    if path.exists():
-        return json.loads(path.read_text())
+    paths = {where: cell_path(bench, row, "test").with_suffix(f".{where}.json") for where in evaluators}
+    missing = {where: evaluator for where, evaluator in evaluators.items() if not paths[where].exists()}
+    if missing:
+        accuracies = _accuracies_of_row(bench, row)
+        for where, evaluator in missing.items():
+            with atomic_write(paths[where], "w") as file:
+                file.write(json.dumps(accuracies(evaluator), indent=1))
+    return {where: json.loads(path.read_text()) for where, path in paths.items()}
+
+
+def _accuracies_of_row(bench: Workbench, row: Row) -> Callable[[Evaluator], dict[str, float]]:
     if row.kind == "pretrained":
-        accuracies = evaluator.accuracies(bench.module())
-    elif row.kind == "experts":
-        accuracies = {task: evaluator.accuracy(load_folder(bench.experts[task]), task) for task in evaluator.batches}
+        return lambda evaluator: evaluator.accuracies(bench.module())
+    if row.kind == "experts":
+        return lambda evaluator: {
+            task: evaluator.accuracy(load_folder(bench.experts[task]), task) for task in evaluator.batches
+        }
+    cell = run_cell(bench, row)
+    if row.kind in LEARNED and "coefficients" not in cell:
+        cell = run_cell(bench, row, again=True)  # it was computed before cells kept them
+    if "coefficients" in cell and not row.settings.get("train_heads"):
+        merged = sm.task_arithmetic(bench.packed_for(row.settings), torch.tensor(cell["coefficients"]), module=bench.module())
     else:
-        cell = run_cell(bench, row)
-        if row.kind in LEARNED and "coefficients" not in cell:
-            cell = run_cell(bench, row, again=True)  # it was computed before cells kept them
-        if "coefficients" in cell and not row.settings.get("train_heads"):
-            merged = sm.task_arithmetic(bench.packed_for(row.settings), torch.tensor(cell["coefficients"]), module=bench.module())
-        else:
-            merged = KINDS[row.kind](bench, row.settings)
-        accuracies = accuracies_of(merged, evaluator)
-    with atomic_write(path, "w") as file:
-        file.write(json.dumps(accuracies, indent=1))
-    return accuracies
+        merged = KINDS[row.kind](bench, row.settings)
+    return partial(accuracies_of, merged)
 
 
 def as_cell(bench: Workbench, row: Row, found: dict) -> Cell:

@@ -13,22 +13,21 @@ from samerge_ext.demo.cells import elsewhere, run_cell
 from samerge_ext.demo.data import Task
 from samerge_ext.demo.experts import Evaluator
 from samerge_ext.demo.report import Cell
-from samerge_ext.demo.rows import main_rows
+from samerge_ext.demo.rows import transfer_rows
 from samerge_ext.demo.workbench import Workbench
 
 LEVELS = (0.05, 0.1, 0.2)  # share of characters with an error
 
 
 def robustness_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
-    """The models of the main study, merged again: one table of means by level, and one per level by task."""
+    """The models of the main study and more, merged again: one table of means by level, and one per level by task."""
     noisy = {}
     for level in LEVELS:
         tasks = {name: with_errors(task, level) for name, task in bench.tasks.items()}
-        noisy[level] = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
-    for row in main_rows(bench.full):
-        accuracies = {0.0: run_cell(bench, row)["accuracies"]}
-        for level, evaluator in noisy.items():
-            accuracies[level] = elsewhere(bench, row, evaluator, f"errors-{level:g}")
+        noisy[f"errors-{level:g}"] = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
+    for row in transfer_rows(bench.full):
+        found = elsewhere(bench, row, noisy)
+        accuracies = {0.0: run_cell(bench, row)["accuracies"], **dict(zip(LEVELS, found.values(), strict=True))}
         means = {f"{100 * level:g} %": mean(found.values()) for level, found in accuracies.items()}
         yield "mean accuracy over tasks by share of characters with an error, %", Cell(row.label, bench.seed, means)
         for level in LEVELS:

@@ -86,6 +86,19 @@ def methods_rows(full: bool) -> list[Row]:
     ]
 
 
+def transfer_rows(full: bool) -> list[Row]:
+    """The main rows, and what the table of methods has best: for texts that none of them was chosen or learned on."""
+    *main, experts = main_rows(full)
+    return [
+        *main,
+        Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
+        Row("WUDI", "wudi"),
+        Row("WUDI, heads refitted", "wudi_refitted"),
+        Row("WUDI, distilled, heads refitted", "wudi_refitted", {"distilled": True}),
+        experts,
+    ]
+
+
 def many_rows(full: bool) -> list[Row]:
     """What shows how methods bear more tasks, and what SAM adds to them; learned rows of the small variant are quick."""
     rows = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from samerge_ext.demo.cells import as_cell, elsewhere, run_cell
 from samerge_ext.demo.experts import Evaluator
 from samerge_ext.demo.report import Cell
-from samerge_ext.demo.rows import main_rows
+from samerge_ext.demo.rows import transfer_rows
 from samerge_ext.demo.workbench import Workbench
 
 # Pairs of tasks to leave out. Each pair has one task of many classes and one of two, in both variants.
@@ -19,7 +19,7 @@ LEFT_OUT = (("r8", "tweets"), ("icd", "election"))
 def unseen_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
     """Every method on all tasks but two, twice: accuracy on the two, and on those that were merged.
 
-    The experts of the two are the bound; Task Arithmetic's best λ is chosen on the merged tasks alone.
+    The experts of the two are the bound. What is chosen, learned or refitted is so on the merged tasks alone.
     """
     for pair in left_out(bench.protocol.tasks):
         others = tuple(task for task in bench.protocol.tasks if task not in pair)
@@ -27,12 +27,10 @@ def unseen_study(bench: Workbench, out: Path) -> Iterator[tuple[str, Cell]]:
         tasks = {task: bench.tasks[task] for task in pair}
         unseen = Evaluator(tasks, bench.heads, bench.protocol, "test", progress=bench.progress)
         names = " and ".join(pair)
-        for row in main_rows(bench.full):
+        where = f"unseen-{'-'.join(pair)}"
+        for row in transfer_rows(bench.full):
             found = run_cell(merged, row)
-            if row.kind == "experts":
-                accuracies = elsewhere(bench, row, unseen, f"unseen-{'-'.join(pair)}")
-            else:
-                accuracies = elsewhere(merged, row, unseen, f"unseen-{'-'.join(pair)}")
+            accuracies = elsewhere(bench if row.kind == "experts" else merged, row, {where: unseen})[where]
             yield f"accuracy on {names}, whose experts were not merged, %", Cell(row.label, bench.seed, accuracies)
             yield f"accuracy on the tasks merged without {names}, %", as_cell(merged, row, found)
 

@@ -117,7 +117,7 @@ def test_tasks_that_were_not_merged_get_a_table_of_their_own(run, main, monkeypa
     labels = ["pretrained", "Task Arithmetic, λ = 0.3", "StatsMerging", "experts"]
     few = [row for row in rows.main_rows(full=False) if row.label in labels]
     monkeypatch.setattr(unseen, "LEFT_OUT", (("election",), ("tweets",)))
-    monkeypatch.setattr(unseen, "main_rows", lambda full: few)
+    monkeypatch.setattr(unseen, "transfer_rows", lambda full: few)
     found, _, out = run(study="unseen")
     assert [cell.method for cell in found] == labels * 4
     assert [set(cell.accuracies) for cell in found[:: len(labels)]] == [{"election"}, {"tweets"}, {"tweets"}, {"election"}]
@@ -205,6 +205,7 @@ def test_trained_heads_are_judged_with_the_encoder(main):
 
 def test_models_are_merged_again_for_texts_with_errors(run, main, monkeypatch):
     monkeypatch.setattr(robustness, "LEVELS", (0.0, 0.3))
+    monkeypatch.setattr(robustness, "transfer_rows", rows.main_rows)
     main = by_method(main[0])
 
     def fail(*_):
@@ -224,8 +225,20 @@ def test_a_cell_from_before_coefficients_were_kept_is_computed_again(main):
     path = cells.cell_path(bench, row, "test")
     cell = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in cell.items() if key != "coefficients"}))
-    assert cells.elsewhere(bench, row, bench.test, "same-texts") == cell["accuracies"]
+    assert cells.elsewhere(bench, row, {"same-texts": bench.test}) == {"same-texts": cell["accuracies"]}
     assert json.loads(path.read_text())["coefficients"] == cell["coefficients"]
+
+
+def test_a_model_with_refitted_heads_is_made_once_for_all_other_texts(main, monkeypatch):
+    _, _, out = main
+    bench = workbench.Workbench(TINY, 0, out.parent / "cache", progress=False)
+    row = next(row for row in rows.transfer_rows(full=False) if row.label == "WUDI, heads refitted")
+    accuracies = cells.run_cell(bench, row)["accuracies"]
+    made = []
+    refit = cells.KINDS[row.kind]
+    monkeypatch.setitem(cells.KINDS, row.kind, lambda *arguments: made.append(row) or refit(*arguments))
+    again = cells.elsewhere(bench, row, {"once": bench.test, "twice": bench.test})
+    assert again == {"once": accuracies, "twice": accuracies} and len(made) == 1
 
 
 def test_typing_errors_are_as_many_as_asked_for_and_always_the_same():
