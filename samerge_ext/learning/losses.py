@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,15 @@ from samerge_ext.learning.language_model import OfExpert, Projected, Weight
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.merged.streamed import StreamedRows
 from samerge_ext.ops.linear_arguments import Teachers, reduced_scale
-from samerge_ext.ops.linear_softmax_kl import linear_entropy, linear_loss_with_grad
+from samerge_ext.ops.linear_softmax_kl import linear_entropy, linear_loss_with_grad, linear_softmax_kl
 from samerge_ext.ops.merged_linear_softmax_kl import WholeHead, losses_by_slab
-from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad, entropy, entropy_with_grad, softmax_kl_with_grad
+from samerge_ext.ops.softmax_kl import (
+    argmax_cross_entropy_with_grad,
+    entropy,
+    entropy_with_grad,
+    softmax_kl,
+    softmax_kl_with_grad,
+)
 
 # What the model gives to a batch, and its expert: logits [R, V], or the hidden states and the head that would make them.
 Answers = Tensor | Projected
@@ -20,33 +28,52 @@ ExpertAnswers = Tensor | OfExpert
 Gradient = Tensor | list[Tensor | None]
 
 
+class Divergence(NamedTuple):
+    """Which divergence of the student from its teacher is meant, in the words of `softmax_kl`."""
+
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    beta: float = 0.0
+
+
 def distillation(
-    student: Answers, teacher: ExpertAnswers, student_temperature: float, teacher_temperature: float, row_weights: Tensor | None
+    student: Answers, teacher: ExpertAnswers, divergence: Divergence, row_weights: Tensor | None
 ) -> tuple[Tensor, Gradient]:
-    """The mean over rows of KL(teacher ‖ student), weighted by ``row_weights`` [R], and its gradient by the student's answers."""
-    temperatures = (student_temperature, teacher_temperature)
+    """The mean over rows of the student's divergence from its teacher, weighted by ``row_weights`` [R], and its gradient by the
+    student's answers."""
     if isinstance(student, Projected):
-        return _projected("kl", student, teacher, temperatures, row_weights)
-    return softmax_kl_with_grad(
-        student,
-        _logits(teacher),
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        row_weights=row_weights,
+        return _projected("kl", student, teacher, divergence, row_weights)
+    return softmax_kl_with_grad(student, _logits(teacher), **divergence._asdict(), row_weights=row_weights)
+
+
+def divergence_from(teacher: ExpertAnswers, student: Answers, divergence: Divergence) -> Tensor:
+    """`distillation`'s loss, differentiable: where the weights of the whole module are learned. Of a streamed model it is not."""
+    if isinstance(student, Tensor):
+        return softmax_kl(student, _logits(teacher), **divergence._asdict())
+    assert isinstance(student.weight, Tensor)
+    hidden, head, bias = _projected_of(teacher)
+    return linear_softmax_kl(
+        student.hidden,
+        student.weight,
+        hidden,
+        _whole(head),
+        bias=student.bias,
+        teacher_bias=bias,
+        **divergence._asdict(),
     )
 
 
 def imitation(student: Answers, teacher: ExpertAnswers, row_weights: Tensor | None) -> tuple[Tensor, Gradient]:
     """The mean cross-entropy with the teacher's most likely class, and its gradient, likewise."""
     if isinstance(student, Projected):
-        return _projected("cross_entropy", student, teacher, (1.0, 1.0), row_weights)
+        return _projected("cross_entropy", student, teacher, Divergence(), row_weights)
     return argmax_cross_entropy_with_grad(student, _logits(teacher), row_weights=row_weights)
 
 
 def uncertainty(student: Answers) -> tuple[Tensor, Gradient]:
     """The mean entropy, and its gradient."""
     if isinstance(student, Projected):
-        return _projected("entropy", student, None, (1.0, 1.0), None)
+        return _projected("entropy", student, None, Divergence(), None)
     return entropy_with_grad(student)
 
 
@@ -68,27 +95,22 @@ def scaled(gradient: Gradient, by: float) -> Gradient:
 
 
 def _projected(
-    loss: str,
-    student: Projected,
-    teacher: ExpertAnswers | None,
-    temperatures: tuple[float, float],
-    row_weights: Tensor | None,
+    loss: str, student: Projected, teacher: ExpertAnswers | None, divergence: Divergence, row_weights: Tensor | None
 ) -> tuple[Tensor, Gradient]:
     taught = None if teacher is None else _projected_of(teacher)
     hidden, weight, bias = student
-    if isinstance(weight, Tensor):
-        return linear_loss_with_grad(loss, hidden, weight, bias, _teachers(taught), temperatures, row_weights)
-    if loss == "kl" and taught is not None:
-        return _by_slab(student, weight, taught, temperatures, row_weights)
-    whole = weight.whole().requires_grad_()
-    value, gradient = linear_loss_with_grad(loss, hidden, whole, bias, _teachers(taught), temperatures, row_weights)
-    if gradient[1] is not None:
+    if loss == "kl" and taught is not None and not isinstance(weight, Tensor):
+        return _by_slab(student, weight, taught, divergence, row_weights)
+    whole = weight if isinstance(weight, Tensor) else weight.whole().requires_grad_()
+    options = (_teachers(taught), divergence[:2], row_weights, divergence.beta)
+    value, gradient = linear_loss_with_grad(loss, hidden, whole, bias, *options)
+    if gradient[1] is not None and not isinstance(weight, Tensor):
         gradient[1] = weight.contracted(gradient[1])
     return value, gradient
 
 
 def _by_slab(
-    student: Projected, weight: StreamedRows, teacher: Projected, temperatures: tuple[float, float], row_weights: Tensor | None
+    student: Projected, weight: StreamedRows, teacher: Projected, divergence: Divergence, row_weights: Tensor | None
 ) -> tuple[Tensor, Gradient]:
     scale = reduced_scale(student.hidden, row_weights, None, "batchmean")
     head = WholeHead(teacher.weight) if isinstance(teacher.weight, Tensor) else teacher.weight
@@ -96,7 +118,7 @@ def _by_slab(
     with torch.no_grad():
         once = torch.ones_like(scale)[None]
         arguments = (student.hidden, weight, student.bias, [teacher.hidden], [head], biases, once, scale)
-        losses, *gradient = losses_by_slab(*arguments, *temperatures, 0.0, None)
+        losses, *gradient = losses_by_slab(*arguments, *divergence, None)
     return losses.dot(scale), gradient
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from samerge_ext.learning.config import LearningConfig, TaughtConfig, check_least
+from samerge_ext.learning.config import LearningConfig, TaughtConfig, check_least, check_share
 
 DECAYS = 5  # equal parts of a run; the learning rate falls between them
 
@@ -18,16 +18,20 @@ class SAMergingConfig(TaughtConfig):
 
     temperature: τ of the student's soft-max, and of the teachers' unless ``teacher_temperature`` is given.
     scale_by_temperature: multiply the loss by the two temperatures' product (τ², as in Hinton's distillation).
+    beta: which divergence of the merged model from its teachers is minimised: 0 the paper's KL(teacher ‖ merged), 1 the reverse,
+        between them the generalised Jensen–Shannon divergence, as of `softmax_kl`.
     """
 
     sam: str = "paper"
     temperature: float = 2.0
     teacher_temperature: float | None = None
     scale_by_temperature: bool = False
+    beta: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 0, "temperature", "teacher_temperature", above=True)
+        check_share(self, "beta")
 
 
 @dataclass(frozen=True, kw_only=True)

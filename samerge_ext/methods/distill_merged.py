@@ -15,30 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samerge_ext.learning.calibration import Calibration, teacher_logits
-from samerge_ext.learning.config import check_least
+from samerge_ext.learning.calibration import Calibration, teacher_answers
+from samerge_ext.learning.config import check_least, check_share
+from samerge_ext.learning.losses import Divergence, divergence_from
 from samerge_ext.learning.nested import to_device
-from samerge_ext.learning.passes import Logits, call_logits
+from samerge_ext.learning.passes import Logits, answering, answers_to
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.after_merging import MergedAgain
 from samerge_ext.methods.distillation import DescentConfig, descend
-from samerge_ext.ops.softmax_kl import softmax_kl
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedDistillationConfig(DescentConfig):
     """How a merged model is distilled: DescentConfig, a step being one batch of every task, and:
 
-    temperature: τ.
+    temperature: τ. beta: which divergence, as of `SAMergingConfig`.
     """
 
     learning_rate: float = 3e-5
     weight_decay: float = 0.0
     temperature: float = 2.0
+    beta: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 0, "temperature", above=True)
+        check_share(self, "beta")
 
 
 def distill_merged(
@@ -54,27 +56,27 @@ def distill_merged(
     calibration, logits: as of `samerging`.
 
     Beside the packed weights it takes the model, its gradient and Adam's two moments, in fp32 at least, and what one batch of
-    every task leaves for its backward.
+    every task leaves for its backward. A LanguageModel has no logits here either (`samerging`).
 
     Raises ValueError for a result without a module and a calibration set that does not fit the tasks, FloatingPointError for a
     loss that is not finite.
     """
     config = config or MergedDistillationConfig()
     started = time.perf_counter()
-    packed, temperature = result.packed, config.temperature
+    packed, divergence = result.packed, Divergence(config.temperature, config.temperature, config.beta)
     held = Calibration(calibration, packed.tasks, shuffle=True, seed=config.seed)
     again = MergedAgain(result, torch.promote_types(packed.base.dtype, torch.float32))
     model = again.model
-    teachers = teacher_logits(model, held, logits, "fp32")
+    logits = answering(logits, model.module, to_device(held.batches[packed.tasks[0]][0], model.device))
+    teachers = teacher_answers(model, held, logits, "fp32")
     merged = again.restore()
 
     def loss_at(step: int) -> Tensor:
         losses = []
         for task, index in held.at(step).items():
             model.select_head(task)
-            student = call_logits(logits, model.module, to_device(held.batches[task][index], model.device), task)
-            teacher = teachers[task][index]
-            losses.append(softmax_kl(student, teacher, student_temperature=temperature, teacher_temperature=temperature))
+            student = answers_to(logits, model.module, to_device(held.batches[task][index], model.device), task)
+            losses.append(divergence_from(teachers[task][index], student, divergence))
         return torch.stack(losses).sum()
 
     trained = [parameter for parameter in model.module.parameters() if parameter.requires_grad]

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from samerge_ext.learning.calibration import Calibration
-from samerge_ext.learning.config import check_least, check_settings
+from samerge_ext.learning.config import check_least, check_settings, check_share
 from samerge_ext.learning.nested import to_device
 from samerge_ext.ops.softmax_kl import softmax_kl
 
@@ -61,8 +61,7 @@ class DistillationConfig(DescentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 0, "temperature", above=True)
-        if not 0 <= self.label_share <= 1:
-            raise ValueError(f"label_share={self.label_share!r}; expected a number in [0, 1]")
+        check_share(self, "label_share")
 
 
 def distill_expert(

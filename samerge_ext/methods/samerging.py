@@ -33,7 +33,8 @@ def samerging(
 
         loss(λ) = Σ_t α_t · mean over task t's batch of KL(softmax(z_t/τ) ‖ softmax(z_λ/τ))
 
-    minimised by SAM: the step at λ follows the gradient at λ + ε, where the loss is worst nearby.
+    minimised by SAM: the step at λ follows the gradient at λ + ε, where the loss is worst nearby. config.beta chooses another
+    divergence.
 
     module: of the experts' architecture; taken over, and given back merged as ``result.module``.
     calibration: task -> unlabelled batches. logits(module, batch, task) -> [B, V], a SharedEncoder or a LanguageModel.
@@ -52,13 +53,12 @@ def samerging(
 
 def distillation(config: SAMergingConfig) -> Objective:
     """The loss of a batch and its gradient by the model's answers."""
-    student_temperature = config.temperature
-    teacher_temperature = config.teacher_temperature or config.temperature
-    scale = student_temperature * teacher_temperature if config.scale_by_temperature else 1.0
+    divergence = losses.Divergence(config.temperature, config.teacher_temperature or config.temperature, config.beta)
+    scale = divergence.student_temperature * divergence.teacher_temperature if config.scale_by_temperature else 1.0
 
     def objective(student: Answers, lesson: Lesson) -> tuple[Tensor, Gradient]:
         teacher, row_weights = lesson
-        loss, gradient = losses.distillation(student, teacher, student_temperature, teacher_temperature, row_weights)
+        loss, gradient = losses.distillation(student, teacher, divergence, row_weights)
         return loss * scale, losses.scaled(gradient, scale)
 
     return objective

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from samerge_ext.budget.holding import make_model, within_budget
 from samerge_ext.learning.loop import calibration_set, learn
-from samerge_ext.learning.losses import Answers, Gradient, distillation, imitation
+from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillation, imitation
 from samerge_ext.learning.passes import Logits
 from samerge_ext.learning.teaching import Lesson, lessons
 from samerge_ext.merged.result import Result
@@ -56,7 +56,7 @@ def statsmerging(
         if config.loss == "cross_entropy":
             return imitation(student, *lesson)
         teacher, row_weights = lesson
-        return distillation(student, teacher, config.temperature, config.temperature, row_weights)
+        return distillation(student, teacher, Divergence(config.temperature, config.temperature), row_weights)
 
     statistics = features.of_granularity(config.granularity, config.whole_model)
     learner = StatsMergeLearner.made_for(

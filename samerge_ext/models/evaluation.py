@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.reading import shown
 from samerge_ext.checkpoints.sources import CheckpointSource
+from samerge_ext.learning.language_model import LanguageModel
+from samerge_ext.learning.passes import Logits, answering
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.models.logits import causal_lm, sequence_classification
 from samerge_ext.models.texts import read_labelled
+from samerge_ext.ops.chunked_rows import workspace_for
 from samerge_ext.packing.stores import check_device
 
 
@@ -49,7 +52,8 @@ def evaluate(
 
     A task's own head, heads/TASK.safetensors in the folder, is put in where there is one. Nothing is downloaded.
     limit: use the first so many texts. max_length: tokens; longer texts are cut. dtype: of the weights, by default as stored.
-    Memory is the model's, and that of a batch's logits: of a language model batch_size × max_length × vocabulary.
+    Memory is the model's, and that of a batch. A language model's logits, batch_size × max_length × vocabulary, are made some
+    rows at a time, where they are its head's product and no more (`LanguageModel`).
 
     Raises ValueError for another architecture, weights or labels that are missing, and files without texts.
     """
@@ -75,23 +79,36 @@ def evaluate(
     return scores
 
 
-def surprise(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """−log p of every token but the first of each text, text after text, [tokens] in fp32 at least. Padding is on the right."""
-    logits = module(**batch, use_cache=False).logits  # [B, S, V]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    lengths = [max(1, int(mask.sum())) for mask in batch["attention_mask"]]
-    return torch.cat(
-        [
-            F.cross_entropy(row[: length - 1].to(wide), ids[1:length], reduction="none")
-            for row, ids, length in zip(logits, batch["input_ids"], lengths, strict=True)
-        ]
-    )
+def surprise(logits: Logits, module: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """−log p of every token but the first of each text, text after text, [tokens] in fp32 at least.
+
+    logits: `causal_lm`, of which no more logits exist than fit into a workspace, where `answering` finds them to be a product; or
+        `causal_lm.logits`, whose gradient can be taken.
+    """
+    kept = batch["attention_mask"].bool()
+    lengths = kept.sum(1)
+    ends = lengths[lengths > 0].cumsum(0)
+    predicts = torch.ones(int(lengths.sum()), dtype=torch.bool, device=kept.device).index_fill(0, ends - 1, False)
+    targets = batch["input_ids"][kept][1:][predicts[:-1]]
+    if not isinstance(logits, LanguageModel):
+        return _surprise(logits(module, batch, "")[predicts], targets)
+    hidden, head, bias = logits.projected(module, batch)
+    assert isinstance(head, Tensor)
+    of_row = 3 * head.shape[0] * torch.float32.itemsize  # logits, in fp32 too, and their log soft-max
+    rows = max(1, workspace_for(None, head.device) // of_row)
+    parts = zip(hidden[predicts].split(rows), targets.split(rows), strict=True)
+    return torch.cat([_surprise(F.linear(states, head, bias), wanted) for states, wanted in parts])
+
+
+def _surprise(logits: Tensor, targets: Tensor) -> Tensor:  # [tokens, V], [tokens] -> [tokens]
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
 
 def _perplexity(module: Any, batches: Sequence[dict[str, Tensor]], path: Path) -> Score:
     total, tokens, texts = 0.0, 0, 0
+    logits = answering(causal_lm, module, batches[0])
     for batch in batches:
-        of_tokens = surprise(module, batch)
+        of_tokens = surprise(logits, module, batch)
         total, tokens = total + of_tokens.double().sum().item(), tokens + len(of_tokens)
         texts += len(batch["input_ids"])
     if not tokens:

@@ -127,15 +127,16 @@ def linear_loss_with_grad(
     teachers: Teachers,
     temperatures: tuple[float, float],
     row_weights: Tensor | None,
+    beta: float = 0.0,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """A loss, "kl", "cross_entropy" or "entropy", with reduction "batchmean", and its gradients by hidden, head and bias in one
     call; None by what requires none, and by all under no_grad. Nothing is allocated beside them and the workspace."""
-    check_linear(hidden, head, bias, teachers, temperatures, row_weights, None, None, "batchmean", 0.0)
+    check_linear(hidden, head, bias, teachers, temperatures, row_weights, None, None, "batchmean", beta)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head, bias)]
     with torch.no_grad():
         inputs = (hidden, head, bias, teachers.hidden, teachers.heads, teachers.biases, None, None)
         row_scale = reduced_scale(hidden, row_weights, None, "batchmean")
-        found = torch.ops.samerge.linear_softmax_kl_sum(*inputs, row_scale, loss, *temperatures, 0.0, None, wanted)
+        found = torch.ops.samerge.linear_softmax_kl_sum(*inputs, row_scale, loss, *temperatures, beta, None, wanted)
     return found[0], [grad if wants else None for grad, wants in zip(found[2:], wanted, strict=True)]
 
 

@@ -44,6 +44,7 @@ def test_every_setting_has_a_type(config):
         ("rho", -0.1, "rho=-0.1; expected a number ≥ 0"),
         ("initial_coefficient", math.inf, "initial_coefficient=inf; expected a finite number"),
         ("temperature", 0.0, "temperature=0.0; expected a number > 0"),
+        ("beta", 1.5, r"beta=1.5; expected a number in \[0, 1\]"),
         ("temperature", math.inf, "temperature=inf; expected a finite number"),
         ("adaptive", "no", "adaptive='no'; expected true or false"),
         ("sam", "papre", "sam='papre'; choose one of 'paper', 'published', 'off'"),

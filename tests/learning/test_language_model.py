@@ -89,6 +89,7 @@ METHODS = {
     "statsmerging, kl": (sm.statsmerging, sm.StatsMergingConfig, {"loss": "kl"}),
     "confidence": (sm.samerging, sm.SAMergingConfig, {"confidence_weights": True}),
     "temperatures": (sm.samerging, sm.SAMergingConfig, {"temperature": 3.0, "teacher_temperature": 1.5}),
+    "reverse": (sm.samerging, sm.SAMergingConfig, {"beta": 1.0}),
     "task weights": (sm.samerging, sm.SAMergingConfig, {"task_weights": {"a": 0.2}}),
     "held back": (sm.samerging, sm.SAMergingConfig, {"held_back": 0.5, "measure_every": 1}),
     "rank": (sm.samerging, sm.SAMergingConfig, {"granularity": "rank", "rank": 2}),
@@ -107,6 +108,33 @@ def test_every_method_learns_the_same(method, no_logits):
     for name, of_layer in expected.component_coefficients.items():
         assert_alike(found.component_coefficients[name], of_layer, name)
     assert_alike(*(torch.tensor([step.get("held_back_loss", 0.0) for step in r.history]).double() for r in (found, expected)))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_divergence_between_forward_and_reverse(streamed, no_logits):
+    base = models.make("qwen2, tied")
+    packed = models.make_packed(base)
+    expected = learned(base, packed, sm.models.causal_lm.logits, beta=0.3).coefficients
+    no_logits()
+    assert_alike(learned(base, packed, sm.models.causal_lm, beta=0.3, streamed=streamed).coefficients, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["roberta", "qwen2, tied"])
+def test_a_merged_model_is_distilled_to_the_same(name, beta, no_logits):
+    base = models.make(name)
+    packed, adapter = models.make_packed(base), models.adapter(name)
+    config = sm.MergedDistillationConfig(steps=3, learning_rate=1e-2, beta=beta, progress=False)
+
+    def distilled(logits):
+        merged = sm.task_arithmetic(packed, 0.3, module=copy.deepcopy(base))
+        return sm.distill_merged(merged, models.make_batches(), logits, config=config)
+
+    expected = distilled(adapter.logits)
+    no_logits()
+    found = distilled(adapter)
+    assert_alike(found.merged, expected.merged)
+    assert (expected.merged - packed.merge(packed.coefficients(0.3))).norm() > 0.01
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -49,10 +49,12 @@ def test_published_sam_steps_with_the_gradient_at_unperturbed_weights(problem):
     assert sum(grad for _, grad in passes) == STEPS * len(tiny.TASKS), "published SAM takes one pass a step"
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"task_weights": {"red": 2.0, "blue": 0.5}}])
-def test_temperature_and_task_weights(problem, options):
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"task_weights": {"red": 2.0, "blue": 0.5}}, {"beta": 1.0}, {"beta": 0.3}]
+)
+def test_temperature_task_weights_and_divergence(problem, options):
     base, experts, packed, heads, batches = problem
-    translated = {"temperature": options.get("temperature", 2.0)}
+    translated = {"temperature": options.get("temperature", 2.0), "beta": options.get("beta", 0.0)}
     if "task_weights" in options:
         translated["alpha"] = {"red": 2.0, "green": 1.0, "blue": 0.5}
     expected = literal.learn(base, experts, heads, batches, steps=5, **translated)

@@ -14,10 +14,12 @@ from vocabularies import write_model
 
 import samerge_ext as sm
 from samerge_ext.cli import commands
+from samerge_ext.models import evaluation
 from samerge_ext.models.evaluation import evaluate
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["?", "a", "b", "c", "d"]
+VOCABULARY = 7  # rows of the embeddings
 TEXTS = ["a b c d a", "b", "c c a b d d a c", "d a"]
 
 
@@ -27,7 +29,7 @@ def samerge(*arguments):
 
 @pytest.fixture
 def language_model(tmp_path):
-    write_model(tmp_path / "model", WORDS, 7)
+    write_model(tmp_path / "model", WORDS, VOCABULARY)
     (tmp_path / "news.txt").write_text("\n".join(TEXTS))
     return tmp_path
 
@@ -48,6 +50,22 @@ def test_perplexity_is_that_of_transformers_loss(language_model, batch_size):
     score = evaluate(language_model / "model", files, batch_size=batch_size, dtype=torch.float64)["news"]
     assert score.tokens == tokens == 12 and score.texts == 4
     assert score.perplexity == pytest.approx(math.exp(total / tokens))
+
+
+def test_logits_exist_for_as_many_rows_as_fit(language_model, monkeypatch):
+    files, folder = {"news": language_model / "news.txt"}, language_model / "model"
+    expected = evaluate(folder, files, dtype=torch.float64)["news"].perplexity
+    linear, rows = torch.nn.functional.linear, []
+
+    def watched(x, weight, bias=None):
+        if len(weight) == VOCABULARY:
+            rows.append(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    monkeypatch.setattr(evaluation, "workspace_for", lambda *_: 2 * 3 * 4 * VOCABULARY)
+    assert evaluate(folder, files, dtype=torch.float64)["news"].perplexity == pytest.approx(expected, rel=1e-14)
+    assert rows == [2] * 6  # of the 12 tokens that are predicted
 
 
 def test_what_the_command_prints(language_model):

@@ -23,9 +23,14 @@ def averaged_buffers(base, experts):
     return buffers
 
 
-def kl(student, teacher, temperature, weights=1.0):
-    p = torch.softmax(teacher / temperature, -1)
-    rows = (p * (torch.log_softmax(teacher / temperature, -1) - torch.log_softmax(student / temperature, -1))).sum(-1)
+def kl(student, teacher, temperature, weights=1.0, beta=0.0):
+    """KL(p ‖ q) of teacher p and student q; by beta β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = β p + (1 − β) q, or for 1 KL(q ‖ p)."""
+    p, q = torch.softmax(teacher / temperature, -1), torch.softmax(student / temperature, -1)
+    mixed = beta * p + (1 - beta) * q
+    if 0 < beta < 1:
+        rows = (beta * p * (p / mixed).log() + (1 - beta) * q * (q / mixed).log()).sum(-1)
+    else:
+        rows = (q * (q / p).log() if beta else p * (p / q).log()).sum(-1)
     return (weights * rows).mean()
 
 
@@ -36,7 +41,7 @@ def entropy(student):
 
 def learn(
     base, experts, heads, batches, *, steps, loss="kl", temperature=2.0, sam="paper", rho=0.07, adaptive=False,
-    optimizer=None, task_wise=False, start=0.3, alpha=None, row_weights=None,
+    optimizer=None, task_wise=False, start=0.3, alpha=None, row_weights=None, beta=0.0,
     logits=lambda model, batch, head: model(batch) @ head,
 ):
     """Coefficients [T, L] after each step; logits(model, batch, head) with a model that is called as a module is."""
@@ -62,7 +67,7 @@ def learn(
                 with torch.no_grad():
                     teacher = logits(experts[task], batch, heads[task])
                 of_rows = 1.0 if row_weights is None else row_weights[task][step % len(batches[task])]
-                total = total + alpha[task] * kl(student, teacher, temperature, of_rows)
+                total = total + alpha[task] * kl(student, teacher, temperature, of_rows, beta)
             else:
                 total = total + alpha[task] * entropy(student)
         return torch.autograd.grad(total, at)[0]
