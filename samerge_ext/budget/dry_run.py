@@ -28,7 +28,9 @@ from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillat
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, answering, losses_and_gradient
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.ops._common import accumulator
 from samerge_ext.ops.chunked_rows import workspace_for
+from samerge_ext.ops.most_likely_kl import MostLikely
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import InMemory, WholeStore, empty_like, parts
@@ -58,6 +60,7 @@ def dry_run(
     device: torch.device,
     streamed: bool,
     loss: str = "kl",
+    top_k: int | None = None,
     tasks_per_batch: int | None = None,
     precision: str = "fp32",
     train_heads: str | Sequence[str] = (),
@@ -66,9 +69,9 @@ def dry_run(
 ) -> DryRun:
     """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
 
-    loss: of a language model, "kl", "cross_entropy" or "entropy": the first two have an expert's head beside its own. rank: of so
-        many singular components of every matrix the factors count, and the search for them. train_heads, heads: of the heads that
-        are learned too, the activations and gradients.
+    loss: of a language model, "kl", "cross_entropy" or "entropy": the first two have an expert's head beside its own. top_k: an
+        expert gives so many of its classes, and its head is not there. rank: of so many singular components of every matrix the
+        factors count, and the search for them. train_heads, heads: of heads that are learned too, the activations and gradients.
 
     Raises ValueError where the model's forward depends on values that are not there.
     """
@@ -82,6 +85,10 @@ def dry_run(
         return empty
 
     def objective(answers: Answers, task: str) -> tuple[Tensor, Gradient]:
+        if top_k is not None:
+            kept = _most_likely_without_numbers(answers, top_k)
+            found.answers[task] = sum(tensor.nbytes for tensor in kept)
+            return distillation(answers, kept, Divergence(), None)
         if isinstance(answers, Tensor):
             found.answers[task] = answers.nbytes
             return answers.new_zeros((), dtype=torch.float32), torch.empty_like(answers)
@@ -212,6 +219,13 @@ def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, **_: A
     if a.dim() == b.dim():
         shape = (a.shape[0] if offsets is None else offsets.numel(), *shape)
     return a.new_empty(shape)
+
+
+def _most_likely_without_numbers(answers: Answers, k: int) -> MostLikely:
+    rows, classes = answers.shape if isinstance(answers, Tensor) else (len(answers.hidden), answers.weight.shape[0])
+    of = answers if isinstance(answers, Tensor) else answers.hidden
+    log_p = of.new_empty(rows, min(k, classes), dtype=accumulator(of))
+    return MostLikely(torch.zeros_like(log_p, dtype=torch.int32), log_p, log_p.new_empty(rows))
 
 
 def _without_memory(module: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -149,7 +149,8 @@ def plan(
     run = partial(dry_run, device=device, tasks_per_batch=config.tasks_per_batch, precision=config.precision)
     rank = config.rank if config.granularity == "rank" else 0
     loss = getattr(config, "loss", "kl") if teachers else "entropy"
-    run = partial(run, loss=loss, train_heads=config.train_heads, heads=heads, rank=rank)
+    top_k = getattr(config, "teacher_top_k", None) if teachers else None
+    run = partial(run, loss=loss, top_k=top_k, train_heads=config.train_heads, heads=heads, rank=rank)
     resident, streamed = (run(module, packed, largest, logits, streamed=way) for way in (False, True))
     kept = HEAD_VECTORS * resident.heads
     for task, held in batches.items() if teachers else ():

@@ -64,6 +64,9 @@ def rows_of(kinds: tuple[str, ...]) -> list[Row]:
         Row("TSV-M, best λ", "tsv_m", {"scales": OTHER_SCALES}),
         Row("Iso-C, best λ", "iso_c", {"scales": OTHER_SCALES}),
         Row("SAMerging, no SAM", "samerging", {**learned, "sam": "off"}),
+        Row("SAMerging, no SAM, teachers' 8 most likely tokens", "samerging", {**learned, "sam": "off", "teacher_top_k": 8}),
+        Row("SAMerging, no SAM, teachers' 64 most likely tokens", "samerging", {**learned, "sam": "off", "teacher_top_k": 64}),
+        Row("SAMerging, no SAM, reverse KL", "samerging", {**learned, "sam": "off", "beta": 1.0}),
         Row("SAMerging", "samerging", {**learned, "sam": "paper"}),
     ]
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from samerge_ext.learning.language_model import LanguageModel, OfExpert, Weight, output_head
-from samerge_ext.learning.nested import to_device
-from samerge_ext.learning.passes import Logits, call_logits, running
+from samerge_ext.learning.losses import most_likely
+from samerge_ext.learning.nested import map_tensors, to_device
+from samerge_ext.learning.passes import Logits, answers_to, call_logits, running
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.ops.most_likely_kl import MostLikely
+
+Given = TypeVar("Given", Tensor, MostLikely)  # what is kept of an expert's answers to a batch
 
 
 class Calibration:
@@ -117,6 +121,17 @@ def teacher_answers(
     return {task: [OfExpert(states, partial(expert_head, model, task)) for states in held] for task, held in hidden.items()}
 
 
+def most_likely_answers(
+    model: MergedModel, calibration: Calibration, logits: Logits, precision: str, k: int, temperature: float
+) -> dict[str, list[MostLikely]]:
+    """Of every expert's answers the k most likely classes of every row, each batch's as soon as it has run."""
+
+    def run(module: nn.Module, batch: Any, task: str) -> MostLikely:
+        return most_likely(answers_to(logits, module, batch, task, precision), k, temperature)
+
+    return _of_teachers(model, calibration, run)
+
+
 def expert_head(model: MergedModel, task: str) -> tuple[Weight, Tensor | None]:
     """The output embeddings of expert ``task``: weight [V, H] and bias [V]."""
     head = output_head(model.module)
@@ -125,14 +140,14 @@ def expert_head(model: MergedModel, task: str) -> tuple[Weight, Tensor | None]:
 
 
 def _of_teachers(
-    model: MergedModel, calibration: Calibration, run: Callable[[nn.Module, Any, str], Tensor]
-) -> dict[str, list[Tensor]]:
+    model: MergedModel, calibration: Calibration, run: Callable[[nn.Module, Any, str], Given]
+) -> dict[str, list[Given]]:
     """What every expert gives to its own task's batches."""
     cached = {}
     for task, batches in calibration.batches.items():
         with model.teacher(task) as module:
-            cached[task] = [run(module, to_device(batch, model.device), task).detach() for batch in batches]
+            cached[task] = [map_tensors(Tensor.detach, run(module, to_device(batch, model.device), task)) for batch in batches]
         for index, values in enumerate(cached[task]):
-            if torch.isnan(values).any():
+            if any(torch.isnan(tensor).any() for tensor in ([values] if isinstance(values, Tensor) else values)):
                 raise FloatingPointError(f"expert '{task}' gives NaN logits on its calibration batch {index}")
     return cached

@@ -149,14 +149,22 @@ class TaughtConfig(LearningConfig):
         1 − H(p_t) / Σ_k H(p_k). Every expert reads every task's batches for that, once.
     samples: learn from so many examples of every task, chosen among those given so that they are as hard for its expert as all of
         them are: from the easiest to the hardest, by 1 − max_c p_t(c | x), one of each of as many strata.
+    teacher_top_k: keep of every teacher's soft-max the so many most likely classes, and the mass of the rest as one: less to hold
+        than logits, and of a language model nothing of a teacher's head is computed again (`ops.most_likely_kl` says what is
+        missed).
     """
 
     confidence_weights: bool = False
     samples: int | None = None
+    teacher_top_k: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "samples")
+        check_least(self, 1, "samples", "teacher_top_k")
+        if self.teacher_top_k is not None and (self.confidence_weights or self.samples is not None):
+            raise ValueError(
+                f"teacher_top_k={self.teacher_top_k}: confidence_weights and samples read all classes of the teachers; drop one"
+            )
         if self.cuda_graph and self.samples is not None:
             raise ValueError(f"samples={self.samples}: examples of any lengths are joined anew, which cuda_graph=True refuses")
 

@@ -13,6 +13,7 @@ from samerge_ext.merged.streamed import StreamedRows
 from samerge_ext.ops.linear_arguments import Teachers, reduced_scale
 from samerge_ext.ops.linear_softmax_kl import linear_entropy, linear_loss_with_grad, linear_softmax_kl
 from samerge_ext.ops.merged_linear_softmax_kl import WholeHead, losses_by_slab
+from samerge_ext.ops.most_likely_kl import MostLikely, linear_most_likely_kl_with_grad, most_likely_kl_with_grad
 from samerge_ext.ops.softmax_kl import (
     argmax_cross_entropy_with_grad,
     entropy,
@@ -21,9 +22,10 @@ from samerge_ext.ops.softmax_kl import (
     softmax_kl_with_grad,
 )
 
-# What the model gives to a batch, and its expert: logits [R, V], or the hidden states and the head that would make them.
+# What the model gives to a batch, and its expert: logits [R, V], or the hidden states and the head that would make them; of the
+# expert, too, no more than what is most likely.
 Answers = Tensor | Projected
-ExpertAnswers = Tensor | OfExpert
+ExpertAnswers = Tensor | OfExpert | MostLikely
 # By logits; or by the parts of a `Projected`, None by what needs none.
 Gradient = Tensor | list[Tensor | None]
 
@@ -41,6 +43,8 @@ def distillation(
 ) -> tuple[Tensor, Gradient]:
     """The mean over rows of the student's divergence from its teacher, weighted by ``row_weights`` [R], and its gradient by the
     student's answers."""
+    if isinstance(teacher, MostLikely):
+        return _towards_most_likely(student, teacher, divergence.student_temperature, row_weights)
     if isinstance(student, Projected):
         return _projected("kl", student, teacher, divergence, row_weights)
     return softmax_kl_with_grad(student, _logits(teacher), **divergence._asdict(), row_weights=row_weights)
@@ -77,8 +81,10 @@ def uncertainty(student: Answers) -> tuple[Tensor, Gradient]:
     return entropy_with_grad(student)
 
 
-def number_of_rows(answers: Answers | OfExpert) -> int:
+def number_of_rows(answers: Answers | ExpertAnswers) -> int:
     """R of answers."""
+    if isinstance(answers, MostLikely):
+        return len(answers.log_rest)
     return len(answers if isinstance(answers, Tensor) else answers.hidden)
 
 
@@ -104,9 +110,7 @@ def _projected(
     whole = weight if isinstance(weight, Tensor) else weight.whole().requires_grad_()
     options = (_teachers(taught), divergence[:2], row_weights, divergence.beta)
     value, gradient = linear_loss_with_grad(loss, hidden, whole, bias, *options)
-    if gradient[1] is not None and not isinstance(weight, Tensor):
-        gradient[1] = weight.contracted(gradient[1])
-    return value, gradient
+    return value, _contracted(gradient, weight)
 
 
 def _by_slab(
@@ -120,6 +124,32 @@ def _by_slab(
         arguments = (student.hidden, weight, student.bias, [teacher.hidden], [head], biases, once, scale)
         losses, *gradient = losses_by_slab(*arguments, *divergence, None)
     return losses.dot(scale), gradient
+
+
+def _towards_most_likely(
+    student: Answers, teacher: MostLikely, temperature: float, row_weights: Tensor | None
+) -> tuple[Tensor, Gradient]:
+    if isinstance(student, Tensor):
+        return most_likely_kl_with_grad(student, teacher, temperature, reduced_scale(student, row_weights, None, "batchmean"))
+    hidden, weight, bias = student
+    whole = weight if isinstance(weight, Tensor) else weight.whole().requires_grad_()
+    scale = reduced_scale(hidden, row_weights, None, "batchmean")
+    value, gradient = linear_most_likely_kl_with_grad(hidden, whole, bias, teacher, temperature, scale)
+    return value, _contracted(gradient, weight)
+
+
+def _contracted(gradient: list[Tensor | None], weight: Weight) -> list[Tensor | None]:
+    """Of a head that was merged for it as a whole, the gradient by its coefficients in place of that by its weight."""
+    if gradient[1] is not None and not isinstance(weight, Tensor):
+        gradient[1] = weight.contracted(gradient[1])
+    return gradient
+
+
+def most_likely(answers: Answers, k: int, temperature: float) -> MostLikely:
+    """The k most likely classes of every row of the soft-max of a teacher's answers, and the mass of the rest."""
+    if isinstance(answers, Tensor):
+        return MostLikely.of(answers, k, temperature)
+    return MostLikely.of_linear(answers.hidden, _whole(answers.weight), answers.bias, k, temperature)
 
 
 def _teachers(teacher: Projected | None) -> Teachers:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.learning.calibration import Calibration, teacher_answers
+from samerge_ext.learning.calibration import Calibration, most_likely_answers, teacher_answers
 from samerge_ext.learning.config import TaughtConfig
 from samerge_ext.learning.language_model import OfExpert
 from samerge_ext.learning.losses import ExpertAnswers, entropies
@@ -21,15 +21,21 @@ Lesson = tuple[ExpertAnswers, Tensor | None]
 
 
 def lessons(
-    model: MergedModel, calibration: Calibration, logits: Logits, config: TaughtConfig
+    model: MergedModel, calibration: Calibration, logits: Logits, config: TaughtConfig, temperature: float = 1.0
 ) -> tuple[Calibration, dict[str, list[Lesson]]]:
     """The calibration set that is learned from, and task -> what each of its batches is to become.
 
+    temperature: of the teachers' soft-max, where config.teacher_top_k of its classes are kept.
     Raises ValueError where examples cannot be told apart, or cannot be given to another task's expert.
     """
     if config.confidence_weights and len(model.packed.tasks) < 2:
         raise ValueError("confidence_weights compares experts, and there is one; leave it out")
-    teachers: dict[str, list[Any]] = dict(teacher_answers(model, calibration, logits, config.precision))
+    teachers: dict[str, list[Any]]
+    if config.teacher_top_k is None:
+        teachers = dict(teacher_answers(model, calibration, logits, config.precision))
+    else:
+        settings = (config.precision, config.teacher_top_k, temperature)
+        teachers = dict(most_likely_answers(model, calibration, logits, *settings))
     if config.samples is not None:
         calibration, teachers = by_difficulty(model.module, calibration, teachers, logits, config)
     if not config.confidence_weights:

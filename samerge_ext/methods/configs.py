@@ -32,6 +32,8 @@ class SAMergingConfig(TaughtConfig):
         super().__post_init__()
         check_least(self, 0, "temperature", "teacher_temperature", above=True)
         check_share(self, "beta")
+        if self.teacher_top_k is not None and self.beta:
+            raise ValueError(f"teacher_top_k={self.teacher_top_k} is for the divergence of beta=0, and beta={self.beta!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,8 @@ class StatsMergingConfig(TaughtConfig):
         check_least(self, 0, "singular_values")
         if not 0 < self.learning_rate_decay <= 1:
             raise ValueError(f"learning_rate_decay={self.learning_rate_decay!r}; expected a number in (0, 1]")
+        if self.teacher_top_k is not None and self.loss != "kl":
+            raise ValueError(f"teacher_top_k={self.teacher_top_k} is for loss='kl', and loss={self.loss!r}")
         if self.hidden < 2 or self.hidden % 2:
             raise ValueError(f"hidden={self.hidden!r}; expected an even number ≥ 2")
         if self.whole_model and self.granularity == "task":

@@ -46,14 +46,14 @@ def samerging(
     started = time.perf_counter()
     held = calibration_set(calibration, packed, config)
     model, logits = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
-    held, taught = lessons(model, held, logits, config)
+    held, taught = lessons(model, held, logits, config, _divergence(config).teacher_temperature)
     history = learn(model, held, logits, distillation(config), config, "samerging", targets=taught)
     return Result.of_model(model, "samerging", config, history, time.perf_counter() - started)
 
 
 def distillation(config: SAMergingConfig) -> Objective:
     """The loss of a batch and its gradient by the model's answers."""
-    divergence = losses.Divergence(config.temperature, config.teacher_temperature or config.temperature, config.beta)
+    divergence = _divergence(config)
     scale = divergence.student_temperature * divergence.teacher_temperature if config.scale_by_temperature else 1.0
 
     def objective(student: Answers, lesson: Lesson) -> tuple[Tensor, Gradient]:
@@ -62,3 +62,7 @@ def distillation(config: SAMergingConfig) -> Objective:
         return loss * scale, losses.scaled(gradient, scale)
 
     return objective
+
+
+def _divergence(config: SAMergingConfig) -> losses.Divergence:
+    return losses.Divergence(config.temperature, config.teacher_temperature or config.temperature, config.beta)

@@ -50,7 +50,7 @@ def statsmerging(
     held = calibration_set(calibration, packed, config)
     features = Features.of_packed(packed, of=config.of, singular_values=config.singular_values, path=_features_path(config))
     model, logits = make_model(module, packed, config, held, logits, teachers=True, heads=heads)
-    held, taught = lessons(model, held, logits, config)
+    held, taught = lessons(model, held, logits, config, config.temperature)
 
     def loss_of(student: Answers, lesson: Lesson) -> tuple[Tensor, Gradient]:
         if config.loss == "cross_entropy":

@@ -53,7 +53,7 @@ def losses_and_grads(
         # is the same to the bit with its gradient and without.
         apart = loss == "cross_entropy"
         matrices = 1 + len(teachers) + apart
-        at_once = _rows_at_once(student, teachers, matrices, workspace_bytes)
+        at_once = rows_at_once(student, teachers, matrices, workspace_bytes)
         kernel, buffer = backend.kernel("softmax_kl", hidden), None
         slab = hidden.new_empty(max(each.slab_bytes for each in (student, *teachers)) // of_loss.itemsize, dtype=of_loss)
         for each in (student, *teachers):
@@ -89,7 +89,7 @@ def _chunks(rows: int, mask: Tensor | None, at_once: int) -> Iterator[tuple[slic
         yield some if places is None else places[some], some.stop - first
 
 
-def _rows_at_once(student: Head, teachers: list[Head], matrices: int, workspace_bytes: int | None) -> int:
+def rows_at_once(student: Head, teachers: list[Head], matrices: int, workspace_bytes: int | None) -> int:
     """As many as the workspace has room for: of logits, hidden states as they are multiplied, and a slab of the widest head."""
     available = workspace_for(workspace_bytes, student.weight.device)
     heads = (student, *teachers)

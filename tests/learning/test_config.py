@@ -59,6 +59,21 @@ def test_a_setting_that_is_none_is_refused_by_name(key, value, message):
         sm.SAMergingConfig(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (sm.SAMergingConfig, {"beta": 0.5}, "is for the divergence of beta=0"),
+        (sm.SAMergingConfig, {"confidence_weights": True}, "read all classes of the teachers"),
+        (sm.SAMergingConfig, {"samples": 4}, "read all classes of the teachers"),
+        (sm.StatsMergingConfig, {}, "is for loss='kl'"),
+    ],
+)
+def test_what_needs_all_classes_of_a_teacher_is_refused_with_few(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(teacher_top_k=8, **settings)
+    config(**settings)
+
+
 def test_numbers_and_paths_of_any_kind_are_taken():
     config = sm.SAMergingConfig(rho=1, steps=np.int64(3), learning_rate=np.float32(0.1), checkpoint_dir=Path("x"), seed=-1)
     assert config.steps == 3 and config.task_weights is None

@@ -11,6 +11,7 @@ from helpers import BF16_COEFFICIENTS, ROOT, assert_alike
 from torch import nn
 
 import samerge_ext as sm
+from samerge_ext.learning import calibration
 from samerge_ext.merged.streamed import StreamedRows
 
 pytest.importorskip("transformers")
@@ -108,6 +109,23 @@ def test_every_method_learns_the_same(method, no_logits):
     for name, of_layer in expected.component_coefficients.items():
         assert_alike(found.component_coefficients[name], of_layer, name)
     assert_alike(*(torch.tensor([step.get("held_back_loss", 0.0) for step in r.history]).double() for r in (found, expected)))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("k", [3, models.VOCABULARY])
+def test_teachers_most_likely_tokens(k, streamed, no_logits, monkeypatch):
+    """With all of them λ is that of logits; with fewer no head of a teacher is there once the batches have been read."""
+    base = models.make("qwen2, tied")
+    packed = models.make_packed(base)
+    settings = {"steps": 4, "temperature": 1.0}
+    expected = learned(base, packed, sm.models.causal_lm.logits, **settings).coefficients
+    kept = learned(base, packed, sm.models.causal_lm.logits, teacher_top_k=k, **settings).coefficients
+    no_logits()
+    monkeypatch.setattr(calibration, "expert_head", lambda *_: pytest.fail("a teacher's head is made"))
+    found = learned(base, packed, sm.models.causal_lm, teacher_top_k=k, streamed=streamed, **settings).coefficients
+    assert_alike(found, kept)
+    off = (found - expected).norm() / (expected - 0.3).norm()
+    assert off < 1e-9 if k == models.VOCABULARY else off > 1e-4
 
 
 @pytest.mark.parametrize("streamed", [False, True])
