@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,9 @@ from samerge_ext.learning.language_model import LanguageModel, OfExpert, Weight,
 from samerge_ext.learning.losses import most_likely
 from samerge_ext.learning.nested import map_tensors, to_device
 from samerge_ext.learning.passes import Logits, answers_to, call_logits, running
+from samerge_ext.learning.teacher_cache import Given, TeacherCache
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.ops.most_likely_kl import MostLikely
-
-Given = TypeVar("Given", Tensor, MostLikely)  # what is kept of an expert's answers to a batch
 
 
 class Calibration:
@@ -90,13 +90,18 @@ def _spread(count: int, share: float) -> list[int]:
     return [(2 * place + 1) * count // (2 * chosen) for place in range(chosen)]
 
 
-def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits, precision: str) -> dict[str, list[Tensor]]:
-    """Every expert's logits [B, V] on its own task's batches, from the merged model at one-hot coefficients."""
+def teacher_logits(
+    model: MergedModel, calibration: Calibration, logits: Logits, precision: str, folder: str | Path | None = None
+) -> dict[str, list[Tensor]]:
+    """Every expert's logits [B, V] on its own task's batches, from the merged model at one-hot coefficients.
+
+    folder: where they are kept (`TeacherCache`).
+    """
 
     def run(module: nn.Module, batch: Any, task: str) -> Tensor:
         return call_logits(logits, module, batch, task, precision)
 
-    cached = _of_teachers(model, calibration, run)
+    cached = _of_teachers(model, calibration, run, folder, f"logits, {precision}")
     for task in cached:
         if cached[task][0].shape[1] == 1:
             warnings.warn(
@@ -107,29 +112,35 @@ def teacher_logits(model: MergedModel, calibration: Calibration, logits: Logits,
 
 
 def teacher_answers(
-    model: MergedModel, calibration: Calibration, logits: Logits, precision: str
+    model: MergedModel, calibration: Calibration, logits: Logits, precision: str, folder: str | Path | None = None
 ) -> dict[str, list[Tensor]] | dict[str, list[OfExpert]]:
     """`teacher_logits`; of a LanguageModel every expert's last hidden states [R, H], beside the way to its head."""
     if not isinstance(logits, LanguageModel):
-        return teacher_logits(model, calibration, logits, precision)
+        return teacher_logits(model, calibration, logits, precision, folder)
 
     def run(module: nn.Module, batch: Any, task: str) -> Tensor:
         with running(module, precision, f"the batch of task '{task}'"):
             return logits.hidden_states(module, batch)
 
-    hidden = _of_teachers(model, calibration, run)
+    hidden = _of_teachers(model, calibration, run, folder, f"last hidden states, {precision}")
     return {task: [OfExpert(states, partial(expert_head, model, task)) for states in held] for task, held in hidden.items()}
 
 
 def most_likely_answers(
-    model: MergedModel, calibration: Calibration, logits: Logits, precision: str, k: int, temperature: float
+    model: MergedModel,
+    calibration: Calibration,
+    logits: Logits,
+    precision: str,
+    folder: str | Path | None,
+    k: int,
+    temperature: float,
 ) -> dict[str, list[MostLikely]]:
     """Of every expert's answers the k most likely classes of every row, each batch's as soon as it has run."""
 
     def run(module: nn.Module, batch: Any, task: str) -> MostLikely:
         return most_likely(answers_to(logits, module, batch, task, precision), k, temperature)
 
-    return _of_teachers(model, calibration, run)
+    return _of_teachers(model, calibration, run, folder, f"the {k} most likely at temperature {temperature}, {precision}")
 
 
 def expert_head(model: MergedModel, task: str) -> tuple[Weight, Tensor | None]:
@@ -140,14 +151,26 @@ def expert_head(model: MergedModel, task: str) -> tuple[Weight, Tensor | None]:
 
 
 def _of_teachers(
-    model: MergedModel, calibration: Calibration, run: Callable[[nn.Module, Any, str], Given]
+    model: MergedModel,
+    calibration: Calibration,
+    run: Callable[[nn.Module, Any, str], Given],
+    folder: str | Path | None,
+    kept: str,
 ) -> dict[str, list[Given]]:
-    """What every expert gives to its own task's batches."""
+    """What every expert gives to its own task's batches; kept in a folder where one is given."""
     cached = {}
     for task, batches in calibration.batches.items():
         with model.teacher(task) as module:
-            cached[task] = [map_tensors(Tensor.detach, run(module, to_device(batch, model.device), task)) for batch in batches]
+            answer = partial(_answer, run, module, model.device, task)
+            if folder is None:
+                cached[task] = list(map(answer, batches))
+            else:
+                cached[task] = TeacherCache(folder, kept).answers(task, batches, answer)
         for index, values in enumerate(cached[task]):
             if any(torch.isnan(tensor).any() for tensor in ([values] if isinstance(values, Tensor) else values)):
                 raise FloatingPointError(f"expert '{task}' gives NaN logits on its calibration batch {index}")
     return cached
+
+
+def _answer(run: Callable[[nn.Module, Any, str], Given], module: nn.Module, device: torch.device, task: str, batch: Any) -> Given:
+    return map_tensors(Tensor.detach, run(module, to_device(batch, device), task))

@@ -152,11 +152,17 @@ class TaughtConfig(LearningConfig):
     teacher_top_k: keep of every teacher's soft-max the so many most likely classes, and the mass of the rest as one: less to hold
         than logits, and of a language model nothing of a teacher's head is computed again (`ops.most_likely_kl` says what is
         missed).
+    teacher_cache: folder that keeps the teachers' answers, mapped from there: of a later run with the same batches every expert
+        answers its first one alone, which tells whether it is the same, and the rest is read.
     """
+
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (*LearningConfig.WITHOUT_EFFECT, "teacher_cache")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*LearningConfig.MAY_CHANGE, "teacher_cache")
 
     confidence_weights: bool = False
     samples: int | None = None
     teacher_top_k: int | None = None
+    teacher_cache: str | Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,9 +32,9 @@ def lessons(
         raise ValueError("confidence_weights compares experts, and there is one; leave it out")
     teachers: dict[str, list[Any]]
     if config.teacher_top_k is None:
-        teachers = dict(teacher_answers(model, calibration, logits, config.precision))
+        teachers = dict(teacher_answers(model, calibration, logits, config.precision, config.teacher_cache))
     else:
-        settings = (config.precision, config.teacher_top_k, temperature)
+        settings = (config.precision, config.teacher_cache, config.teacher_top_k, temperature)
         teachers = dict(most_likely_answers(model, calibration, logits, *settings))
     if config.samples is not None:
         calibration, teachers = by_difficulty(model.module, calibration, teachers, logits, config)
@@ -50,8 +50,8 @@ def confidence(
     """task t -> the weight of every row of its batches, 1 − H(p_t) / Σ_k H(p_k): large where the task's own expert is certain of
     a row and the others, each with its own head, are not. Where all are certain, 1 − 1/T."""
     own = {
-        task: [entropies(given.projected() if isinstance(given, OfExpert) else given) for given in of_task]
-        for task, of_task in teachers.items()
+        task: [entropies(one.projected() if isinstance(one, OfExpert) else one) for one in to_device(given, model.device)]
+        for task, given in teachers.items()
     }
     total = {task: [rows.clone() for rows in of_task] for task, of_task in own.items()}
     for expert in model.packed.tasks:

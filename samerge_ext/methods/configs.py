@@ -75,10 +75,10 @@ class StatsMergingConfig(TaughtConfig):
         "loss": ("cross_entropy", "kl"),
         "of": ("experts", "task_vectors"),
     }
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (*LearningConfig.WITHOUT_EFFECT, "features")
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (*TaughtConfig.WITHOUT_EFFECT, "features")
     # Steps and epochs may not: the learning rate depends on how long the run is.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *(key for key in LearningConfig.MAY_CHANGE if key not in ("steps", "epochs")), "features"
+        *(key for key in TaughtConfig.MAY_CHANGE if key not in ("steps", "epochs")), "features"
     )  # fmt: skip
 
     weight_decay: float = 0.0

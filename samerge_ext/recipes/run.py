@@ -17,7 +17,6 @@ from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.learning.calibration import Calibration
-from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -29,6 +28,7 @@ from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.data_free import file_merge
 from samerge_ext.recipes.entries import SliceEntry
 from samerge_ext.recipes.parameters import METHODS
+from samerge_ext.recipes.recipe import LEARNED as CONFIGS
 from samerge_ext.recipes.recipe import Recipe
 from samerge_ext.recipes.tokenizers import companions_of
 from samerge_ext.statistics.features import FEATURES_FILE
@@ -140,7 +140,7 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says, without what goes without saying or has no part in the result."""
     said = recipe.model_dump(mode="json", exclude_defaults=True)
     if recipe.merge_method in LEARNED:
-        without_effect = LearningConfig.WITHOUT_EFFECT
+        without_effect = CONFIGS[recipe.merge_method].WITHOUT_EFFECT
         said["parameters"] = {key: value for key, value in recipe.parameters.items() if key not in without_effect}
     return said
 
