@@ -197,9 +197,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="use the first so many texts of each file")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the weights, float32 …; as they are stored by default")] = None,
     device: Annotated[str, typer.Option(help="what computes: cpu, cuda, cuda:1")] = "cpu",
+    report: Annotated[bool, typer.Option("--report", help="add the scores to the merged model's report, too")] = False,
 ) -> None:
     """Perplexity or accuracy of a model folder on files. Of a task's own head, as TASK=FILE."""
     with _told():
+        if report:
+            from samerge_ext.reports.report import read_report
+            from samerge_ext.reports.writing import rewrite
+
+            found = read_report(folder)
         named = {task: Path(path) for task, path in _tasks_and_folders(files)}
         for path in (folder, *named.values()):
             path.stat()
@@ -207,8 +213,11 @@ def evaluate(
 
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "max_length": max_length, "device": device}
         scores = evaluate_folder(folder, named, dtype=_float_type(dtype), **options)
+        if report:
+            found.scores.update({task: score.known() for task, score in scores.items()})
+            rewrite(folder, found)
     if json:
-        typer.echo(as_json({task: {k: v for k, v in vars(score).items() if v is not None} for task, score in scores.items()}))
+        typer.echo(as_json({task: score.known() for task, score in scores.items()}))
         return
     for task, score in scores.items():
         if score.accuracy is None:

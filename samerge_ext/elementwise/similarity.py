@@ -1,4 +1,4 @@
-"""How alike task vectors are: the cosines between them, and where they pull a number to different sides."""
+"""How large and how alike task vectors are: their norms, the cosines between them, and where they pull to different sides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def similarity(merge: FileMerge) -> dict[str, Any]:
     """Of the task vectors that would be merged, or where there is no base of the models themselves, before any rule changes them.
 
     "of": which of the two. "models": T names. "cosines": [T, T]. "conflicts": [T, T], of the numbers that are not 0 in either of
-    two, the share whose signs differ. "layers": "cosine" and "sign conflicts" -> layer -> the mean over all pairs.
+    two, the share whose signs differ. "layers": "cosine" and "sign conflicts" -> layer -> the mean over all pairs. "norms": model
+    -> layer -> ‖·‖_F.
 
     Models are read once, piece by piece, in memory that does not depend on their size. Raises ValueError as `merge_files` does
     for models that do not fit together, and where there is only one.
@@ -28,6 +29,7 @@ def similarity(merge: FileMerge) -> dict[str, Any]:
         pieces, count = plan.pieces(models.device), len(plan.experts)
         total = torch.zeros(3, count, count, dtype=torch.float64)
         by_layer: dict[str, dict[str, float]] = {"cosine": {}, "sign conflicts": {}}
+        norms: dict[str, dict[str, float]] = {task: {} for task, _ in plan.experts}
         for name in plan.layers:
             sums = torch.zeros_like(total)
             for piece in pieces.in_turn([plan.extent(name)]):
@@ -36,14 +38,17 @@ def similarity(merge: FileMerge) -> dict[str, Any]:
                     sums += pair_sums(rows[:, place]).cpu()
             cosines, conflicts = _of_pairs(sums)
             by_layer["cosine"][name], by_layer["sign conflicts"][name] = _mean_of_pairs(cosines), _mean_of_pairs(conflicts)
+            for of_model, square in zip(norms.values(), sums[0].diagonal().tolist(), strict=True):
+                of_model[name] = square**0.5
             total += sums
         cosines, conflicts = _of_pairs(total)
         return {
             "of": "models" if plan.base is None else "task vectors",
-            "models": [task for task, _ in plan.experts],
+            "models": list(norms),
             "cosines": cosines.tolist(),
             "conflicts": conflicts.tolist(),
             "layers": by_layer,
+            "norms": norms,
         }
 
 

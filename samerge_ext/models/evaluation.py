@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Score:
     perplexity: float | None = None
     accuracy: float | None = None
     tokens: int | None = None
+
+    def known(self) -> dict[str, Any]:
+        """What there is of it, as JSON has it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def evaluate(

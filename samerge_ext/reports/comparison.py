@@ -12,7 +12,7 @@ from typing import Any
 from samerge_ext.checkpoints.places import SUFFIXES
 from samerge_ext.checkpoints.reading import cut
 from samerge_ext.reports.heat_map import heat_map
-from samerge_ext.reports.page import learning_charts, rendered, run_rows, slice_chart
+from samerge_ext.reports.page import learning_charts, rendered, run_rows, score_rows, slice_chart
 from samerge_ext.reports.report import Report, read_report, understood
 from samerge_ext.sizes import show_bytes
 
@@ -22,7 +22,8 @@ SAID = ("method", "config", "recipe", "versions", "heads", "merged")  # of a rep
 
 @dataclass(frozen=True)
 class Comparison:
-    """folders: A and B. differences: (key, A's value, B's), of all settings that are not equal. amounts: sizes, time and memory.
+    """folders: A and B. differences: (key, A's value, B's), of all settings that are not equal. amounts: scores, sizes, time and
+    memory.
     coefficients: (task, mean λ of A, of B, mean |B − A|, the largest and its layer), over the tasks and layers of both.
     change: task -> layer -> λ of B less that of A. reports: A's and B's."""
 
@@ -40,7 +41,8 @@ def compared(a: str | Path, b: str | Path) -> Comparison:
     for folder in (a, b):
         report = read_report(folder)
         with understood(folder):
-            amounts = {"weights": show_bytes(_weight_bytes(Path(folder))), **dict(run_rows(report))}
+            scores = {f"{task}: {score.split()[0]}": score.split(maxsplit=1)[1] for task, score, _ in score_rows(report)}
+            amounts = {**scores, "weights": show_bytes(_weight_bytes(Path(folder))), **dict(run_rows(report))}
             said = dict(_flat({key: getattr(report, key) for key in SAID} | {"models": _models(report)}))
         sides.append((report, said, amounts))
     (of_a, said_a, amounts_a), (of_b, said_b, amounts_b) = sides

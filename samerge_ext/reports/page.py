@@ -42,6 +42,8 @@ def page(report: Report, title: str, loading: str) -> str:
         cosines=_matrix(similar, "cosines", ".3f"),
         conflicts=_matrix(similar, "conflicts", ".1%"),
         similarity=heat_map("Mean cosine and share of sign conflicts by layer", similar["layers"]) if similar else None,
+        norms=heat_map(f"Norms of the {similar['of']} by layer", similar["norms"]) if similar else None,
+        scores=score_rows(report),
         recipe=as_yaml(report.recipe),
         settings=[[key, json.dumps(value, ensure_ascii=False)] for key, value in report.config.items()],
         run=run_rows(report),
@@ -79,6 +81,17 @@ def run_rows(report: Report) -> list[list[str]]:
     if "seconds" in shown:
         shown["seconds"] = f"{report.run['seconds']:.1f}"
     return [[words, shown[key]] for key, words in RUN.items() if key in shown]
+
+
+def score_rows(report: Report) -> list[list[str]]:
+    """task, score and number of texts, for every file that the merged model was evaluated on."""
+    return [[task, _score(found), str(found["texts"])] for task, found in report.scores.items()]
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    if "accuracy" in found:
+        return f"accuracy {found['accuracy']:.2%}"
+    return f"perplexity {found['perplexity']:.4f} of {found['tokens']} tokens"
 
 
 def _rows(report: Report) -> dict[str, dict[str, float]]:

@@ -34,6 +34,7 @@ class Report:
     run: what differs between equal runs: "seconds", "device", "peak_bytes" (the highest resident memory of the process, whatever
         else it did), "gpu_peak_bytes" beside it, and "planned_bytes" where a plan was made.
     similarity: of the task vectors, as `elementwise.similarity.similarity` gives it. loss_slice: as `recipes.loss_slice` does.
+    scores: task -> what `models.evaluation.Score` holds of the merged model on the task's file.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Report:
     run: dict[str, Any] = field(default_factory=dict)
     similarity: dict[str, Any] = field(default_factory=dict)
     loss_slice: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:

@@ -25,13 +25,14 @@ def test_similarity_is_that_of_whole_vectors_in_pieces_of_any_size(tmp_path, mon
         # A difference is rounded to the type that tensors are merged in.
         rows = [torch.cat([(e[n] - base[n] if has_base else e[n]).reshape(-1) for n in names]).double() for e in experts]
         share = ((rows[0] * rows[1] < 0).sum() / (rows[0] * rows[1] != 0).sum()).item()
-        return torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0), share
+        return torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0), share, torch.stack(rows).norm(dim=1)
 
-    cosine, conflicts = expected(list(merges.SHAPES))
+    cosine, conflicts, _ = expected(list(merges.SHAPES))
     assert_close(torch.tensor(found["cosines"])[0, 1], cosine)
     assert found["conflicts"][0][1] == found["conflicts"][1][0] == pytest.approx(conflicts, rel=1e-6)
     assert found["conflicts"][0][0] == 0 and found["cosines"][1][1] == pytest.approx(1)
-    cosine, conflicts = expected(["layers.0.w"])
+    cosine, conflicts, norms = expected(["layers.0.w"])
+    assert_close(torch.tensor([found["norms"][task]["layers.0.w"] for task in merges.TASKS]), norms)
     assert_close(torch.tensor(found["layers"]["cosine"]["layers.0.w"]), cosine)
     assert found["layers"]["sign conflicts"]["layers.0.w"] == pytest.approx(conflicts, rel=1e-6)
 

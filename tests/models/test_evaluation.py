@@ -16,6 +16,7 @@ import samerge_ext as sm
 from samerge_ext.cli import commands
 from samerge_ext.models import evaluation
 from samerge_ext.models.evaluation import evaluate
+from samerge_ext.reports.report import read_report
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["?", "a", "b", "c", "d"]
@@ -74,6 +75,22 @@ def test_what_the_command_prints(language_model):
     assert lines.exit_code == 0 and lines.output.startswith("news: perplexity ") and "of 4 tokens in 1 texts" in lines.output
     content = json.loads(samerge(language_model / "model", f"here={file}", "--json", "--max-length", 3).output)
     assert content["here"]["tokens"] == 5 and content["here"]["perplexity"] > 1 and "accuracy" not in content["here"]
+
+
+def test_scores_are_added_to_a_report(language_model):
+    file, recipe = language_model / "news.txt", language_model / "recipe.yaml"
+    recipe.write_text(f"{{merge_method: linear, models: [{{model: '{language_model}/model', parameters: {{weight: 1}}}}]}}")
+    merged = language_model / "merged"
+    refused = samerge(language_model / "model", file, "--report")
+    assert refused.exit_code == 1 and "holds no report.json" in refused.output
+    assert CliRunner().invoke(commands.app, ["merge", str(recipe), str(merged)]).exit_code == 0
+    printed = samerge(merged, f"here={file}", "--report", "--json")
+    assert printed.exit_code == 0, printed.output
+    assert read_report(merged).scores == json.loads(printed.output)
+    samerge(merged, f"there={file}", "--report", "--limit", 1)
+    assert list(read_report(merged).scores) == ["here", "there"]
+    perplexity = json.loads(printed.output)["here"]["perplexity"]
+    assert f"perplexity {perplexity:.4f} of 12 tokens" in (merged / "report.html").read_text()
 
 
 @pytest.fixture

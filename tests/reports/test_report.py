@@ -45,7 +45,9 @@ def report(tasks=TASKS, layers=LAYERS, shift=0.0, **keys):
         similarity={
             "of": "task vectors", "models": list(tasks), "cosines": rows, "conflicts": rows,
             "layers": {"cosine": dict.fromkeys(layers, 0.1), "sign conflicts": dict.fromkeys(layers, 0.4)},
+            "norms": {task: dict.fromkeys(layers, 2.0) for task in tasks},
         },
+        scores={tasks[0]: {"file": "test.jsonl", "texts": 1234, "accuracy": 0.75}},
         loss_slice={"distances": [-0.1, 0.0, 0.1], "losses": [1.0, 0.9, 1.1], "gradient_norm": 0.2, "batches": 4},
         **keys,
     )  # fmt: skip
@@ -119,7 +121,8 @@ def test_every_section_is_there(pages):
     sections = ("Load it", "What was merged", "Coefficients", "Learning", "The loss around λ", "Sign conflicts", "Configuration")
     assert all(text in words for text in sections)
     assert "Time and memory" in words and "2 GB" in words and "planned" not in words, "what is not known has no row"
-    assert words.count(LAYERS[7]) == 2, "once in the map of λ, once in that of similarity"
+    assert words.count(LAYERS[7]) == 3, "once in the map of λ, of similarity and of norms"
+    assert "What it scores" in words and "accuracy 75.00%" in words and "1234" in words
 
 
 def luminance(colour):
@@ -230,6 +233,8 @@ def test_two_merges_side_by_side(tmp_path):
     assert [row[0] for row in found.coefficients] == ["y"] and found.coefficients[0][3] == "0.25"
     text = comparison.as_text(found)
     assert "models.x.from" in text and "100 B" in text and "config.rho" not in text
+    scores = [("x: accuracy", "75.00%", "–"), ("y: accuracy", "–", "75.00%")]
+    assert [row for row in found.amounts if "accuracy" in row[0]] == scores
     same = comparison.as_text(comparison.compared(a, a))
     assert "are equal" in same and "differs" not in same
 
