@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
+	@echo "make check-pages   look at reports in a headless Chromium, with an accessibility checker; needs node and npm"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make first-gpu   the most telling tests and timings on a GPU, in nine minutes"
@@ -113,6 +114,17 @@ $(MERGEKIT)/ready:
 	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
 	touch $@
 
+# Reports in a headless Chromium, with node and npm.
+PAGES := .cache-pages
+
+check-pages: $(VENV)/test-ready $(PAGES)/ready
+	$(BIN)/python tests/support/report_pages.py $(PAGES) --node-modules $(PAGES)/node_modules
+
+$(PAGES)/ready:
+	mkdir -p $(PAGES)
+	npm install --silent --no-fund --no-audit --prefix $(PAGES) playwright-core@1.64.1 axe-core@4 html-validate@10
+	touch $@
+
 SANITIZED := build/sanitized
 # Sanitised, GCC 12 takes what its own AVX-512 intrinsics leave undefined for a mistake, in thousands of lines.
 NO_WARNING_OF := -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized
@@ -169,4 +181,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
