@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
+	@echo "make test-lm-eval   a merged folder in lm-evaluation-harness, in an environment of its own"
 	@echo "make check-pages   look at reports in a headless Chromium, with an accessibility checker; needs node and npm"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
@@ -114,6 +115,18 @@ $(MERGEKIT)/ready:
 	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
 	touch $@
 
+# A merged folder in lm-evaluation-harness, in an environment of its own.
+LM_EVAL := .cache-lm-eval
+
+test-lm-eval: $(VENV)/test-ready $(LM_EVAL)/ready
+	LM_EVAL_PYTHON=$(CURDIR)/$(LM_EVAL)/bin/python $(BIN)/python -m pytest tests/models/test_lm_eval.py
+
+$(LM_EVAL)/ready:
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet $(TORCH)
+	$(LM_EVAL)/bin/python -m pip install --quiet lm_eval==0.4.13 transformers accelerate
+	touch $@
+
 # Reports in a headless Chromium, with node and npm.
 PAGES := .cache-pages
 
@@ -181,4 +194,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(LM_EVAL) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
