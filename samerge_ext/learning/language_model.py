@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samerge_ext.merged.streamed import StreamedRows, rows_of
 
@@ -46,8 +47,8 @@ class LanguageModel:
     """A ``logits(module, batch, task)`` function -> [rows, V] of a model of transformers with a row of logits for every token.
 
     It says what the model is given, and so that learned methods need no logits: they take the hidden states [rows, H] before the
-    module's output embeddings, wherever the module's logits are the product of the two and no more (`is_exact`). Elsewhere, as
-    where logits are capped (Gemma 2) or scaled (Granite, Cohere) or have a bias added (BART), logits are what is kept.
+    module's output embeddings, wherever the module's logits are the product of the two, or that times a number (`is_exact`).
+    Elsewhere, as where logits are capped (Gemma 2) or have a bias added (BART), logits are what is kept.
     """
 
     def __init__(self, inputs: Inputs):
@@ -62,7 +63,8 @@ class LanguageModel:
         return module(**inputs).logits[kept]
 
     def hidden_states(self, module: nn.Module, batch: Any) -> Tensor:  # [rows, H]
-        """What the head is given, from a pass in which it gives that back."""
+        """What the head is given, times what its logits are multiplied with: from a pass in which the head gives back what it is
+        given."""
         inputs, kept = self.inputs(module, batch)
         with _passing_through(output_head(module)):
             return module(**inputs).logits[kept]
@@ -74,23 +76,43 @@ class LanguageModel:
 
     @torch.no_grad()
     def is_exact(self, module: nn.Module, batch: Any) -> bool:
-        """Whether logits are hidden · weightᵀ + bias of the output embeddings: these are a plain linear layer, and what it gives
-        is what the module gives. A pass over the batch, at no matter which weights, also without numbers."""
+        """Whether logits are `hidden_states` · weightᵀ + bias of the output embeddings: these are a plain linear layer, and what
+        it gives is what the module gives, or without a bias, after nothing but multiplications with numbers (Granite, Cohere).
+        A pass over the batch, at no matter which weights, also without numbers."""
         head = output_head(module)
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
             return False
         inputs, _ = self.inputs(module, batch)
-        with _passing_through(head) as given:
+        with _passing_through(head) as given, _Scalings(given) as scalings:
             try:
                 outputs = module(**inputs)
             except RuntimeError:  # something of the vocabulary's size is added to the logits
                 return False
-        return len(given) == 1 and outputs.logits is given[0]
+        if scalings.found and head.bias is not None:
+            return False
+        return len(given) == 1 and outputs.logits is (scalings.found or given)[-1]
 
 
 def output_head(module: Any) -> Any:
     """A model's output embeddings; None where it names none."""
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+
+
+class _Scalings(TorchDispatchMode):
+    """found: what becomes of the one tensor in ``given`` as long as it is multiplied with or divided by numbers, step by step."""
+
+    KINDS = tuple(getattr(torch.ops.aten, name).Tensor for name in ("mul", "mul_", "div", "div_"))
+
+    def __init__(self, given: list[Tensor]):
+        super().__init__()
+        self.given, self.found = given, list[Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        followed = (self.found or self.given)[-1:]
+        if func in self.KINDS and followed and args[0] is followed[0] and isinstance(args[1], int | float):
+            self.found.append(result)
+        return result
 
 
 @contextmanager

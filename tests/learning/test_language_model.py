@@ -71,7 +71,7 @@ def test_a_head_that_is_no_linear_layer_or_has_hooks_is_left_alone():
     adapter, batch = sm.models.causal_lm, models.padded()
     base = models.make("llama")
     assert adapter.is_exact(base, batch) and "forward" not in vars(base.lm_head)
-    hook = base.lm_head.register_forward_hook(lambda part, args, output: 2 * output)
+    hook = base.lm_head.register_forward_hook(lambda part, args, output: output.tanh())
     assert not adapter.is_exact(base, batch)
     hook.remove()
 
@@ -81,6 +81,10 @@ def test_a_head_that_is_no_linear_layer_or_has_hooks_is_left_alone():
 
     base.lm_head.__class__ = Doubled
     assert not adapter.is_exact(base, batch)
+    scaled = models.make("granite, scaled")
+    assert adapter.is_exact(scaled, batch)
+    scaled.lm_head.bias = nn.Parameter(torch.ones(models.VOCABULARY, dtype=torch.float64))
+    assert not adapter.is_exact(scaled, batch), "its bias is scaled too"
     assert not adapter.is_exact(nn.Linear(2, 2), batch)
 
 
