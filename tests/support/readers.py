@@ -4,12 +4,15 @@ file is read, or an error of a documented type names it, whatever it holds. For 
 import io
 import json
 import struct
+import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save, save_file
 
@@ -77,6 +80,33 @@ def _state_dicts(_: Path) -> list[bytes]:
         torch.save(tensors(0), file := io.BytesIO(), **options)
         found.append(file.getvalue())
     return found
+
+
+def _dcp(_: Path) -> list[bytes]:
+    """Checkpoints whose one tensor's part is what `_part` makes, by itself and beside an optimizer's."""
+    found = []
+    for state in ({"w": torch.ones(4, 6)}, {"model": {"w": torch.ones(4, 6)}, "optim": {"step": 3}}):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
+            dcp.save(state, storage_writer=writer, no_dist=True)
+            found.append(Path(folder, ".metadata").read_bytes())
+    return found
+
+
+def _part(_: Path) -> list[bytes]:
+    torch.save(torch.ones(4, 6), file := io.BytesIO())
+    return [file.getvalue()]
+
+
+def _read_dcp(path: Path) -> object:
+    (path.parent / "__0_0.distcp").write_bytes(*_part(path))
+    return _all_of(path)
+
+
+def _read_part(path: Path) -> object:
+    (path.parent / ".metadata").write_bytes(_dcp(path)[0])
+    return _all_of(path.parent)
 
 
 def _read_index(path: Path) -> object:
@@ -264,6 +294,8 @@ READERS = {
     for reader in (
         Reader("safetensors", "weights/model.safetensors", lambda _: [save(tensors(0), {"format": "pt"})], _all_of, *HEADER),
         Reader("state dict", "pickled/pytorch_model.bin", _state_dicts, _all_of),
+        Reader("checkpoint's metadata", "dcp/.metadata", _dcp, _read_dcp),
+        Reader("checkpoint's part", "dcp-part/__0_0.distcp", _part, _read_part),
         Reader("index", "sharded/model.safetensors.index.json", _index, _read_index, *JSON),
         Reader("adapter's settings", "adapter/adapter_config.json", lambda _: [_join_json(SETTINGS)], _read_adapter, *JSON),
         Reader("adapter's factors", "factors/adapter_model.safetensors", lambda _: [save(_factors())], _read_adapter, *HEADER),
