@@ -305,6 +305,21 @@ def from_gguf(
     typer.echo(f"written to {out}")
 
 
+@app.command("to-dcp")
+def to_dcp(
+    folder: Annotated[Path, typer.Argument(help="model folder or weight file", exists=True)],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    key: Annotated[str, typer.Option(help="that the state dict is under; empty for a state dict by itself")] = "model",
+    overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
+) -> None:
+    """Write a model folder as torch.distributed.checkpoint does. For training with FSDP; such a folder is read as any other."""
+    with _told():
+        from samerge_ext.checkpoints.dcp_writing import save_dcp
+
+        save_dcp(folder, out, key=key or None, overwrite=overwrite)
+    typer.echo(f"written to {out}")
+
+
 @app.command()
 def info() -> None:
     """Versions, backends, threads and devices. Of a backend that is missing, why it is."""
