@@ -58,6 +58,7 @@ _LAZY = {  # public name -> module that defines it
     "distac": "methods.distac",
     "DisTaCConfig": "methods.distac",
     "CompatibilityWarning": "checkpoints.compatibility",
+    "save_dcp": "checkpoints.dcp_writing",
     "TokenRow": "checkpoints.tokenizers",
     "TokenizerConfig": "checkpoints.tokenizers",
     "available": "backend",
@@ -133,6 +134,7 @@ __all__ = [
     "refit_heads",
     "regmean",
     "samerging",
+    "save_dcp",
     "sce",
     "slerp",
     "softmax_kl",
@@ -155,6 +157,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from . import models, ops
     from .backend import available, use_backend
     from .checkpoints.compatibility import CompatibilityWarning
+    from .checkpoints.dcp_writing import save_dcp
     from .checkpoints.tokenizers import TokenizerConfig, TokenRow
     from .merged.model import MergedModel
     from .merged.result import Result

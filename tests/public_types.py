@@ -1,6 +1,7 @@
 """What a type checker makes of the public names: read by mypy in `make lint`, and never run."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, assert_type
 
 import torch
@@ -27,6 +28,10 @@ def packing(base: nn.Module, tensors: dict[str, Tensor]) -> None:
     assert_type(packed.base, Tensor)
     assert_type(packed.exact_task_vectors("this"), Tensor)
     assert_type(packed.tasks, tuple[str, ...])
+
+
+def writing() -> None:
+    assert_type(sm.save_dcp("merged", "dcp", key=None), Path)
 
 
 def learning(module: nn.Module, packed: sm.PackedWeights, batches: dict[str, Sequence[Tensor]]) -> None:

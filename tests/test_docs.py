@@ -180,6 +180,10 @@ def check_command(words: list[str], *, run: bool) -> None:
             assert result.exit_code == 0, result.output
         else:
             check_samerge(arguments)
+    elif program == "torchrun":  # whose processes take half a minute to start
+        module = arguments.index("-m")
+        assert arguments[module + 1] == "samerge_ext", f"{arguments[module + 1]} is not known here"
+        check_samerge(arguments[module + 2 :])
     elif program == "make":
         missing = set(arguments) - make_targets()
         assert arguments and not missing, f"no targets of the Makefile: {missing}"

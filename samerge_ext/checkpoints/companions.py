@@ -22,7 +22,7 @@ from samerge_ext.checkpoints.tokenizers import MergedTokenizer
 # Everything goes along but the following; names are compared without case.
 WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data*", "*.gguf", "*.ggml",
-    "*.tflite", "*.ot", "*.mlmodel", "*.pb", "weights*.npz", "*.data-?????-of-?????", "*.ckpt.index", "*.ckpt.meta",
+    "*.tflite", "*.distcp", "*.ot", "*.mlmodel", "*.pb", "weights*.npz", "*.data-?????-of-?????", "*.ckpt.index", "*.ckpt.meta",
     "*.safetensors.index*.json", "*.bin.index*.json",
 )  # fmt: skip
 OTHERS = (  # of a training run, of the hub, of an adapter, of an earlier merge; data

@@ -66,7 +66,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.paths = path, (path,)
         self.tied: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         refuse_pointer(path)

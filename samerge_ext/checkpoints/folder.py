@@ -10,20 +10,23 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.coded import Coded, coded_weights
+from samerge_ext.checkpoints.dcp import DcpCheckpoint
 from samerge_ext.checkpoints.files import SafetensorsFile, check_relative
 from samerge_ext.checkpoints.naming import unwrapped
-from samerge_ext.checkpoints.places import SUFFIXES, find_weights, folder_of
+from samerge_ext.checkpoints.places import METADATA, SUFFIXES, find_weights, folder_of
 from samerge_ext.checkpoints.reading import CheckpointError, cut, read_json, shown
 from samerge_ext.checkpoints.state_dicts import TorchFile
+
+WeightFile = SafetensorsFile | TorchFile | DcpCheckpoint
 
 
 class StoredTensors:
     """The tensors of weight files as they are stored; names and tied as of a `Checkpoint`."""
 
-    def __init__(self, path: Path, files: list[SafetensorsFile | TorchFile]):
+    def __init__(self, path: Path, files: list[WeightFile]):
         self.path, self.files = path, files
         self.tied: dict[str, str] = {}
-        self._places: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
+        self._places: dict[str, tuple[WeightFile, str]] = {}
         plain = unwrapped(name for file in files for name in (*file.names, *file.tied))
         for file in files:
             for name in (*file.names, *file.tied):
@@ -49,7 +52,7 @@ class StoredTensors:
         file, stored = self._find(name)
         file.read_into(stored, start, out)
 
-    def _find(self, name: str) -> tuple[SafetensorsFile | TorchFile, str]:
+    def _find(self, name: str) -> tuple[WeightFile, str]:
         """Which file has a tensor, and under which name."""
         if name not in self._places:
             raise CheckpointError(f"{self.path} has no tensor '{name}'; see its .names")
@@ -111,7 +114,7 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """The weight files, each once."""
-        return tuple(file.path for file in self._stored.files)
+        return tuple(path for file in self._stored.files for path in file.paths)
 
     def close(self) -> None:
         for file in self._stored.files:
@@ -125,7 +128,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkpoint:
-    """Opens a model folder, an index or a single weight file (.safetensors, .bin, .pt, .pth, .ckpt) and checks its headers.
+    """Opens a model folder, an index, a single weight file (.safetensors, .bin, .pt, .pth, .ckpt) or a checkpoint of
+    torch.distributed.checkpoint (.metadata) and checks its headers.
 
     A folder holds one of `WEIGHTS`. All tensors of its shards count, also those that the index does not list. Memory
     beyond the tensors that were read: the headers, and for each .bin 64 MiB or its largest tensor (the whole file for
@@ -145,7 +149,7 @@ def open_checkpoint(path: str | Path, *, beside_adapter: bool = False) -> Checkp
         indexed = _read_index(weights)
         paths = [weights.parent / shard for shard in sorted(set(indexed.values()))]
     with ExitStack() as stack:
-        files: list[SafetensorsFile | TorchFile] = []
+        files: list[WeightFile] = []
         for file in paths:
             files.append(_reader(file)(file))
             stack.callback(files[-1].close)
@@ -167,9 +171,11 @@ def read_config(path: str | Path) -> dict:
     return read_json(config)
 
 
-def _reader(path: Path) -> type[SafetensorsFile | TorchFile]:
+def _reader(path: Path) -> type[WeightFile]:
     if path.suffix == ".gguf":
         raise CheckpointError(f"{path} is a GGUF file: make a model folder of it with `samerge from-gguf {path.name} FOLDER`")
+    if path.name == METADATA:
+        return DcpCheckpoint
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: a weight file ends in one of {', '.join(SUFFIXES)}; convert to safetensors")
     return SafetensorsFile if path.suffix == ".safetensors" else TorchFile

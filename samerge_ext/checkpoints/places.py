@@ -8,7 +8,10 @@ from pathlib import Path
 from samerge_ext.checkpoints.reading import CheckpointError
 
 # What a folder's weights are called; where it holds several, the first counts, as in transformers.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+METADATA = ".metadata"  # of a checkpoint of torch.distributed.checkpoint
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", METADATA,
+)  # fmt: skip
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")
 OTHER_FORMATS = (".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite", ".index")
@@ -70,7 +73,7 @@ def _instead(folder: Path) -> str:
     if list(folder.glob("global_step*")):
         return "it is a checkpoint of DeepSpeed: make a model of it with its zero_to_fp32.py"
     if list(folder.glob("**/*.distcp")):
-        return "it is a sharded checkpoint of FSDP: make a model of it with `accelerate merge-weights`"
+        return "it is a checkpoint of torch.distributed.checkpoint without its .metadata: copy that too"
     if files := sorted(file.name for file in folder.glob("*.gguf")):
         return f"make a model of {files[0]} with `samerge from-gguf`"
     if others := sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS):

@@ -53,7 +53,7 @@ def save_checkpoint(
     not suffice: before anything is written if the tensors come as a mapping, else before each shard.
     """
     target = Path(os.path.realpath(out_folder))
-    limit = _parse_size(shard_size)
+    limit = parse_size(shard_size)
     contents = {name: data.encode() if isinstance(data, str) else data for name, data in (extra_files or {}).items()}
     for name in contents:
         check_relative(name, "extra file")
@@ -253,7 +253,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(size: int | str) -> int:
+    """Bytes of a shard: a number of them, or one with KB, MB, GB or TB (powers of 1000). Raises ValueError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", str(size).strip().upper())
     num_bytes = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2]))) if found else size
     if not isinstance(num_bytes, int) or num_bytes <= 0:

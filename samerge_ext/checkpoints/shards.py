@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.files import SAFETENSORS_CODES
+from samerge_ext.checkpoints.locks import locked
+from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.sealed import checksum_of
 
 SYNCED_BYTES = 64 << 20  # written before the disk is waited for, so that the end of a shard does not wait for all of it
@@ -84,7 +86,8 @@ def index_of(shards: list[Shard]) -> str:
 class ShardWriter:
     """Writes one shard, from any number of threads, each its own tensors; a context manager.
 
-    The file has its name only once it is whole and on the disk: at the end of a block without exception.
+    The file has its name only once it is whole and on the disk: at the end of a block without exception. Raises CheckpointError
+    where another process is writing the same shard.
     """
 
     def __init__(self, folder: Path, shard: Shard):
@@ -94,7 +97,11 @@ class ShardWriter:
         self._unsynced = 0
 
     def __enter__(self) -> ShardWriter:
-        self._file = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            self._file = locked(self._part, os.O_WRONLY | os.O_CREAT)
+        except (BlockingIOError, FileNotFoundError) as error:  # it is being written, or just got its name
+            raise CheckpointError(f"{self._part} is written by another process; give every process a rank of its own") from error
+        os.ftruncate(self._file, 0)
         self._put(memoryview(self._shard.header), 0)
         return self
 

@@ -30,7 +30,7 @@ class TorchFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.paths = path, (path,)
         refuse_pointer(path)
         with open(path, "rb") as file:
             self._mappable = file.read(4) == b"PK\x03\x04"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def merge(
     out_dtype: Annotated[str | None, typer.Option(help="of what is written, where that differs")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
     report: Annotated[bool, typer.Option(help="write report.html and report.json into OUT, too")] = True,
+    shard_size: Annotated[str | None, typer.Option(help="of the files that are written, such as 500MB; 5GB by default")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="which this is of several processes that merge into OUT, from 0 on; torchrun's is known")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="how many these processes are")] = None,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
     from samerge_ext.recipes.recipe import load_recipe
@@ -113,8 +119,12 @@ def merge(
         recipe.require_files()
         from samerge_ext.recipes.run import run_recipe
 
-        run_recipe(recipe, out, overwrite=overwrite, report=report)
+        this = _this_rank(rank, ranks)
+        run_recipe(recipe, out, overwrite=overwrite, report=report, shard_size=shard_size, rank=this)
     seconds = time.perf_counter() - started
+    if this.count > 1:
+        typer.echo(f"{recipe.merge_method}: {this} is through after {seconds:.1f} s")
+        return
     typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
 
 
@@ -304,6 +314,21 @@ def from_gguf(
     typer.echo(f"written to {out}")
 
 
+@app.command("to-dcp")
+def to_dcp(
+    folder: Annotated[Path, typer.Argument(help="model folder or weight file", exists=True)],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    key: Annotated[str, typer.Option(help="that the state dict is under; empty for a state dict by itself")] = "model",
+    overwrite: Annotated[bool, typer.Option(help="replace what OUT holds")] = False,
+) -> None:
+    """Write a model folder as torch.distributed.checkpoint does. For training with FSDP; such a folder is read as any other."""
+    with _told():
+        from samerge_ext.checkpoints.dcp_writing import save_dcp
+
+        save_dcp(folder, out, key=key or None, overwrite=overwrite)
+    typer.echo(f"written to {out}")
+
+
 @app.command()
 def info() -> None:
     """Versions, backends, threads and devices. Of a backend that is missing, why it is."""
@@ -324,6 +349,19 @@ def info() -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("CUDA devices", ", ".join(devices) or "none")
     Console().print(table)
+
+
+def _this_rank(rank: int | None, ranks: int | None) -> Any:
+    """The `Rank` that options say, or else torchrun; alone without either. Raises ValueError for what is none."""
+    from samerge_ext.elementwise.ranks import Rank
+
+    if rank is None and ranks is None:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return Rank()
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank is None or ranks is None:
+        raise ValueError("--rank and --ranks go together: which of the processes this is, and how many there are")
+    return Rank(rank, ranks)
 
 
 def _float_type(name: str | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -33,14 +34,17 @@ from samerge_ext.elementwise.file_pieces import InTurn
 from samerge_ext.elementwise.file_plan import FileMerge, FilePlan
 from samerge_ext.elementwise.opening import opened
 from samerge_ext.elementwise.piecewise import Piece, WholeRule, merge_pieces
+from samerge_ext.elementwise.ranks import ALONE, Rank, not_whole_yet
 from samerge_ext.elementwise.record import RECORD, Record, held_record
 from samerge_ext.elementwise.staging import on_own_stream
 from samerge_ext.packing.validation import check_finite, check_range
 from samerge_ext.reports.report import facts_of_run, versions
 from samerge_ext.reports.writing import CARD, report_files
 
+FACTORS, TRIMS = "factors", "trims"  # notes of a record: of the task vectors; what is to be trimmed, before the first shard
 
-def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -> Path:
+
+def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False, rank: Rank = ALONE) -> Path:
     """Writes the model folder ``out``: safetensors, configuration, tokenizer, heads/TASK.safetensors and the model card.
 
     Memory is bounded, whatever the models' size: that of `FilePieces` for each of one thread more than torch has, of at most
@@ -49,8 +53,13 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
     interruption goes on after the last finished shard, to the same bytes. What another merge left there is discarded, or the same
     one on another kind of device, which may round otherwise.
 
-    Raises ValueError (CheckpointError for files) for a device that cannot be used and for models that do not fit together, before
-    anything is written, for NaN and Inf, and for a full disk or an input that vanished or changed.
+    rank: where several processes share the merge, which one this is. Each writes its share of the shards, the bytes that one
+    alone would, and waits for none: the last one to end makes OUT of them, and the others warn (`NotWholeYet`) of what is
+    missing. What an interrupted one had not finished is written when the merge is called again, by any number of ranks.
+
+    Raises ValueError (CheckpointError for files) for a device that cannot be used, for models that do not fit together and for a
+    rank that merges otherwise than the others, before anything is written, for NaN and Inf, and for a full disk or an input that
+    vanished or changed.
     """
     started = time.perf_counter()
     target = Path(os.path.realpath(out))
@@ -64,24 +73,34 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False) -
         stored = {file: _identity(file) for file in models.files}
         require_apart(target, stored)
         plan, device = models.plan, models.device
-        identity = {**merge.identity, "device": device.type, "files": {str(file): list(found) for file, found in stored.items()}}
+        files = {str(file): list(found) for file, found in stored.items()}
+        identity = {**merge.identity, "device": device.type, "files": files, "shard_bytes": merge.shard_bytes}
         if models.tokenizer is not None:
             identity["tokenizer"] = models.tokenizer.to_json()
-        run = _Run(merge, plan, target, stored, device)
-        record = stack.enter_context(held_record(state, json.loads(json.dumps(identity))))
+        together = rank.count > 1
+        record = stack.enter_context(held_record(state, json.loads(json.dumps(identity)), together=together))
         if record.is_over(target):
             return Path(out)
         require_target(target, overwrite=overwrite)
-        left = record.left(plan.shards)
-        require_space(target, sum(shard.total_bytes for shard in left))
+        own = rank.share(plan.shards)
+        left = record.left(own)
+        needed = sum(shard.total_bytes for shard in left)
+        require_space(target, needed)
+        run = _Run(merge, plan, target, stored, device)
+        in_one_go = not together and len(left) == len(plan.shards)
         try:
             run.merge(record, left)
-            run.finish(record, overwrite, None if len(left) < len(plan.shards) else started)
+            last = record.is_last()
+            missing = record.left([shard for shard in plan.shards if shard not in own]) if last else []
+            if last and not missing:
+                run.finish(record, overwrite, started if in_one_go else None)
+                return Path(out)
         except OSError as error:
             if out_of_space(error):
-                raise no_space(target, sum(shard.total_bytes for shard in left)) from error
+                raise no_space(target, needed) from error
             with naming(target):
                 raise
+        warnings.warn(not_whole_yet(target, rank, plan.shards, missing), stacklevel=2)
     return Path(out)
 
 
@@ -96,27 +115,39 @@ class _Run:
     def merge(self, record: Record, left: list[Shard]) -> None:
         """Writes the shards that are left, and notes each when it is whole."""
         if self._merge.factors_of:
-            if "factors" not in record.content:
-                record.note(factors=self._merge.factors_of(self._squares(), [task for task, _ in self._plan.experts]))
-            self._pieces.factors = record.content["factors"]
+            tasks = [task for task, _ in self._plan.experts]
+            note = record.note_of(FACTORS) or record.note(FACTORS, each=self._merge.factors_of(self._squares(), tasks))
+            self._pieces.factors = note["each"]
         whole = self._whole
-        if whole is not None:
-            if "trims" not in record.content:
-                with self._blaming(self._plan.layers):
-                    for _ in range(whole.rounds):
-                        for piece in self._in_turn(self._plan.layers):
-                            whole.look(piece)
-                        whole.next_round()
-                record.note(trims=whole.state())
-            trims = [record.content["trims"], *(shard["trims"] for shard in record.content["shards"])]
-            whole.restore(trims[-1])
+        if whole is not None and record.note_of(TRIMS) is None:
+            with self._blaming(self._plan.layers):
+                for _ in range(whole.rounds):
+                    for piece in self._in_turn(self._plan.layers):
+                        whole.look(piece)
+                    whole.next_round()
+            record.note(TRIMS, trims=whole.state())
         with self._workers() as workers:
             for shard in left:
+                if whole is not None:
+                    self._come_to(shard, record, whole)
                 with ShardWriter(record.folder, shard) as writer:
                     self._merge_all(self._plan.in_order(shard), writer, workers)
                 self._check_unchanged()
-                finished = {"checksum": writer.checksum(), "trims": whole.state() if whole else None}
-                record.note(shards=[*record.content["shards"], finished])
+                record.note(shard.file, checksum=writer.checksum(), trims=whole.state() if whole else None)
+
+    def _come_to(self, shard: Shard, record: Record, whole: WholeRule) -> None:
+        """Has the rule know what is left to trim at a shard: what is noted of the one before it, or else, where that is another
+        process's, by going through its tensors from where it is known."""
+        shards = self._plan.shards
+        place = known = shards.index(shard)
+        while known and record.note_of(shards[known - 1].file) is None:
+            known -= 1
+        note = record.note_of(shards[known - 1].file if known else TRIMS)
+        assert note is not None
+        whole.restore(note["trims"])
+        for passed in shards[known:place]:
+            for piece in self._in_turn([name for name in self._plan.in_order(passed) if name not in self._plan.buffers]):
+                whole.skip(piece)
 
     def finish(self, record: Record, overwrite: bool, started: float | None) -> None:
         """Adds what makes weights a model, and gives the folder its name. started: when the merge did, if it was in one go."""
@@ -138,9 +169,10 @@ class _Run:
         self._check_unchanged()
         for path in (*folder.rglob("*"), folder):
             sync(path)
-        record.note(whole=folder.stat().st_ino)
+        record.note_whole()
         replace_folder(folder, self._target, overwrite=overwrite)
         sync(self._target.parent)
+        record.over = True
 
     def _about(self, configuration: dict | None, started: float | None) -> dict[str, str]:
         """The model card, and the report where it is wanted."""

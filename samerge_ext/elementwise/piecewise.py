@@ -78,6 +78,10 @@ class Rule:
 class WholeRule(Rule):
     """A rule for all tensors as one vector: what it knows between two of them can be kept as JSON and taken up again."""
 
+    def skip(self, piece: Piece) -> None:
+        """Goes on as after `merge` of a piece."""
+        raise NotImplementedError
+
     def state(self) -> list:
         raise NotImplementedError
 

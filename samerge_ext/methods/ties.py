@@ -43,6 +43,9 @@ class Ties(Sparsified, WholeRule):
             self.largest.begin()
         self.largest.trim(out, numbers)
 
+    def skip(self, piece: Piece) -> None:
+        self.largest.trim(piece.room[:, : piece.size], piece.rows())
+
     def state(self) -> list[list[int]]:
         """What decides over the numbers to come, once the rounds are over: every task's key and ties, ready for JSON."""
         return torch.stack([self.largest.keys, self.largest.ties], 1).tolist()

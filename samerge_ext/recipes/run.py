@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.layers import number_of_layers
 from samerge_ext.checkpoints.locks import held, remove
 from samerge_ext.checkpoints.lora import model_and_adapter
-from samerge_ext.checkpoints.saving import require_apart, require_space, require_target
+from samerge_ext.checkpoints.saving import parse_size, require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
+from samerge_ext.elementwise.ranks import ALONE, Rank
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
@@ -59,20 +61,37 @@ def described_weights(recipe: Recipe, model: FolderModel) -> PackedWeights:
     return PackedWeights.describe(base, experts, conversion=model.conversion, **_packing(recipe))
 
 
-def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False, report: bool = True) -> Result | None:
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    report: bool = True,
+    shard_size: int | str | None = None,
+    rank: Rank = ALONE,
+) -> Result | None:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
 
     What could fail for want of space or of a free target is checked first. Until the folder is written `OUT.state` holds how far
     the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
-    report: write report.html and report.json, too.
+    report: write report.html and report.json, too. Of methods that go from file to file alone, shard_size: of the written
+    files, in bytes or as a text such as "500MB", 5 GB by default; rank: of several processes that merge together, as of
+    `merge_files`.
     """
     target, state = Path(os.path.realpath(out)), state_of(out)
     with recipe.named():
         check_device(recipe.parameters.get("device"))
         require_apart(target, inputs_of(recipe))
         if recipe.merge_method in METHODS:
-            merge_files(file_merge_of(recipe, with_page=report), out, overwrite=overwrite)
+            merge = file_merge_of(recipe, with_page=report)
+            if shard_size is not None:
+                merge = replace(merge, shard_bytes=parse_size(shard_size))
+            merge_files(merge, out, overwrite=overwrite, rank=rank)
             return None
+        if rank.count > 1:
+            raise ValueError(f"{recipe.merge_method} learns in one process; ranks are for methods that go from file to file")
+        if shard_size is not None:
+            raise ValueError(f"{recipe.merge_method} writes files of 5 GB; shard_size is for methods that go from file to file")
         require_target(target, overwrite=overwrite)
         with held(state):
             return _run_learned(recipe, target, state, overwrite, report)

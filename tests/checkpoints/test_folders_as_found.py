@@ -61,7 +61,7 @@ def test_a_module_called_module_and_names_that_would_meet_stay():
         ("open_clip_pytorch_model.bin", "pass one of its files by name: open_clip_pytorch_model.bin"),
         ("checkpoint-500/model.safetensors", "pass one of the models in it: checkpoint-500"),
         ("global_step10/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
-        ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "torch.distributed.checkpoint without its .metadata: copy that too"),
         ("model-q4.gguf", "make a model of model-q4.gguf with `samerge from-gguf`"),
         ("tf_model.h5", "tf_model.h5 is of another format"),
     ],

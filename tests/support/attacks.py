@@ -3,6 +3,7 @@
 Every attack leaves the bytes of a quiet run, or one message with the mend, after which the same command ends in these bytes.
 """
 
+import itertools
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import samerge_ext as sm
 from samerge_ext.cli.signals import STOPPED, one_line_for_signals
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.elementwise.piecewise import Combination
+from samerge_ext.elementwise.ranks import ALONE, Rank
 from samerge_ext.methods.dare import Dare
 from samerge_ext.methods.ties import Ties
 from samerge_ext.recipes import run
@@ -62,14 +64,14 @@ class DataFree(Merge):
             (folder / name).mkdir()
             save_file(tensors, folder / name / "model.safetensors")
 
-    def __call__(self, out):
+    def __call__(self, out, rank=ALONE):
         combination = Combination([0.7, 0.4], 0.9, elect=self.method in ("ties", "whole"))
         rule = {
             "arithmetic": lambda name, shape, dtype: combination,
             "dare": lambda name, shape, dtype: Dare(name, [0.3, 0.5], 3, combination),
         }.get(self.method, lambda name, shape, dtype: Ties(shape.numel(), dtype, [0.3, 0.5], combination))
         experts, base = [(task, self.folder / task) for task in EXPERTS], self.folder / "base"
-        merge_files(FileMerge(experts, rule, base, base, whole=self.method == "whole", shard_bytes=100_000), out)
+        merge_files(FileMerge(experts, rule, base, base, whole=self.method == "whole", shard_bytes=100_000), out, rank=rank)
 
 
 class Recipe(Merge):
@@ -183,6 +185,37 @@ def two_at_once(merge, out, expected, seconds):
     assert all(code == 0 or re.search(REFUSED, said) for code, said in answers), answers
     assert_whole(out, expected)
     return f"{sum(code != 0 for code, _ in answers)} refused"
+
+
+class OfRank:
+    """A merge as one of several processes makes it; killed when it is to wait for the disk for the ``syncs``-th time."""
+
+    def __init__(self, merge, rank, syncs=0):
+        self.folder, self._merge, self._rank, self._syncs = merge.folder, merge, rank, syncs
+
+    def __call__(self, out):  # in a fork
+        fsync, left = os.fsync, itertools.count(self._syncs, -1)
+        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 1 else fsync(file)
+        self._merge(out, self._rank)
+
+
+def killed_ranks(merge, out, expected, seconds):
+    """One or all of some ranks are killed as soon as they have something to lose, and others, of another number, go on."""
+    if not isinstance(merge, DataFree):
+        return "skipped: recipes are merged by one process here"
+    count, then = merge.draw.randint(2, 4), merge.draw.randint(1, 4)
+    doomed = merge.draw.choice([range(count), [merge.draw.randrange(count)]])
+    syncs = [merge.draw.randint(1, 12) if number in doomed else 0 for number in range(count)]
+    ranks = [begun(OfRank(merge, Rank(number, count), syncs[number]), out) for number in range(count)]
+    codes = [ended(each)[0] for each in ranks]
+    assert set(codes) <= {0, -signal.SIGKILL}, codes
+    answers = [ended(each) for each in [begun(OfRank(merge, Rank(number, then)), out) for number in range(then)]]
+    assert all(code == 0 for code, _ in answers), answers
+    if then > 1:  # what says to ranks that come late that all is done
+        out.with_name(f"{out.name}.state").joinpath("merge.json").unlink()
+        out.with_name(f"{out.name}.state").rmdir()
+    assert_whole(out, expected)
+    return f"{codes.count(-signal.SIGKILL)} of {count} killed, {then} went on"
 
 
 def two_packers(merge, out, expected, seconds):
@@ -317,7 +350,7 @@ def full_disk(merge, out, expected, seconds):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-ATTACKS = (two_at_once, two_packers, signals, damaged_state, changed_input, full_disk)
+ATTACKS = (two_at_once, killed_ranks, two_packers, signals, damaged_state, changed_input, full_disk)
 
 
 def one_round(seed, kind=None, attacks=ATTACKS):

@@ -4,12 +4,15 @@ file is read, or an error of a documented type names it, whatever it holds. For 
 import io
 import json
 import struct
+import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save, save_file
 
@@ -19,9 +22,10 @@ from samerge_ext.checkpoints.compatibility import check_models
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.lora import open_expert
 from samerge_ext.checkpoints.reading import explained
+from samerge_ext.checkpoints.shards import plan_shards
 from samerge_ext.checkpoints.sources import StateDictSource
 from samerge_ext.checkpoints.vocabulary import Vocabulary
-from samerge_ext.elementwise.record import Record
+from samerge_ext.elementwise.record import held_record
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.tokenizers import companions_of
 
@@ -76,6 +80,33 @@ def _state_dicts(_: Path) -> list[bytes]:
         torch.save(tensors(0), file := io.BytesIO(), **options)
         found.append(file.getvalue())
     return found
+
+
+def _dcp(_: Path) -> list[bytes]:
+    """Checkpoints whose one tensor's part is what `_part` makes, by itself and beside an optimizer's."""
+    found = []
+    for state in ({"w": torch.ones(4, 6)}, {"model": {"w": torch.ones(4, 6)}, "optim": {"step": 3}}):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
+            dcp.save(state, storage_writer=writer, no_dist=True)
+            found.append(Path(folder, ".metadata").read_bytes())
+    return found
+
+
+def _part(_: Path) -> list[bytes]:
+    torch.save(torch.ones(4, 6), file := io.BytesIO())
+    return [file.getvalue()]
+
+
+def _read_dcp(path: Path) -> object:
+    (path.parent / "__0_0.distcp").write_bytes(*_part(path))
+    return _all_of(path)
+
+
+def _read_part(path: Path) -> object:
+    (path.parent / ".metadata").write_bytes(_dcp(path)[0])
+    return _all_of(path.parent)
 
 
 def _read_index(path: Path) -> object:
@@ -136,9 +167,16 @@ def _read_packed(path: Path) -> object:
 
 
 def _read_record(path: Path) -> object:
-    (path.parent / "merged").mkdir(exist_ok=True)
-    record = Record(path.parent, {"method": "linear"})
-    return record.is_over(path.parent.parent / "out"), len(record.content["shards"])
+    with held_record(path.parent, {"method": "linear"}) as record:
+        return record.is_over(path.parent.parent / "out")
+
+
+def _read_note(path: Path) -> object:
+    data = path.read_bytes()
+    (shard,) = plan_shards([("weight", torch.float32, torch.Size([3]))], 100)
+    with held_record(path.parent.parent, {"method": "linear"}) as record:  # which discards another merge's
+        path.write_bytes(data)
+        return record.left([shard])
 
 
 def _recipes(folder: Path) -> list[bytes]:
@@ -249,18 +287,21 @@ def _join_yaml(content: object, _: bytes = b"") -> bytes:
     return yaml.safe_dump(content).encode()
 
 
-RECORD = {"identity": {"method": "linear"}, "shards": [{"checksum": 1, "trims": [1, 2]}], "factors": [1.0], "whole": 7}
-JSON, HEADER = (_split_json, _join_json), (_split_header, _join_header, _frame)
+RECORD, NOTE = {"identity": {"method": "linear"}, "whole": [7, 8]}, {"checksum": "01234567", "trims": [[1, 2]]}
+JSON, HEADER, SEALED = (_split_json, _join_json), (_split_header, _join_header, _frame), (_split_sealed, _join_sealed)
 READERS = {
     reader.name: reader
     for reader in (
         Reader("safetensors", "weights/model.safetensors", lambda _: [save(tensors(0), {"format": "pt"})], _all_of, *HEADER),
         Reader("state dict", "pickled/pytorch_model.bin", _state_dicts, _all_of),
+        Reader("checkpoint's metadata", "dcp/.metadata", _dcp, _read_dcp),
+        Reader("checkpoint's part", "dcp-part/__0_0.distcp", _part, _read_part),
         Reader("index", "sharded/model.safetensors.index.json", _index, _read_index, *JSON),
         Reader("adapter's settings", "adapter/adapter_config.json", lambda _: [_join_json(SETTINGS)], _read_adapter, *JSON),
         Reader("adapter's factors", "factors/adapter_model.safetensors", lambda _: [save(_factors())], _read_adapter, *HEADER),
         Reader("packed file", "packed/weights.safetensors", _packed, _read_packed, _split_packed, _join_packed, _frame),
-        Reader("record", "out.state/merge.json", lambda _: [_join_sealed(RECORD)], _read_record, _split_sealed, _join_sealed),
+        Reader("record", "out.state/merge.json", lambda _: [_join_sealed(RECORD)], _read_record, *SEALED),
+        Reader("note", "noted.state/notes/model.safetensors.json", lambda _: [_join_sealed(NOTE)], _read_note, *SEALED),
         Reader("recipe", "recipe.yaml", _recipes, lambda path: companions_of(load_recipe(path, {})), _split_yaml, _join_yaml),
         Reader("config", "model/config.json", lambda _: [_join_json(CONFIG)], _read_config, *JSON),
         Reader("tokenizer", "tokenized/tokenizer.json", _tokenizers, _read_tokenizer, *JSON),
