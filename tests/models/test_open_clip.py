@@ -143,3 +143,18 @@ def test_folders_of_the_hub_and_checkpoints_of_training_are_merged(name, tmp_pat
         change = sum(0.5 * (expert.state_dict()[name].double() - tensor.double()) for expert in experts.values())
         assert_close(loaded.state_dict()[name], tensor.double() + change, name)
     assert preprocess.transforms[-1].mean == [0.5] * 3
+
+
+@pytest.mark.parametrize("name", ["ResNet"], indirect=True)
+def test_statistics_are_estimated_anew(name):
+    """Those of the first layer are the moments of what the first convolution gives."""
+    base, _, tokenizer = made(name)
+    experts = {task: fine_tuned(base, seed) for seed, task in enumerate("ab", 1)}
+    heads = {task: zero_shot_head(base, tokenizer, classes) for task, classes in CLASSES.items()}
+    batches = {task: [torch.randn(4, 3, 32, 32)] for task in "ab"}
+    merged = sm.task_arithmetic(sm.PackedWeights.from_modules(base, experts), module=copy.deepcopy(base))
+    result = sm.reestimate_batchnorm(merged, batches, zero_shot_logits(heads))
+    with torch.no_grad():
+        given = result.module.visual.conv1(torch.cat([batches["a"][0], batches["b"][0]])).double()
+    assert_alike(result.state_dict()["visual.bn1.running_mean"], given.mean((0, 2, 3)))
+    assert_alike(result.state_dict()["visual.bn1.running_var"], given.var((0, 2, 3), correction=0))
