@@ -19,12 +19,13 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-open-clip test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
 	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
+	@echo "make test-open-clip   run those that need open_clip, in a process of their own; make test does, too"
 	@echo "make test-levels   run the tests of numbers as on other processors, at four levels"
 	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
@@ -75,6 +76,18 @@ lint: $(VENV)/lint-ready
 
 test: $(DATA)/$(VADER) $(VENV)/test-ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(MAKE) --no-print-directory test-open-clip
+
+# open_clip needs torchvision, and PyPI's is for a torch with CUDA: beside another one transformers would fail to import in every
+# process, unless tests/conftest.py helps. So they lie in a folder that only these tests see.
+OPEN_CLIP := .cache-open-clip
+
+test-open-clip: $(VENV)/test-ready $(OPEN_CLIP)/ready
+	PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/models/test_open_clip.py tests/test_docs.py -k "open_clip or vision"
+
+$(OPEN_CLIP)/ready:
+	$(INSTALL) --no-deps --target $(OPEN_CLIP) open_clip_torch==3.3.0 timm==1.0.31 "torchvision==0.28.*" ftfy wcwidth
+	touch $@
 
 # Numbers of other processors, as far as this one has them: loops for fewer instructions, ours and torch's, on one to four threads.
 LEVELS := portable,default,1 portable,avx2,2 avx2,default,3 avx2,avx2,4
@@ -194,4 +207,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(LM_EVAL) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(OPEN_CLIP) $(LM_EVAL) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache

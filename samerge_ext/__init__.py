@@ -35,6 +35,7 @@ _LAZY = {  # public name -> module that defines it
     "iso_cts": "methods.isotropic",
     "knots": "methods.knots",
     "regmean": "methods.regmean",
+    "reestimate_batchnorm": "methods.reestimate_batchnorm",
     "refit_heads": "methods.refit_heads",
     "MergedDistillationConfig": "methods.distill_merged",
     "distill_merged": "methods.distill_merged",
@@ -131,6 +132,7 @@ __all__ = [
     "ops",
     "preconditioned",
     "ram",
+    "reestimate_batchnorm",
     "refit_heads",
     "regmean",
     "samerging",
@@ -182,6 +184,7 @@ if TYPE_CHECKING:  # the names of `_LAZY` and `_LAZY_MODULES`, for type checkers
     from .methods.nearswap import nearswap
     from .methods.nuslerp import nuslerp
     from .methods.ram import ram
+    from .methods.reestimate_batchnorm import reestimate_batchnorm
     from .methods.refit_heads import refit_heads
     from .methods.regmean import regmean
     from .methods.samerging import samerging

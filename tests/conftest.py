@@ -1,9 +1,21 @@
+from importlib.util import find_spec
+
 import pytest
 import streaming
 import torch
 from helpers import CPU_LEVELS, INTERPRETED, need_backend, running_on
 
 from samerge_ext import backend, ops  # noqa: F401  (registers torch.ops.samerge)
+
+# PyPI's torchvision cannot load its operators beside a torch for CPUs, and then fails to import, and transformers and open_clip
+# with it, unless two of them are there. None is called.
+OPERATORS_OF_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+if find_spec("torchvision"):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            OPERATORS_OF_TORCHVISION.define(f"{operator}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(autouse=True)

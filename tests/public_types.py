@@ -60,6 +60,7 @@ def distilling(teacher: nn.Module, target: Classifier, data: list[Tensor]) -> No
 def after_a_merge(merged: sm.Result, batches: dict[str, list[Tensor]]) -> None:
     distilled = sm.distill_merged(merged, batches, logits, config=sm.MergedDistillationConfig(temperature=1.0))
     assert_type(sm.refit_heads(distilled, batches, logits, "classifier"), sm.Result)
+    assert_type(sm.reestimate_batchnorm(distilled, batches, logits), sm.Result)
 
 
 def without_data(packed: sm.PackedWeights) -> None:

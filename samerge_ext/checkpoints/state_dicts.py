@@ -26,7 +26,7 @@ class TorchFile:
 
     names: in the state dict's order, tensors that share their memory once. tied: other name -> name in `names`.
     Raises CheckpointError where the file is damaged, holds code, takes more memory than its bytes, or is not a flat dictionary
-    of dense tensors.
+    of dense tensors; a checkpoint of open_clip's training is the state dict in it.
     """
 
     def __init__(self, path: Path):
@@ -82,7 +82,8 @@ class TorchFile:
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
+            return loaded["state_dict"] if _is_open_clips(loaded) else loaded
         except MemoryError:
             raise
         except pickle.UnpicklingError as error:
@@ -137,6 +138,11 @@ class TorchFile:
                     f"{self.path}: '{name}' {cut(str(list(tensor.shape)))} is without numbers, or expanded from fewer; "
                     "save it as a tensor of its own (contiguous)"
                 )
+
+
+def _is_open_clips(loaded: object) -> bool:
+    """Whether a file is a checkpoint of open_clip's training, whose state dict lies among the state of an optimizer and so on."""
+    return isinstance(loaded, dict) and {"epoch", "name", "state_dict"} <= loaded.keys()
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -42,6 +42,7 @@ class Result:
         ``coefficients`` are then those of the rest. components: the factors of these, where there is no ``merged``.
     planned_bytes: the peak of memory that a plan foresaw, where one was made.
     heads: task -> its own tensors: those that were learned as they are now, the others as they were packed.
+    buffers: running statistics that were estimated anew; the others are the average of the experts'.
     learner, features: what predicted the coefficients, and from which statistics, where that is how they were made.
     """
 
@@ -59,6 +60,7 @@ class Result:
     component_coefficients: dict[str, Tensor] = field(default_factory=dict)
     components: Components | None = None
     planned_bytes: int | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.heads = self.heads or self.packed.heads
@@ -92,7 +94,7 @@ class Result:
             merged = self.packed.merge(self._merged_at())
             for name, view in self.packed.layout.views(merged).items():
                 self._add_components(name, view)
-        return self.packed.state_dict(merged, dtype)
+        return {**self.packed.state_dict(merged, dtype), **self.buffers}
 
     def save_pretrained(
         self,

@@ -20,11 +20,12 @@ class MergedAgain:
         if result.module is None or result.merged is None:
             raise ValueError(f"the merged model is to run; give {result.method} a module=, and do not stream its weights")
         self._merged = result.merged
-        self._buffers = {name: buffer.clone() for name, buffer in result.module.named_buffers()}
+        merged = result.packed.buffers  # the others are the heads' own, or never change
+        self._buffers = {name: buffer.clone() for name, buffer in result.module.named_buffers() if name in merged}
         self.model = MergedModel(result.module, result.packed, 0.0, dtype=dtype)
 
     def restore(self) -> Tensor:
         """The model as it was merged, with statistics that were estimated anew; returns the weights [N]."""
-        for name, buffer in self.model.module.named_buffers():
-            buffer.copy_(self._buffers[name])
+        for name, buffer in self._buffers.items():
+            self.model.module.get_buffer(name).copy_(buffer)
         return self.model.take_on(self._merged)

@@ -9,6 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.places import folder_of
@@ -66,8 +67,9 @@ def load_image_processor(folders: Iterable[str | Path]) -> Any:
 def picture_batches(pictures: Sequence[str | Path], processor: Any, batch_size: int, channels: int = 3) -> list[Batch]:
     """Batches {pixel_values: [B, channels, H, W]}.
 
-    processor: of transformers, or a model folder that has one. Raises ValueError, naming the file, for what is no picture and for
-    sizes that the processor leaves apart.
+    processor: of transformers, or a model folder that has one; or a function of a picture -> tensor [channels, H, W], as the
+        transforms of open_clip, timm and torchvision are.
+    Raises ValueError, naming the file, for what is no picture and for sizes that the processor leaves apart.
     """
     if isinstance(processor, str | Path):
         processor = load_image_processor([processor])
@@ -76,10 +78,17 @@ def picture_batches(pictures: Sequence[str | Path], processor: Any, batch_size: 
         chunk = pictures[start : start + batch_size]
         opened = [_opened(Path(path), channels) for path in chunk]
         try:
-            batches.append({"pixel_values": processor(images=opened, return_tensors="pt")["pixel_values"]})
-        except (TypeError, ValueError) as error:
+            batches.append({"pixel_values": _processed(opened, processor)})
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{chunk[0]} …: the image processor makes no batch of these pictures: {error}") from error
     return batches
+
+
+def _processed(pictures: Sequence[Any], processor: Any) -> Tensor:
+    """Pictures in memory as [B, channels, H, W]."""
+    if hasattr(processor, "model_input_names"):  # of transformers
+        return processor(images=pictures, return_tensors="pt")["pixel_values"]
+    return torch.stack([processor(picture) for picture in pictures])
 
 
 def _opened(path: Path, channels: int) -> Any:

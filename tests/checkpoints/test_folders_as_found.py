@@ -58,7 +58,7 @@ def test_a_module_called_module_and_names_that_would_meet_stay():
     [
         ("model-00002-of-00003.safetensors", "download model.safetensors.index.json"),
         ("pytorch_model-00001-of-00002.bin", "download pytorch_model.bin.index.json"),
-        ("open_clip_pytorch_model.bin", "pass one of its files by name: open_clip_pytorch_model.bin"),
+        ("epoch_10.pt", "pass one of its files by name: epoch_10.pt"),
         ("checkpoint-500/model.safetensors", "pass one of the models in it: checkpoint-500"),
         ("global_step10/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
         ("pytorch_model_fsdp_0/__0_0.distcp", "torch.distributed.checkpoint without its .metadata: copy that too"),
@@ -71,6 +71,21 @@ def test_a_folder_without_a_models_weights_says_what_to_do(tmp_path, file, advic
     (tmp_path / file).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=advice.replace(".", r"\.")):
         open_checkpoint(tmp_path)
+
+
+def test_checkpoints_of_open_clip_are_read(tmp_path):
+    """As its hub's folders hold them, and as its training writes them: the latter with other state beside the state dict."""
+    tensors = model()
+    save_file(tensors, tmp_path / "open_clip_model.safetensors")
+    training = {"epoch": 3, "name": "run", "state_dict": {f"module.{n}": t for n, t in tensors.items()}, "optimizer": {}}
+    torch.save(training, tmp_path / "epoch_3.pt")
+    torch.save({**training, "state_dict": {"n": 3}}, tmp_path / "broken.pt")
+    for path in (tmp_path, tmp_path / "epoch_3.pt"):
+        with open_checkpoint(path) as found:
+            assert set(found.names) == set(tensors)
+            assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
+    with pytest.raises(CheckpointError, match="entry 'n' is a int"):
+        open_checkpoint(tmp_path / "broken.pt")
 
 
 def test_one_shard_and_a_web_page_are_no_model(tmp_path):

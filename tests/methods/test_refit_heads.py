@@ -153,3 +153,23 @@ def test_features_that_are_not_finite_are_told(problem):
     batches[next(iter(batches))][0][0] = torch.nan
     with pytest.raises(FloatingPointError, match="features or answers"):
         sm.refit_heads(merged, batches, logits, "head")
+
+
+@pytest.mark.parametrize("classes", [(2, 2), (3, 2)])
+def test_running_statistics_of_a_head_stay_its_tasks(classes):
+    """Of one shape in all tasks, so that one could be written over another's, or of several, which cannot be copied."""
+    torch.manual_seed(0)
+
+    def model(count):
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, count), nn.BatchNorm1d(count)).double().eval()
+
+    base, experts = model(2), {}
+    for task, count in zip("ab", classes, strict=True):
+        experts[task] = model(count)
+        experts[task][2].running_mean += torch.randn(count)
+    packed = sm.PackedWeights.from_modules(base, experts, dtype=torch.float64, heads=["1.*", "2.*"])
+    batches = {task: [torch.randn(8, 4, dtype=torch.float64)] for task in experts}
+    result = sm.refit_heads(sm.average(packed, module=model(2)), batches, logits, "1")
+    for task, expert in experts.items():
+        assert torch.equal(result.heads[task]["2.running_mean"], expert[2].running_mean)
+        assert torch.equal(packed.heads[task]["2.running_mean"], expert[2].running_mean)

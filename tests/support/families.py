@@ -68,14 +68,14 @@ def save_tokenizer(*folders, **special):
         ).save_pretrained(folder)
 
 
-def save_pictures(folder, count=4, size=(9, 11)):
+def save_pictures(folder, count=4, size=(9, 11), tasks="ab"):
     from PIL import Image
 
-    for task in "ab":
+    for task in tasks:
         for i in range(count):
             path = folder / task / f"class{i % 2}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.manual_seed(100 * i + ord(task))
+            torch.manual_seed(100 * i + ord(task[0]))
             Image.fromarray(torch.randint(256, (*size, 3), dtype=torch.uint8).numpy()).save(path)
     processor = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
     return processor(size={"height": 8, "width": 8})
