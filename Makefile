@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
+	@echo "make test-fusion-bench   FusionBench's own algorithms on our classes in the place of its own"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make first-gpu   the most telling tests and timings on a GPU, in nine minutes"
@@ -113,6 +114,18 @@ $(MERGEKIT)/ready:
 	$(MERGEKIT)/bin/python -m pip install --quiet mergekit==0.1.5
 	touch $@
 
+# Our wrappers in FusionBench's algorithms, beside FusionBench in an environment of its own.
+FUSION_BENCH := .cache-fusion-bench
+
+test-fusion-bench: $(VENV)/ready $(FUSION_BENCH)/ready
+	PYTHONPATH=. $(FUSION_BENCH)/bin/python -m pytest tests/integrations
+
+$(FUSION_BENCH)/ready:
+	$(PYTHON) -m venv $(FUSION_BENCH)
+	$(FUSION_BENCH)/bin/python -m pip install --quiet $(TORCH)
+	$(FUSION_BENCH)/bin/python -m pip install --quiet $(TORCH) fusion-bench==0.2.33 pytest
+	touch $@
+
 SANITIZED := build/sanitized
 # Sanitised, GCC 12 takes what its own AVX-512 intrinsics leave undefined for a mistake, in thousands of lines.
 NO_WARNING_OF := -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized
@@ -169,4 +182,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(FUSION_BENCH) .ruff_cache .mypy_cache .import_linter_cache
