@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-open-clip test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -32,6 +32,7 @@ help:
 	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
 	@echo "make test-lm-eval   a merged folder in lm-evaluation-harness, in an environment of its own"
 	@echo "make check-pages   look at reports in a headless Chromium, with an accessibility checker; needs node and npm"
+	@echo "make test-fusion-bench   FusionBench's own algorithms on our classes in the place of its own"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
 	@echo "make bench   time the operators and a SAM step beside their baselines (three quarters of an hour); bench-quick in two minutes"
 	@echo "make first-gpu   the most telling tests and timings on a GPU, in nine minutes"
@@ -151,6 +152,18 @@ $(PAGES)/ready:
 	npm install --silent --no-fund --no-audit --prefix $(PAGES) playwright-core@1.64.1 axe-core@4 html-validate@10
 	touch $@
 
+# Our wrappers in FusionBench's algorithms, beside FusionBench in an environment of its own.
+FUSION_BENCH := .cache-fusion-bench
+
+test-fusion-bench: $(VENV)/ready $(FUSION_BENCH)/ready
+	PYTHONPATH=. $(FUSION_BENCH)/bin/python -m pytest tests/integrations
+
+$(FUSION_BENCH)/ready:
+	$(PYTHON) -m venv $(FUSION_BENCH)
+	$(FUSION_BENCH)/bin/python -m pip install --quiet $(TORCH)
+	$(FUSION_BENCH)/bin/python -m pip install --quiet $(TORCH) fusion-bench==0.2.33 pytest
+	touch $@
+
 SANITIZED := build/sanitized
 # Sanitised, GCC 12 takes what its own AVX-512 intrinsics leave undefined for a mistake, in thousands of lines.
 NO_WARNING_OF := -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized
@@ -207,4 +220,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(OPEN_CLIP) $(LM_EVAL) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(FUSION_BENCH) $(OPEN_CLIP) $(LM_EVAL) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
