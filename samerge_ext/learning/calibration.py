@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from samerge_ext.learning.language_model import LanguageModel, OfExpert, Weight, output_head
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, call_logits, running
+from samerge_ext.learning.turns import turns_of_batches
 from samerge_ext.merged.model import MergedModel
 
 
@@ -127,11 +128,16 @@ def expert_head(model: MergedModel, task: str) -> tuple[Weight, Tensor | None]:
 def _of_teachers(
     model: MergedModel, calibration: Calibration, run: Callable[[nn.Module, Any, str], Tensor]
 ) -> dict[str, list[Tensor]]:
-    """What every expert gives to its own task's batches."""
-    cached = {}
-    for task, batches in calibration.batches.items():
+    """What every expert gives to its own task's batches; where a model is spread over ranks, the experts of this rank's tasks."""
+    cached: dict[str, list[Tensor]] = {}
+    counts = {task: len(batches) for task, batches in calibration.batches.items()}
+    for task, indices in turns_of_batches(counts, model.packed.ranks):
+        batches, answers = calibration.batches[task], dict[int, Tensor]()
         with model.teacher(task) as module:
-            cached[task] = [run(module, to_device(batch, model.device), task).detach() for batch in batches]
+            for index, _ in indices:
+                answers[index] = run(module, to_device(batches[index], model.device), task).detach()
+        if task not in cached:
+            cached[task] = list(answers.values())
         for index, values in enumerate(cached[task]):
             if torch.isnan(values).any():
                 raise FloatingPointError(f"expert '{task}' gives NaN logits on its calibration batch {index}")
