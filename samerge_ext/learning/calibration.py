@@ -16,6 +16,7 @@ from samerge_ext.learning.losses import most_likely
 from samerge_ext.learning.nested import map_tensors, to_device
 from samerge_ext.learning.passes import Logits, answers_to, call_logits, running
 from samerge_ext.learning.teacher_cache import Given, TeacherCache
+from samerge_ext.learning.turns import turns_of_batches
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.ops.most_likely_kl import MostLikely
 
@@ -157,13 +158,20 @@ def _of_teachers(
     folder: str | Path | None,
     kept: str,
 ) -> dict[str, list[Given]]:
-    """What every expert gives to its own task's batches; kept in a folder where one is given."""
-    cached = {}
-    for task, batches in calibration.batches.items():
+    """What every expert gives to its own task's batches, kept in a folder where one is given; where a model is spread over ranks,
+    the experts of this rank's tasks."""
+    ranks = model.packed.ranks
+    if folder is not None and ranks.group is not None:
+        raise ValueError(f"teacher_cache={str(folder)!r} is for one process, and there are {ranks.size} ranks; leave it out")
+    cached: dict[str, list[Given]] = {}
+    counts = {task: len(batches) for task, batches in calibration.batches.items()}
+    for task, indices in turns_of_batches(counts, ranks):
+        batches = calibration.batches[task]
         with model.teacher(task) as module:
             answer = partial(_answer, run, module, model.device, task)
             if folder is None:
-                cached[task] = list(map(answer, batches))
+                answers = {index: answer(batches[index]) for index, _ in indices}
+                cached.setdefault(task, list(answers.values()))
             else:
                 cached[task] = TeacherCache(folder, kept).answers(task, batches, answer)
         for index, values in enumerate(cached[task]):

@@ -19,6 +19,7 @@ from samerge_ext.learning.prefetch import Inputs, inputs_of_steps
 from samerge_ext.learning.run_state import RunState, Stateful
 from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.learning.step_log import StepLog
+from samerge_ext.learning.turns import tasks_of, turns_of_batches
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import check_device
@@ -57,9 +58,24 @@ def calibration_set(
     check_device(config.device)
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
+    if packed.shards is not None:
+        _check_spread(config)
     if config.cuda_graph:
         check_fixed_shapes(calibration, packed.base.device)
     return calibration
+
+
+def _check_spread(config: LearningConfig) -> None:
+    """Raises ValueError for what is not learned from weights that are spread over ranks."""
+    asked = {
+        "memory_budget": config.memory_budget is not None,
+        "cuda_graph": config.cuda_graph,
+        "granularity='rank'": config.granularity == "rank",
+        "samples": getattr(config, "samples", None) is not None,
+        "confidence_weights": getattr(config, "confidence_weights", False),
+    }
+    if refused := ", ".join(name for name, is_asked in asked.items() if is_asked):
+        raise ValueError(f"{refused}: not with weights that are spread over ranks; leave that out, or merge without shard()")
 
 
 def learn(
@@ -100,9 +116,11 @@ def learn(
         passes = GraphedPasses(passes, device)
     log = StepLog(history, model.packed.tasks, config.weights(model.packed.tasks), device, config.log_every)
     steps = range(len(history), total)
+    fetched = inputs_of_steps(calibration, targets, device, steps, tasks_of(model.packed.tasks, model.packed.ranks))
+    silent = not (config.progress and model.packed.ranks.is_first)
     try:
-        with tqdm(total=total, initial=len(history), desc=method, disable=not config.progress, unit="step") as bar:
-            for step, inputs in zip(steps, inputs_of_steps(calibration, targets, device, steps), strict=True):
+        with tqdm(total=total, initial=len(history), desc=method, disable=silent, unit="step") as bar:
+            for step, inputs in zip(steps, fetched, strict=True):
                 beside = {}
                 if config.share_held_back and step % config.measure_every == 0:
                     log.flush()
@@ -162,9 +180,13 @@ def held_back_loss(
 ) -> Callable[[], float]:
     """A function that gives the loss, at what is learned so far, of the batches that are held back."""
 
-    def inputs(task: str) -> Iterator[tuple[Any, Any]]:
-        for i in calibration.held_back[task]:
-            yield to_device((calibration.batches[task][i], targets[task][i] if targets else None), model.device)
+    def inputs() -> Iterator[tuple[str, Any, Any, bool]]:
+        counts = {task: len(held) for task, held in calibration.held_back.items()}
+        for task, indices in turns_of_batches(counts, model.packed.ranks):
+            for place, is_own in indices:
+                i = calibration.held_back[task][place]
+                pair = to_device((calibration.batches[task][i], targets[task][i] if targets else None), model.device)
+                yield task, *pair, is_own
 
     def loss() -> float:
         coefficients, values = split(model, learned().detach())
@@ -172,7 +194,7 @@ def held_back_loss(
         return mean_loss(
             model,
             coefficients.expand(model.coefficients.shape),
-            {task: inputs(task) for task in calibration.held_back},
+            inputs(),
             logits,
             objective,
             task_weights=config.weights(model.packed.tasks),
@@ -184,7 +206,7 @@ def held_back_loss(
 
 def make_passes(model: MergedModel, logits: Logits, objective: Objective, config: LearningConfig) -> Passes:
     """What a step runs on the device: two passes with SAM, else one."""
-    weights, heads = config.weights(model.packed.tasks), model.trained_heads
+    weights, heads, ranks = config.weights(model.packed.tasks), model.trained_heads, model.packed.ranks
 
     def passes(point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The gradient [P] to step with, and each pass's losses and gradient norms [passes, 2, T]."""
@@ -203,7 +225,7 @@ def make_passes(model: MergedModel, logits: Logits, objective: Objective, config
                 tasks_per_batch=config.tasks_per_batch,
                 precision=config.precision,
             )
-            gradient, of_heads = gradient.sum_to_size(coefficients.shape), heads.gradient()
+            gradient, of_heads = gradient.sum_to_size(coefficients.shape), ranks.sum(heads.gradient(inputs))
             norms = torch.hypot(gradient.norm(dim=1), heads.norms(of_heads))
             measured.append(torch.stack([losses.to(gradient), norms]))
             return losses, torch.cat([gradient.flatten(), of_heads])

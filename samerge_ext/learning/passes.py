@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from samerge_ext.learning.language_model import LanguageModel
 from samerge_ext.learning.losses import Answers, number_of_rows, scaled
 from samerge_ext.learning.shared_encoder import SharedEncoder
+from samerge_ext.learning.turns import turns
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.packing.ranks import Ranks
 
 # logits(module, batch, task) -> [B, V]: the user's forward on the user's module.
 Logits = Callable[[nn.Module, Any, str], Tensor]
@@ -61,12 +62,15 @@ def losses_and_gradient(
     """Each task's loss [T] and ∂(Σ_t α_t loss_t)/∂λ [T, L] at ``coefficients`` [T, L].
 
     One merge, the forward and backward passes of ``tasks_per_batch`` tasks at a time, one contraction.
-    inputs: task -> (batch, target of the objective).
+    inputs: task -> (batch, target of the objective); where a model is spread over ranks, of this rank's tasks (`turns.tasks_of`).
     """
     model.merge(coefficients)
     model.zero_gradients()
-    losses = []
-    for outputs in _forwards(model, inputs, logits, tasks_per_batch, precision):
+    ranks = model.packed.ranks
+    tasks = tuple(inputs) if ranks.group is None else model.packed.tasks
+    losses: dict[str, Tensor] = {}
+    for group in _groups(tasks, ranks, logits, tasks_per_batch):
+        outputs = _forward(model, {task: inputs[task][0] for task in group}, logits, precision)
         tensors, gradients = [], []
         for task, answers in outputs.items():
             if not any(part.requires_grad for part in _parts(answers) if part is not None):
@@ -74,58 +78,70 @@ def losses_and_gradient(
                     f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach"
                 )
             loss, gradient = objective(answers.detach() if isinstance(answers, Tensor) else answers, inputs[task][1])
-            losses.append(loss)
-            gradient = scaled(gradient, task_weights[task])
+            if group[task]:
+                losses[task] = loss
+            gradient = scaled(gradient, task_weights[task] if group[task] else 0.0)
             by_part = [gradient] if isinstance(gradient, Tensor) else gradient
             for part, of_part in zip(_parts(answers), by_part, strict=True):
                 if part is not None and of_part is not None:
                     tensors.append(part)
                     gradients.append(of_part.to(part.dtype))
         torch.autograd.backward(tensors, gradients)
-    return torch.stack(losses), model.coefficient_gradient()
+    found = model.coefficient_gradient()
+    zero = found.new_zeros(())
+    return ranks.sum(torch.stack([losses.get(task, zero).to(zero) for task in tasks])), found
 
 
 @torch.no_grad()
 def mean_loss(
     model: MergedModel,
     coefficients: Tensor,
-    inputs: Mapping[str, Iterable[tuple[Any, Any]]],
+    inputs: Iterable[tuple[str, Any, Any, bool]],
     logits: Logits,
     objective: Objective,
     *,
     task_weights: Mapping[str, float],
     precision: str = "fp32",
 ) -> float:
-    """Σ_t α_t × the mean of the loss over all rows of task t's batches, at ``coefficients`` [T, L]. inputs: task -> its batches,
-    each with its target."""
+    """Σ_t α_t × the mean of the loss over all rows of task t's batches, at ``coefficients`` [T, L].
+
+    inputs: (task, batch, target, whether it counts); of a model that is spread over ranks, this rank's.
+    """
     model.merge(coefficients)
-    total = 0.0
-    for task, of_task in inputs.items():
+    losses: dict[str, list[Tensor]] = {}
+    rows: dict[str, list[int]] = {}
+    for task, batch, target, counts in inputs:
         model.select_head(task)
-        losses, rows = [], []
-        for batch, target in of_task:
-            answers = answers_to(logits, model.module, batch, task, precision)
-            losses.append(objective(answers, target)[0].double())
-            rows.append(number_of_rows(answers))
-        weights = torch.tensor(rows, dtype=torch.float64, device=losses[0].device) / sum(rows)
-        total += task_weights[task] * (torch.stack(losses) @ weights).item()
-    return total
+        answers = answers_to(logits, model.module, batch, task, precision)
+        loss = objective(answers, target)[0].double()
+        if counts:
+            losses.setdefault(task, []).append(loss)
+            rows.setdefault(task, []).append(number_of_rows(answers))
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for task, of_task in losses.items():
+        weights = torch.tensor(rows[task], dtype=torch.float64, device=model.device) / sum(rows[task])
+        total += task_weights[task] * (torch.stack(of_task) @ weights)
+    return model.packed.ranks.sum(total).item()
 
 
-def _forwards(
-    model: MergedModel, inputs: Mapping[str, tuple[Any, Any]], logits: Logits, tasks_per_batch: int | None, precision: str
-) -> Iterator[dict[str, Answers]]:
-    """Answers to one group of tasks after another: of several at once where they share an encoder."""
+def _groups(tasks: Sequence[str], ranks: Ranks, logits: Logits, tasks_per_batch: int | None) -> Iterator[dict[str, bool]]:
+    """The tasks that run as one batch, group after group, each with whether it counts: several where they share an encoder."""
+    found = turns(tasks, ranks)
+    at_once = tasks_per_batch or len(found) if isinstance(logits, SharedEncoder) else 1
+    for first in range(0, len(found), at_once):
+        group = found[first : first + at_once]
+        yield {task: (task, True) in group for task, _ in group}
+
+
+def _forward(model: MergedModel, batches: Mapping[str, Any], logits: Logits, precision: str) -> dict[str, Answers]:
+    """Answers to one group of tasks."""
     if isinstance(logits, SharedEncoder):
-        remaining = iter(inputs.items())
-        while group := {task: batch for task, (batch, _) in islice(remaining, tasks_per_batch or len(inputs))}:
-            with running(model.module, precision, f"the batches of tasks {list(group)}"):
-                together = logits.together(model.module, group)
-            yield {task: _checked(task, values) for task, values in together.items()}
-    else:
-        for task, (batch, _) in inputs.items():
-            model.select_head(task)
-            yield {task: answers_to(logits, model.module, batch, task, precision)}
+        with running(model.module, precision, f"the batches of tasks {list(batches)}"):
+            together = logits.together(model.module, batches)
+        return {task: _checked(task, values) for task, values in together.items()}
+    ((task, batch),) = batches.items()
+    model.select_head(task)
+    return {task: answers_to(logits, model.module, batch, task, precision)}
 
 
 def _parts(answers: Answers) -> list[Tensor | None]:

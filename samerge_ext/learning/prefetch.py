@@ -15,16 +15,22 @@ Inputs = dict[str, tuple[Any, Any]]
 
 
 def inputs_of_steps(
-    calibration: Calibration, targets: Mapping[str, Sequence[Any]] | None, device: torch.device, steps: range
+    calibration: Calibration,
+    targets: Mapping[str, Sequence[Any]] | None,
+    device: torch.device,
+    steps: range,
+    tasks: Sequence[str],
 ) -> Iterator[Inputs]:
-    """Each step's batches and their targets, on ``device``. Tensors elsewhere are copied; on the CPU nothing runs ahead."""
+    """Each step's batches of ``tasks`` and their targets, on ``device``. Tensors elsewhere are copied; on the CPU nothing runs
+    ahead."""
     on_gpu = device.type == "cuda"
-    batches = {task: [_pinned(batch) if on_gpu else batch for batch in held] for task, held in calibration.batches.items()}
+    batches = {task: [_pinned(batch) if on_gpu else batch for batch in calibration.batches[task]] for task in tasks}
 
     def fetch(step: int) -> Inputs:
+        indices = calibration.at(step)
         return {
-            task: to_device((batches[task][i], targets[task][i] if targets else None), device)
-            for task, i in calibration.at(step).items()
+            task: to_device((batches[task][indices[task]], targets[task][indices[task]] if targets else None), device)
+            for task in tasks
         }
 
     return _one_ahead(fetch, device, steps) if on_gpu else map(fetch, steps)

@@ -44,6 +44,7 @@ class RunState:
             "heads": model.trained_heads.identity(),
             "batches": {task: len(held) for task, held in calibration.batches.items()},
         }
+        self._writes = model.packed.ranks.is_first
         self._steps, self._finished = 0, dict[str, Any]()
 
     def load(self, parts: Mapping[str, Stateful], history: list[dict]) -> None:
@@ -66,8 +67,8 @@ class RunState:
             self._steps, self._finished = steps, {**copy.deepcopy(state), "random_state": torch.get_rng_state()}
 
     def save(self, history: list[dict]) -> None:
-        """Writes the finished steps, where there are any that are not written yet."""
-        if self.path is None or not self._finished:
+        """Writes the finished steps, where there are any that are not written yet. Of several ranks the first one does."""
+        if self.path is None or not self._finished or not self._writes:
             return
         content = io.BytesIO()
         torch.save({**self._finished, "identity": json.dumps(self.identity), "history": history[: self._steps]}, content)

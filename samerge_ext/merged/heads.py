@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,14 @@ class TrainedHeads:
             parameter.grad = None
         torch.clear_autocast_cache()  # of the values that were there before
 
-    def gradient(self) -> Tensor:
-        """∂loss/∂values [H] from the backward passes since `put`; raises RuntimeError for a tensor that none came to."""
+    def gradient(self, tasks: Container[str]) -> Tensor:
+        """∂loss/∂values [H] from the backward passes of ``tasks`` since `put`, 0 for all others; raises RuntimeError for a tensor
+        that none came to."""
         found = []
         for task, name, parameter in self.places:
+            if task not in tasks:
+                found.append(self.start.new_zeros(parameter.numel()))
+                continue
             if parameter.grad is None:
                 raise RuntimeError(
                     f"train_heads: the logits of task '{task}' do not depend on its '{name}'; logits(module, batch, task) must "

@@ -13,6 +13,7 @@ from samerge_ext.checkpoints.naming import correspondence
 from samerge_ext.checkpoints.sources import matches
 from samerge_ext.merged.heads import TrainedHeads, find_trained
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
+from samerge_ext.merged.spread import SpreadWeights
 from samerge_ext.merged.streamed import StreamedRows, StreamedWeights
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import Buffers, PackedWeights
@@ -67,7 +68,8 @@ class MergedModel(nn.Module):
         self.module = module if train else module.eval()
         if streamed:
             store = store or packed.store()
-            self.weights: ResidentWeights | StreamedWeights = StreamedWeights(module, packed, places, dtype, store, units)
+            way = StreamedWeights if packed.shards is None else SpreadWeights
+            self.weights: ResidentWeights | StreamedWeights = way(module, packed, places, dtype, store, units)
         else:
             self.packed = packed = packed.in_memory()
             self.weights = ResidentWeights(packed, places, dtype)

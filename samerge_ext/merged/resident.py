@@ -8,12 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.sources import Source
-from samerge_ext.ops.coefficient_grad import coefficient_grad
-from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.components import Components
-from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.stores import narrow
 
 # layer -> where it stands in the module: (owner, its own name for the tensor); several where the tensor is tied.
 Places = dict[str, list[tuple[nn.Module, str]]]
@@ -24,7 +20,7 @@ class ResidentWeights:
 
     def __init__(self, packed: PackedWeights, places: Places, dtype: torch.dtype | None):
         self.packed = packed
-        self.merged = torch.empty_like(packed.base, dtype=dtype)
+        self.merged = torch.empty(packed.layout.numel, dtype=dtype or packed.base.dtype, device=packed.base.device)
         self.gradient = torch.zeros_like(self.merged)
         self.device, self.dtype = self.merged.device, self.merged.dtype
         self._gradient_views = packed.layout.views(self.gradient)
@@ -48,13 +44,7 @@ class ResidentWeights:
 
     def layer(self, layer: int, coefficients: Tensor) -> Tensor:
         """One layer merged at ``coefficients`` [T, L], in memory of its own."""
-        start, length = self.packed.layout.extent(layer)
-        task_vectors = narrow(self.packed.whole_task_vectors(), start, length)
-        blocks = self.packed.layout.block_layer[start // BLOCK : (start + length) // BLOCK]
-        merged = torch.empty(length, dtype=self.dtype, device=self.device)
-        weighted_sum(self.packed.base[start : start + length], task_vectors, coefficients, blocks, out=merged)
-        shape = self.packed.layout.shapes[layer]
-        return merged[: shape.numel()].view(shape)
+        return self.packed.merge_layer(layer, coefficients, self.store, self.dtype)
 
     def read(self, source: Source) -> None:
         """In place of merged weights, those of one model."""
@@ -76,8 +66,7 @@ class ResidentWeights:
                     f"'{name}'.grad was replaced between zero_gradients() and contract(): do not call zero_grad() on "
                     "the module or on an optimiser of its parameters there"
                 )
-        layout = self.packed.layout
-        found = coefficient_grad(self.gradient, self.packed.whole_task_vectors(), layout.block_layer, layout.num_layers)
+        found = self.packed.contract(self.gradient)
         of_components = (self.components.gradient(name, self._gradient_views[name]) for name in self.components.factors)
         return torch.cat([found, *of_components], 1)
 

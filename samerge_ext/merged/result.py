@@ -114,7 +114,12 @@ class Result:
         heads/TASK.safetensors where tasks have heads, learner/ where the coefficients were predicted (the learner, and the
         statistics), coefficients.json, README.md, the model card (``card``, or the report's), and with ``report`` report.html and
         report.json: what was merged and how, for people and for `samerge report`. recipe: what the merge followed, for both.
+
+        Where weights are spread over ranks all of them call it: the first one writes, and all return when the folder is whole.
         """
+        if not self.packed.ranks.is_first:
+            self._take_part(dtype)
+            return Path(path)
         require_apart(path, [*map(Path, self.packed.inputs), *([] if self.packed.folder is None else [self.packed.folder])])
         files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
         for task, head in self.heads.items():
@@ -135,9 +140,19 @@ class Result:
         write = partial(save_checkpoint, path, companions_from=companions, extra_files=files, overwrite=overwrite)
         if self.merged is None:
             streamed = self.packed.as_stored(self.packed.tensors(self._merged_at(), dtype, self._add_components))
-            return write(streamed, shard_size=STREAMED_SHARD)
-        tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
-        return write(tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items()))
+            written = write(streamed, shard_size=STREAMED_SHARD)
+        else:
+            tensors = {n: t.detach().cpu() for n, t in self.state_dict(dtype).items() if n not in self.packed.aliases}
+            written = write(tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items()))
+        self.packed.ranks.wait()
+        return written
+
+    def _take_part(self, dtype: torch.dtype | None) -> None:
+        """What the other ranks do while the first one writes: merge with it what it merges layer by layer."""
+        if self.merged is None:
+            for _ in self.packed.tensors(self._merged_at(), dtype):
+                pass
+        self.packed.ranks.wait()
 
     def summary(self) -> dict:
         """Method, configuration, versions and λ as {task: {layer: coefficient}}, ready for JSON: equal for equal runs.

@@ -26,6 +26,7 @@ from samerge_ext.ops.singular import singular_vectors
 from samerge_ext.ops.svd_topk import search_bytes, svd_topk
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.shards import Spread
 from samerge_ext.packing.stores import Store
 
 Factors = tuple[Tensor, Tensor]  # left [m, T · k], right [n, T · k]
@@ -57,8 +58,10 @@ class Components:
 
         store: of the same weights, by default packed.store(): where dense task vectors are fetched from, and on whose device
         the factors will be. Beside them it takes one matrix of one task, which is fetched again for every task where it has
-        more than 4 Mi numbers.
+        more than 4 Mi numbers. Raises TypeError for weights that are spread over ranks.
         """
+        if isinstance(packed.task_vectors, Spread):
+            raise packed.task_vectors.not_whole()
         store = store or packed.store()
         stored, names, dtype = packed.task_vectors, packed.layout.names, packed.coefficient_dtype
         factors = {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from samerge_ext.checkpoints.alignment import as_in_base
 from samerge_ext.checkpoints.compatibility import check_models
@@ -17,6 +20,7 @@ from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.sources import CheckpointSource, ModuleSource, Source, StateDictSource
 from samerge_ext.checkpoints.tokenizers import MergedTokenizer, TokenizerConfig
+from samerge_ext.ops.coefficient_grad import coefficient_grad
 from samerge_ext.ops.weighted_sum import weighted_sum
 from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.in_pieces import InPieces
@@ -32,13 +36,15 @@ from samerge_ext.packing.into_memory import pack_into_memory
 from samerge_ext.packing.layout import BLOCK, Layout
 from samerge_ext.packing.opened import all_patterns, as_pairs, check_factors, opened_models
 from samerge_ext.packing.quantised import QuantisedTaskVectors
+from samerge_ext.packing.ranks import ALONE, Ranks
+from samerge_ext.packing.shards import Shards, Spread, own
+from samerge_ext.packing.spread_merge import SpreadMerge
 from samerge_ext.packing.stores import (
     InMemory,
     Numbers,
     StagedStore,
     Store,
     WholeStore,
-    empty_like,
     in_memory,
     indexed,
     on_host,
@@ -222,20 +228,49 @@ class PackedWeights:
         """
         return cls(**open_packed(Path(file), torch.device(device), verify))
 
+    def shard(self, group: ProcessGroup | None = None) -> PackedWeights:
+        """This rank's share of base and task vectors, a contiguous part of every layer and a W-th of all numbers: what is merged
+        from it is merged by all ranks together.
+
+        All ranks of ``group``, by default of all that torch.distributed knows, call it with equal weights. It is a copy, so that
+        these can be let go. Of weights in a packed file, or of LoRA factors, ranks go on to read or multiply out their own
+        numbers alone; `in_memory` of the share keeps these.
+        Raises ValueError where there is no process group, where ranks have other weights, and for a share of a share.
+        """
+        if self.shards is not None:
+            raise ValueError(f"these weights are spread over {self.ranks.size} ranks already; shard() those that they came from")
+        shards = Shards(self.layout, Ranks.of(group))
+        known = [self.tasks, self.layout.names, self.layout.shapes, self.layout.offsets, self.base.dtype, self.task_vector_form]
+        device = self.layout.block_layer.device
+        shards.ranks.require_equal(zlib.crc32(repr(known).encode()), "tasks, layers or dtypes are others", device)
+        base: Any = Spread.of(self.base, shards)
+        return replace(self, base=base, task_vectors=Spread.of(self.task_vectors, shards))
+
+    @property
+    def shards(self) -> Shards | None:
+        """Which numbers are this rank's, where base and task vectors are spread over ranks by `shard`."""
+        return self.task_vectors.shards if isinstance(self.task_vectors, Spread) else None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that merge together; this one alone, without `shard`."""
+        return ALONE if self.shards is None else self.shards.ranks
+
     def store(self, *, device: torch.device | str | None = None, piece: int | None = None) -> Store:
-        """What hands base and task vectors to a streamed model on ``device``, where they are by default.
+        """What hands base and task vectors, or this rank's share, to a streamed model on ``device``, where they are by default.
 
         piece: numbers that are staged at a time, a multiple of 1,024; 64 MiB of them by default. Not for what is there already.
         """
         device = indexed(device or self.base.device)
-        if self.base.device == device and not isinstance(self.task_vectors, InPieces):
-            return WholeStore(self.base, self.task_vectors)
-        for numbers in (self.base, self.task_vectors) if device.type == "cuda" else ():
+        base, task_vectors = own(self.base), own(self.task_vectors)
+        if base.device == device and not isinstance(base, InPieces) and not isinstance(task_vectors, InPieces):
+            return WholeStore(base, task_vectors)
+        for numbers in (base, task_vectors) if device.type == "cuda" else ():
             for part in () if isinstance(numbers, InPieces) else parts(numbers).values():
                 if part.device.type == "cpu":
                     pin(part)
         default = PIECE_BYTES // ((self.num_tasks + 1) * self.base.dtype.itemsize)
-        return StagedStore(self.base, self.task_vectors, device, piece or max(BLOCK, default // BLOCK * BLOCK))
+        return StagedStore(base, task_vectors, device, piece or max(BLOCK, default // BLOCK * BLOCK))
 
     @property
     def is_whole(self) -> bool:
@@ -292,23 +327,46 @@ class PackedWeights:
         return coefficients
 
     def merge(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-        """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]."""
+        """base + Σ_t coefficients[t, layer] · task_vectors[t], coefficients [T, L] -> [N]. Of a share, all ranks call it."""
         coefficients = coefficients.to(self.base.device)
         if not isinstance(self.task_vectors, InPieces):
             return weighted_sum(self.base, self.task_vectors, coefficients, self.layout.block_layer, out=out)
-        out = empty_like(self.base, self.layout.numel, self.base.device) if out is None else out
+        out = torch.empty(self.layout.numel, dtype=self.base.dtype, device=self.base.device) if out is None else out
         store = self.store()
+        if self.shards is not None:
+            return SpreadMerge(self.shards, store).merge(coefficients, out)
         piece = store.piece or self.layout.numel
         for start in range(0, self.layout.numel, piece):
             length = min(piece, self.layout.numel - start)
             weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length), out=out[start : start + length])
         return out
 
+    def merge_layer(self, layer: int, coefficients: Tensor, store: Store, dtype: torch.dtype | None = None) -> Tensor:
+        """One packed layer merged at ``coefficients`` [T, L], in memory of its own and of the base's dtype or ``dtype``."""
+        shape, (start, length) = self.layout.shapes[layer], self.layout.extent(layer)
+        if self.shards is not None:
+            spread = SpreadMerge(self.shards, store)
+            merged = spread.start([layer], spread.of_ranks(coefficients), dtype or self.base.dtype)()
+        else:
+            merged = torch.empty(length, dtype=dtype or self.base.dtype, device=store.device)
+            weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length), out=merged)
+        return merged[: shape.numel()].view(shape)
+
+    def contract(self, gradient: Tensor) -> Tensor:
+        """∂loss/∂λ [T, L] from ∂loss/∂weights [N], of the weights that `merge` gives."""
+        if self.shards is not None:
+            return SpreadMerge(self.shards, self.store()).gradient(gradient, self.num_tasks)
+        return coefficient_grad(gradient, self.whole_task_vectors(), self.layout.block_layer, self.layout.num_layers)
+
     def in_memory(self, device: torch.device | str | None = None) -> PackedWeights:
-        """The same with base and task vectors as tensors, on ``device``; by default where they are, or a file's are computed."""
+        """The same with base and task vectors as tensors, on ``device``; by default where they are, or a file's are computed.
+        Of a share, this rank's own."""
         if self.is_whole and (device is None or self.base.device == indexed(device)):
             return self
         device = indexed(device or self.layout.block_layer.device)
+        if isinstance(self.task_vectors, Spread):
+            base: Any = self.base
+            return replace(self, base=base.in_memory(device), task_vectors=self.task_vectors.in_memory(device)).to(device)
         base, task_vectors = in_memory(self.base, device), in_memory(self.task_vectors, device)
         return replace(self, base=base, task_vectors=task_vectors).to(device)
 
@@ -379,9 +437,7 @@ class PackedWeights:
             if self.layout.offsets[layer] is None:
                 tensor = self.unchanged[name]
             else:
-                start, length = self.layout.extent(layer)
-                merged = weighted_sum(*store.fetch(start, length), coefficients, self._blocks(start, length))
-                tensor = merged[: self.layout.shapes[layer].numel()].view(self.layout.shapes[layer])
+                tensor = self.merge_layer(layer, coefficients, store)
                 add_to(name, tensor)
             yield name, tensor.to(dtype or base_dtype).cpu()
         yield from self.merged_buffers().items()

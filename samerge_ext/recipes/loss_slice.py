@@ -64,12 +64,13 @@ def loss_slice(recipe: Recipe, coefficients: Mapping[str, Mapping[str, float]], 
         norm, reach = gradient.norm().item(), REACH * settings.rho
 
         def loss_at(distance: float) -> float:
-            pairs = {
-                task: (to_device(pair, merged.device) for pair in zip(held.batches[task], taught[task], strict=True))
+            inputs = (
+                (task, *to_device(pair, merged.device), True)
                 for task in packed.tasks
-            }
+                for pair in zip(held.batches[task], taught[task], strict=True)
+            )
             there = point + distance / (norm or 1) * gradient
-            return mean_loss(merged, there, pairs, task_weights=weights, **options)
+            return mean_loss(merged, there, inputs, task_weights=weights, **options)
 
         distances = [reach * (2 * i / (POINTS - 1) - 1) for i in range(POINTS)]
         losses = [loss_at(distance) for distance in distances]

@@ -13,6 +13,8 @@ from samerge_ext.budget.plan import plan
 from samerge_ext.checkpoints.adapter_edits import PREFIX
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.packing.ranks import Ranks
+from samerge_ext.packing.shards import Shards
 from samerge_ext.packing.stores import in_memory
 
 WIDTH, BLOCKS, RANK, ALPHA = 48, 10, 3, 4
@@ -82,6 +84,15 @@ def test_any_piece_is_that_of_the_whole(folders):
         factors.read_into(1024 * start, length, piece)
         torch.testing.assert_close(piece[:, :length], whole[:, 1024 * start : 1024 * start + length], rtol=1e-6, atol=1e-7)
         assert piece[:, length:].isnan().all()
+
+
+def test_a_rank_multiplies_out_its_own_numbers_alone(folders):
+    packed = pack(folders, task_vector_dtype="lora")
+    whole = in_memory(packed.task_vectors, "cpu")
+    for rank in range(3):
+        shards = Shards(packed.layout, Ranks(None, rank, 3))
+        own = in_memory(shards.own(packed.task_vectors), "cpu")
+        torch.testing.assert_close(own, shards.own(whole), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("piece", [1024, None])

@@ -1,0 +1,342 @@
+"""Learned merges by several ranks: the numbers of one process, from a W-th of the weights on each."""
+
+import os
+import signal
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import headed
+import pytest
+import streaming
+import tiny
+import torch
+import torch.distributed as dist
+import worlds
+from helpers import PATH_TOLERANCE
+from safetensors.torch import load_file
+from torch import nn
+
+import samerge_ext as sm
+from samerge_ext.learning.turns import tasks_of, turns, turns_of_batches
+from samerge_ext.packing import ranks
+from samerge_ext.packing.layout import BLOCK
+from samerge_ext.packing.ranks import Ranks
+
+TASKS = ("red", "green", "blue")
+NEVER = 1 << 30
+
+
+def learn(packed, module, batches, forward, method=sm.samerging, config=sm.SAMergingConfig, heads=None, **settings):
+    settings = {"steps": 3, "learning_rate": 0.02, "progress": False, **settings}
+    more = {} if heads is None else {"heads": heads}
+    result = method(module, packed, batches, forward, config=config(**settings), **more)
+    losses = [[record["loss"], record["gradient_norm"], record.get("held_back_loss", 0.0)] for record in result.history]
+    learned = [result.coefficients, torch.tensor(losses, dtype=torch.float64)]
+    return [*learned, headed.flat(result.heads)] if settings.get("train_heads") else learned
+
+
+def of_streaming(share, dtype=torch.float64, form=None, **settings):
+    torch.manual_seed(0)
+    packed = streaming.make_packed(streaming.make(dtype=dtype), tasks=TASKS, task_vector_dtype=form)
+    uneven = {task: batches[: 1 + place] for place, (task, batches) in enumerate(streaming.make_batches(tasks=TASKS).items())}
+    return learn(share(packed), streaming.make(1, dtype), uneven, streaming.logits, **settings)
+
+
+def of_a_shared_encoder(share, **settings):
+    _, _, packed, heads, batches = tiny.make_problem()
+    return learn(share(packed), tiny.make(1), batches, tiny.shared_encoder(heads), **settings)
+
+
+def of_trained_heads(share, **settings):
+    _, _, packed = headed.make_problem()
+    settings = {"train_heads": headed.HEADS, "held_back": 0.3, "measure_every": 2, **settings}
+    return learn(share(packed), headed.make(1), tiny.make_batches(count=4), headed.logits, **settings)
+
+
+FP32 = {"dtype": torch.float32}
+CASES = {  # name -> a learned merge of a function that shards
+    "resident": of_streaming,
+    "streamed": lambda share: of_streaming(share, streamed=True),
+    "fp32": lambda share: of_streaming(share, **FP32),
+    "streamed fp32": lambda share: of_streaming(share, **FP32, streamed=True),
+    "task-wise": lambda share: of_streaming(share, streamed=True, granularity="task", sam="off", optimizer="sgd"),
+    "adamerging": lambda share: of_streaming(share, method=sm.adamerging, config=sm.AdaMergingConfig, streamed=True),
+    "int8": lambda share: of_streaming(share, **FP32, form="int8", streamed=True),
+    "int4-residual": lambda share: of_streaming(share, **FP32, form="int4-residual"),
+    "shared encoder": lambda share: of_a_shared_encoder(share, streamed=True),
+    "one task at a time": lambda share: of_a_shared_encoder(share, streamed=True, tasks_per_batch=1),
+    "heads": lambda share: of_trained_heads(share, streamed=True),
+    "heads, resident": of_trained_heads,
+}
+
+
+FEW = ("resident", "streamed", "streamed fp32", "one task at a time", "heads")
+# Of three tasks: ranks without a task in a turn, and one without any.
+WORLDS = {1: FEW, 2: tuple(CASES), 3: FEW, 4: FEW}
+
+
+def every_case(names):
+    """What one rank learns in every case, in a second run of some, the bytes that it sent and the weights that it held."""
+    found = {name: CASES[name](sm.PackedWeights.shard) for name in names}
+    again = {name: CASES[name](sm.PackedWeights.shard) for name in ("resident", "streamed fp32")}
+    return found, again, counted_bytes(), most_weights()
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def world(request, tmp_path_factory):
+    size = request.param
+    return size, worlds.run(every_case, size, tmp_path_factory.mktemp("world") / "ranks", WORLDS[size])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: case(lambda packed: packed) for name, case in CASES.items()}
+
+
+def test_ranks_learn_what_one_process_learns(world, alone):
+    size, found = world
+    for name in WORLDS[size]:
+        truth = alone[name]
+        assert (truth[0] - 0.3).abs().max() > 0.01
+        for of_rank in found:
+            for ours, expected in zip(of_rank[0][name], truth, strict=True):
+                error = (ours - expected).norm() / expected.norm()
+                assert error <= PATH_TOLERANCE[truth[0].dtype], f"{name}: {error:.1e}"
+
+
+def test_all_ranks_learn_the_same_bits_in_every_run(world):
+    size, found = world
+    for name in WORLDS[size]:
+        for of_rank in found:
+            assert all(torch.equal(x, y) for x, y in zip(of_rank[0][name], found[0][0][name], strict=True)), name
+    for name, again in found[0][1].items():
+        assert all(torch.equal(x, y) for x, y in zip(again, found[0][0][name], strict=True)), name
+
+
+class Chain(nn.Sequential):
+    """Three units of a matrix of two blocks and a bias of one."""
+
+    def __init__(self):
+        super().__init__(*(nn.Linear(40, 40) for _ in range(3)))
+
+
+def padded_unit(size):
+    """Bytes of a unit, filled up so that all ranks' parts are of one length."""
+    return 4 * size * -(-3 // size) * BLOCK
+
+
+def chain():
+    torch.manual_seed(0)
+    base, *experts = (Chain() for _ in range(1 + len(TASKS)))
+    batches = {task: [torch.randn(2, 40)] for task in TASKS}
+    return Chain(), sm.PackedWeights.from_modules(base, dict(zip(TASKS, experts, strict=True))), batches
+
+
+def counted_bytes():
+    """name of a collective -> bytes that a SAM step gives to it and takes from it, of all ranks' parts."""
+    found = []
+    for steps in (1, 3):
+        counts = Counter()
+        before = ranks._all_gather, ranks._reduce_scatter, dist.all_reduce
+
+        def counting(name, collective, counts):
+            def counted(tensor, *arguments, **settings):
+                counts[name] += max(part.nbytes for part in (tensor, *arguments))
+                return collective(tensor, *arguments, **settings)
+
+            return counted
+
+        ranks._all_gather, ranks._reduce_scatter, dist.all_reduce = (
+            counting(name, collective, counts) for name, collective in zip(("gather", "scatter", "sum"), before, strict=True)
+        )
+        try:
+            module, packed, batches = chain()
+            learn(packed.shard(), module, batches, streaming.logits, streamed=True, steps=steps)
+        finally:
+            ranks._all_gather, ranks._reduce_scatter, dist.all_reduce = before
+        found.append(counts)
+    return {name: (found[1][name] - found[0][name]) / 2 for name in found[1]}
+
+
+def test_the_collectives_move_what_the_formula_says(world):
+    """docs/distributed.md: per turn a unit is gathered twice and its gradient scattered once, in fp32 here."""
+    size, found = world
+    turns_of_a_pass, layers = -(-len(TASKS) // size), 6
+    units = 3 * padded_unit(size)
+    per_pass = {
+        "gather": turns_of_a_pass * 2 * units + 4 * size * len(TASKS) * layers,  # λ of all ranks
+        "scatter": turns_of_a_pass * units,
+        "sum": 4 * len(TASKS) * (layers + 1),  # ∂loss/∂λ and the losses
+    }
+    for of_rank in found:
+        assert of_rank[2] == {name: 2 * number for name, number in per_pass.items()}
+
+
+def most_weights():
+    """The most bytes of whole units' weights that exist at a time in a pass."""
+    module, packed, batches = chain()
+    bound = 2 * padded_unit(dist.get_world_size())
+    model = sm.MergedModel(module, packed.shard(), streamed=True)
+    alive, most = weakref.WeakSet(), 0
+    spread, gather = model.weights.spread, ranks._all_gather
+
+    def note(tensor):
+        nonlocal most
+        alive.add(tensor.untyped_storage())
+        until = time.monotonic() + 5  # gloo's threads let go of what they have sent a moment later
+        while sum(storage.nbytes() for storage in alive) > bound and time.monotonic() < until:
+            time.sleep(0.001)
+        most = max(most, sum(storage.nbytes() for storage in alive))
+
+    def gathering(out, *arguments, **settings):
+        if out.numel() >= BLOCK:  # not the coefficients of all ranks
+            note(out)
+        return gather(out, *arguments, **settings)
+
+    start = spread.start
+
+    def started(*arguments):
+        waited = start(*arguments)
+
+        def noted():
+            found = waited()
+            note(found)
+            return found
+
+        return noted
+
+    ranks._all_gather, spread.start = gathering, started
+    try:
+        for _ in range(3):
+            model.merge()
+            model.zero_gradients()
+            model(batches["red"][0]).square().sum().backward()
+    finally:
+        ranks._all_gather = gather
+    return most
+
+
+def test_two_units_weights_exist_at_most(world):
+    """What a rank computes with, and what is on its way to it, whose parts are padded to whole blocks."""
+    size, found = world
+    for of_rank in found:
+        assert padded_unit(size) < of_rank[3] <= 2 * padded_unit(size)
+
+
+def test_a_packed_file_is_streamed_by_every_rank(tmp_path):
+    truth = streaming.path_of_gradients(streaming.make(1), streaming.packed_twice(tmp_path)[0], None, steps=2)
+    for found in worlds.run(from_a_file, 2, tmp_path / "world", tmp_path / "packed"):
+        for path in found:
+            torch.testing.assert_close(path, 2 * truth, rtol=1e-10, atol=1e-12)
+
+
+def from_a_file(file):
+    """The gradients of two equal batches, from the file and from this rank's part of it in memory."""
+    found = []
+    for share in (sm.PackedWeights.open(file).shard(), sm.PackedWeights.open(file).shard().in_memory()):
+        found.append(path_of_gradients(share))
+    return found
+
+
+def path_of_gradients(share):
+    model = sm.MergedModel(streaming.make(1), share, 0.4, train=True, streamed=True, store=share.store(piece=3072))
+    path = []
+    for step in range(2):
+        model.merge()
+        path.append(streaming.gradient(model, streaming.make_batches()["red"][step % 3], seed=step)[1])
+        model.coefficients.data -= 1e-5 * path[-1] / share.ranks.size
+    return torch.stack(path)
+
+
+def saved(folder):
+    """The tensors that a rank finds; the first one has them written, too."""
+    for name, streamed in (("streamed", True), ("resident", False)):
+        torch.manual_seed(0)
+        packed = streaming.make_packed(streaming.make()).shard()
+        config = sm.SAMergingConfig(progress=False, steps=2, streamed=streamed)
+        result = sm.samerging(streaming.make(1), packed, streaming.make_batches(), streaming.logits, config=config)
+        assert result.save_pretrained(Path(folder) / name).is_dir()
+    return result.state_dict()
+
+
+def test_the_first_rank_saves_for_all(tmp_path):
+    found = worlds.run(saved, 2, tmp_path / "world", tmp_path)
+    for name in ("streamed", "resident"):
+        for tensor_name, tensor in load_file(tmp_path / name / "model.safetensors").items():
+            torch.testing.assert_close(tensor, found[1][tensor_name], rtol=1e-10, atol=1e-12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resident", "streamed", "world"]
+
+
+def stopped_run(folder, dies_in):
+    """A run of six steps that keeps its state; rank 1 is killed in the forward pass of that number, if it comes to it."""
+    left = dies_in
+
+    def logits(module, batch, task):
+        nonlocal left
+        left -= torch.is_grad_enabled()
+        if left == 0 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return module(batch)
+
+    torch.manual_seed(0)
+    packed = streaming.make_packed(streaming.make()).shard()
+    config = sm.SAMergingConfig(progress=False, steps=6, streamed=True, checkpoint_dir=folder, checkpoint_every=1)
+    try:
+        return sm.samerging(streaming.make(1), packed, streaming.make_batches(), logits, config=config).coefficients
+    except ranks.LostRankError as error:
+        return str(error)
+
+
+def test_a_run_goes_on_where_a_rank_was_killed(tmp_path):
+    whole, _ = worlds.run(stopped_run, 2, tmp_path / "whole", tmp_path / "state of the whole", NEVER)
+    started = worlds.begin(stopped_run, 2, tmp_path / "killed", tmp_path / "state", 8)
+    worlds.end(started)
+    assert [process.exitcode for process in started] == [0, -signal.SIGKILL]
+    assert torch.load(tmp_path / "killed" / "rank0.pt").startswith("rank 0 of 2 waits for the others, and one of them has ended")
+    (tmp_path / "state" / "state.pt").rename(tmp_path / "kept.pt")
+    for size in (2, 3):  # also by other ranks
+        folder = tmp_path / f"state for {size}"
+        folder.mkdir()
+        (folder / "state.pt").write_bytes((tmp_path / "kept.pt").read_bytes())
+        found = worlds.run(stopped_run, size, tmp_path / f"world of {size}", folder, NEVER)
+        assert all(torch.equal(coefficients, found[0]) for coefficients in found)
+        error = (found[0] - whole).norm() / whole.norm()
+        assert error == 0 if size == 2 else error <= PATH_TOLERANCE[torch.float64]
+
+
+def refused():
+    torch.manual_seed(0)
+    share = streaming.make_packed(streaming.make()).shard()
+    found = {}
+    for name, settings in {
+        "memory_budget": {"memory_budget": "1GB"},
+        "granularity='rank'": {"granularity": "rank"},
+        "samples": {"samples": 2},
+        "confidence_weights": {"confidence_weights": True},
+    }.items():
+        with pytest.raises(ValueError) as error:
+            learn(share, streaming.make(1), streaming.make_batches(), streaming.logits, **settings)
+        found[name] = str(error.value)
+    return found
+
+
+def test_settings_that_need_whole_weights_are_refused(tmp_path):
+    for name, message in worlds.run(refused, 2, tmp_path / "world")[0].items():
+        assert message == f"{name}: not with weights that are spread over ranks; leave that out, or merge without shard()"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_every_batch_counts_on_one_rank_and_all_run_as_many(size):
+    counts = {"a": 3, "b": 1, "c": 2, "d": 2, "e": 4}
+    everyone = [Ranks(None, rank, size) for rank in range(size)]
+    assert sorted(task for each in everyone for task, is_own in turns(tuple(counts), each) if is_own) == sorted(counts)
+    assert len({len(turns(tuple(counts), each)) for each in everyone}) == 1
+    batches = [turns_of_batches(counts, each) for each in everyone]
+    assert len({tuple(len(indices) for _, indices in of_rank) for of_rank in batches}) == 1
+    own = Counter((task, index) for of_rank in batches for task, indices in of_rank for index, is_own in indices if is_own)
+    assert own == Counter((task, index) for task, count in counts.items() for index in range(count))
+    for each, of_rank in zip(everyone, batches, strict=True):
+        for task in tasks_of(tuple(counts), each):  # its teacher's answers are here
+            assert {index for name, indices in of_rank if name == task for index, _ in indices} >= set(range(counts[task]))
