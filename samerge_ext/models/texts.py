@@ -1,9 +1,9 @@
-"""Calibration texts: read from files, tokenised by a model folder's tokenizer."""
+"""Calibration texts: read from files or taken from datasets, tokenised by a model folder's tokenizer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,21 @@ from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.reading import shown
 
 Batch = dict[str, Tensor]
+# A text, or a record of a dataset that holds one: see `written`.
+Text = str | Mapping[str, Any]
 
 TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow")  # which hold texts, but not one a line
 # Files that tokenizers keep their words in, for those whose class does not name them.
 VOCABULARIES = ("tokenizer.json", "*.model", "tekken.json", "*.tiktoken", "vocab*")
 
 
-def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
-    """Texts of a .jsonl file (field "text") or of any other text file (one a line); empty lines are left out.
+def read_texts(path: str | Path, limit: int | None = None) -> list[Text]:
+    """Texts of a .jsonl file (field "text", or records as `text_batches` takes them) or of any other text file (one a line);
+    empty lines are left out.
 
     Raises ValueError, naming file and line, for a record without text, for a file without any or not in UTF-8, and for a folder.
     """
-    texts = [record["text"] for record in _records(Path(path), ("text",))]
-    return texts[:limit]
+    return [record.get("text", record) for record in _records(Path(path))[:limit]]
 
 
 def read_labelled(path: str | Path, limit: int | None = None) -> list[tuple[str, str | int]]:
@@ -37,7 +39,7 @@ def read_labelled(path: str | Path, limit: int | None = None) -> list[tuple[str,
     if path.suffix != ".jsonl":
         raise ValueError(f'{path}: labelled texts are a .jsonl file, of objects with the fields "text" and "label"')
     found = []
-    for record in _records(path, ("text", "label"))[:limit]:
+    for record in _records(path, labelled=True)[:limit]:
         label = record["label"]
         if not isinstance(label, str) and not (type(label) is int and label >= 0):
             raise ValueError(f"{path}: {shown(label)} is no label; numbers from 0 on, or names, are expected")
@@ -45,8 +47,8 @@ def read_labelled(path: str | Path, limit: int | None = None) -> list[tuple[str,
     return found
 
 
-def _records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of a file of texts, each with the field "text", a text."""
+def _records(path: Path, labelled: bool = False) -> list[dict[str, Any]]:
+    """The records of a file of texts: with the field "text", a text, and labelled "label"; or as `written` takes them."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the calibration of a text model is a file with one unlabelled text a line")
     if path.suffix in TABLES:
@@ -62,15 +64,16 @@ def _records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         record: dict[str, Any] = {"text": line.removesuffix("\r")}
         if path.suffix == ".jsonl":
             try:
-                content = json.loads(line)
-                record = {field: content[field] for field in fields}
-                record["text"] = record["text"].removesuffix("\r")
-                record["text"].encode()  # half of a surrogate pair is no text
+                record = json.loads(line)
+                if labelled or "text" in record or not _is_chat_or_prompt(record):
+                    record = {field: record[field] for field in ("text", *["label"] * labelled)}
+                    record["text"] = record["text"].removesuffix("\r")
+                    record["text"].encode()  # half of a surrogate pair is no text
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                wanted = " and ".join(f'"{field}"' for field in fields[1:])
+                beside = ', and "label"' if labelled else ""
                 raise ValueError(
                     f'{path}, line {number}: expected a JSON object with a text as its field "text"'
-                    f"{f', and {wanted}' if wanted else ''} ({error!r:.200})"
+                    f"{beside} ({error!r:.200})"
                 ) from error
         records.append(record)
     if not records:
@@ -106,24 +109,68 @@ def load_tokenizer(folders: Iterable[str | Path], config: Any = None) -> Any:
 
 
 def text_batches(
-    texts: Sequence[str], tokenizer: Any, batch_size: int, max_length: int, *, special_tokens: bool = True
+    texts: Iterable[Text], tokenizer: Any, batch_size: int, max_length: int, *, special_tokens: bool = True
 ) -> list[Batch]:
     """Tokenised batches {input_ids, attention_mask: [B, S]}, each padded on the right to its longest text.
 
+    texts: each a text, or a record as datasets of TRL's forms have it, of which other columns are not read: with "text"; with
+        "messages", a chat; or with "prompt" and "completion", both texts or both messages. Chats are written by the tokenizer's
+        chat template, which adds special tokens itself.
     tokenizer: of transformers, or a model folder that has one. max_length: tokens; longer texts are cut.
     special_tokens: False adds special_tokens_mask [B, S], where a batch has other tokens too; logits at special ones then do not
         count.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer([tokenizer])
-    chunks = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+    found = [written(text, tokenizer) for text in texts]
+    are_chats = {is_chat for _, is_chat in found}
+    if len(are_chats) > 1:
+        raise ValueError("some records are chats and some are texts; give batches of one kind")
+    chunks = [[text for text, _ in found[start : start + batch_size]] for start in range(0, len(found), batch_size)]
     options = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    options["add_special_tokens"] = are_chats != {True}
     options.update(return_token_type_ids=False, return_attention_mask=True, return_special_tokens_mask=not special_tokens)
     batches = [dict(tokenizer(chunk, **options)) for chunk in chunks]
     for batch in batches:
         if "special_tokens_mask" in batch and not (batch["attention_mask"] * (1 - batch["special_tokens_mask"])).any():
             del batch["special_tokens_mask"]
     return batches
+
+
+def written(record: Text, tokenizer: Any) -> tuple[str, bool]:
+    """What a record says as one text, and whether the tokenizer's chat template made it, of messages.
+
+    Raises ValueError for a record of no form that is known, and for a chat where there is no template.
+    """
+    if isinstance(record, str):
+        return record, False
+    if "text" in record:
+        return record["text"], False
+    if not _is_chat_or_prompt(record):
+        raise ValueError(
+            f"a record has the fields {', '.join(map(shown, record))}; expected \"text\", \"messages\", or \"prompt\" and "
+            '"completion", both texts or both messages'
+        )
+    if "messages" in record:
+        said = record["messages"]
+    elif isinstance(record["prompt"], str):
+        return record["prompt"] + record["completion"], False
+    else:
+        said = [*record["prompt"], *record["completion"]]
+    try:
+        return tokenizer.apply_chat_template(said, tokenize=False), True
+    except Exception as error:  # templates raise errors of many types
+        raise ValueError(
+            f"{tokenizer.name_or_path}: a chat cannot be written by its tokenizer's template ({error!s:.300}); give texts, or a "
+            "tokenizer whose template fits them"
+        ) from error
+
+
+def _is_chat_or_prompt(record: Mapping[str, Any]) -> bool:
+    if "messages" in record:
+        return not isinstance(record["messages"], str)
+    both = [record.get("prompt"), record.get("completion")]
+    return all(isinstance(part, str) for part in both) or all(isinstance(part, list | tuple) for part in both)
 
 
 def _holds(folder: Path, patterns: Iterable[str]) -> bool:
