@@ -5,6 +5,10 @@
     with fusion_bench.accelerate():
         merged = algorithm.run(modelpool)  # any of FusionBench's that wraps its models in one of these classes
 
+or, in the place of its command `fusion_bench`, with the same arguments:
+
+    python -m samerge_ext.integrations.fusion_bench method=adamerging/clip modelpool=…
+
 The classes have the constructors, attributes and methods of those of FusionBench 0.2.33, and give the same numbers but for
 rounding. They do not need it; `accelerate` does.
 """
@@ -260,3 +264,13 @@ def _class_of_fusion_bench(ours: type, module: str) -> type:
 
 def _names_of(cls: type, module: ModuleType) -> list[str]:
     return [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is cls]
+
+
+def main() -> None:
+    """FusionBench's command line, with our classes in place."""
+    accelerate()
+    importlib.import_module("fusion_bench.scripts.cli")._hydra_main()
+
+
+if __name__ == "__main__":
+    importlib.import_module("samerge_ext.integrations.fusion_bench").main()  # and not this script, whose classes are others

@@ -5,8 +5,10 @@ import gc
 import sys
 import types
 
+import fusion_bench_names
 import pytest
 import torch
+from fusion_bench_names import LayerWise, TaskWise
 from helpers import PATH_TOLERANCE, assert_alike, assert_close
 from safetensors.torch import load_file, save_model
 from tiny import TASKS, make, make_batches, make_experts, make_heads
@@ -407,51 +409,13 @@ def test_options_that_do_not_fit_are_refused():
         TaskWiseMergedModel(weights(3), base, experts, task_vector_dtype=torch.bfloat16)
 
 
-# Putting the classes in place, in modules that have the names of FusionBench's.
-
-
-class _Theirs(nn.Module):
-    def __init__(
-        self,
-        layer_wise_weight,
-        pretrained_model,
-        finetuned_models,
-        clamp_weights=True,
-        tie_weights=False,
-        strict=True,
-        sparsity_ratio=None,
-        normalized_merging_weights=False,
-    ):
-        raise AssertionError("FusionBench's own class was used")
-
-
-class _TheirsByTask(nn.Module):
-    def __init__(
-        self,
-        task_wise_weight,
-        pretrained_model,
-        finetuned_models,
-        clamp_weights=True,
-        tie_weights=False,
-        strict=True,
-        task_vector_dtype=None,
-    ):
-        raise AssertionError("FusionBench's own class was used")
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
-    """fusion_bench as three modules: two that define the classes, and one that imported one of them under another name."""
-    paths = {}
-    for name in ("", ".models", ".models.wrappers", ".models.wrappers.layer_wise_fusion", ".models.wrappers.task_wise_fusion"):
-        paths[name] = types.ModuleType(f"fusion_bench{name}")
-        paths[name].__path__ = []
-        monkeypatch.setitem(sys.modules, f"fusion_bench{name}", paths[name])
-    layer, task = paths[".models.wrappers.layer_wise_fusion"], paths[".models.wrappers.task_wise_fusion"]
-    layer.LayerWiseMergedModel, task.TaskWiseMergedModel = _Theirs, _TheirsByTask
+    """The modules that define FusionBench's classes, and one that imported one of them under another name."""
+    layer, task = fusion_bench_names.put_in_place(monkeypatch)
     user = types.ModuleType("a_user_of_fusion_bench")
-    user.Merged = _Theirs
-    monkeypatch.setitem(sys.modules, "a_user_of_fusion_bench", user)
+    user.Merged = layer.LayerWiseMergedModel
+    monkeypatch.setitem(sys.modules, user.__name__, user)
     yield layer, task, user
     fusion_bench.restore()
 
@@ -466,14 +430,14 @@ def test_accelerate_puts_the_classes_everywhere_and_restore_takes_them_away(stan
         assert user.Merged is LayerWiseMergedModel  # the inner block was not what put it there
         task.imported_since = layer.LayerWiseMergedModel
         task.LayerWiseMergedModel = layer.LayerWiseMergedModel
-    assert layer.LayerWiseMergedModel is user.Merged is task.LayerWiseMergedModel is task.imported_since is _Theirs
-    assert task.TaskWiseMergedModel is _TheirsByTask
+    assert layer.LayerWiseMergedModel is user.Merged is task.LayerWiseMergedModel is task.imported_since is LayerWise
+    assert task.TaskWiseMergedModel is TaskWise
     assert fusion_bench.LayerWiseMergedModel is LayerWiseMergedModel  # in our own module nothing moves
     fusion_bench.accelerate()
     assert user.Merged is LayerWiseMergedModel
     fusion_bench.restore()
     fusion_bench.restore()
-    assert user.Merged is _Theirs
+    assert user.Merged is LayerWise
 
 
 def test_accelerate_refuses_classes_with_other_arguments(stand_in):
@@ -485,8 +449,8 @@ def test_accelerate_refuses_classes_with_other_arguments(stand_in):
     task.TaskWiseMergedModel = Newer
     with pytest.raises(ImportError, match=r"from \(task_wise_weight, .*, offset\), and ours from .*fusion-bench==0.2.33"):
         fusion_bench.accelerate()
-    assert user.Merged is layer.LayerWiseMergedModel is _Theirs
-    task.TaskWiseMergedModel = _TheirsByTask
+    assert user.Merged is layer.LayerWiseMergedModel is LayerWise
+    task.TaskWiseMergedModel = TaskWise
     with fusion_bench.accelerate():
         assert user.Merged is LayerWiseMergedModel
 

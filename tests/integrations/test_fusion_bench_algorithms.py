@@ -6,6 +6,7 @@ Needs fusion-bench (`make test-fusion-bench`). Models, processors and pictures a
 import copy
 import importlib
 import json
+import sys
 import types
 
 import numpy as np
@@ -286,3 +287,28 @@ def test_llama_layers_are_wrapped_one_by_one(both, sparsity):
     path = "adamerging.llama_adamerging.LayerWiseAdaMergingForLlamaSFT"
     pool = lambda: TextPool(llama, 50, labels=True)
     assert_same(both(lambda: algorithm(path, **options, normalized_merging_weights=True).run(pool())))
+
+
+def test_the_command_line_merges_the_same(clip, monkeypatch, tmp_path):
+    """From given weights, since data sets would be downloaded."""
+    from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
+    from fusion_bench.scripts.cli import _hydra_main
+
+    monkeypatch.chdir(tmp_path)
+    layers = len(list(transformers.CLIPVisionModel.from_pretrained(clip["_pretrained_"]).parameters()))
+    torch.save(torch.rand(len(TASKS), layers), "weights.pt")
+    models = ",".join(f"{name}:{path}" for name, path in clip.items())
+    pool = ["modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8", "~modelpool.models", f"+modelpool.models={{{models}}}"]
+    method = ["method=adamerging/clip", f"method.weights={tmp_path}/weights.pt", "taskpool=dummy"]
+    arguments = [*pool, *method, "hydra.run.dir=.", "fabric.accelerator=cpu"]
+    found = []
+    for main in (_hydra_main, fusion_bench.main):
+        folder = tmp_path / main.__name__
+        monkeypatch.setattr(sys, "argv", ["fusion_bench", *arguments, f"merged_model_save_path={folder}"])
+        try:
+            main()
+        finally:
+            fusion_bench.restore()
+        found.append(transformers.CLIPVisionModel.from_pretrained(folder).state_dict())
+        monkeypatch.setattr(LayerWiseMergedModel, "merge_weights", None)  # the second time, FusionBench's own cannot merge
+    assert_same(found)
