@@ -7,11 +7,11 @@ from pathlib import Path
 
 from samerge_ext.checkpoints.reading import CheckpointError
 
-# What a folder's weights are called; where it holds several, the first counts, as in transformers. The last are open_clip's,
-# which may lie beside the same model as transformers has it.
+# What a folder's weights are called; where it holds several, the first counts, as in transformers. Those of open_clip may lie
+# beside the same model as transformers has it.
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", *OPEN_CLIP_WEIGHTS
 )  # fmt: skip
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")
