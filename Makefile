@@ -84,7 +84,8 @@ test: $(DATA)/$(VADER) $(VENV)/test-ready
 OPEN_CLIP := .cache-open-clip
 
 test-open-clip: $(VENV)/test-ready $(OPEN_CLIP)/ready
-	PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/models/test_open_clip.py tests/test_docs.py -k "open_clip or vision"
+	PYTHONPATH=$(OPEN_CLIP) $(BIN)/python -m pytest tests/models/test_open_clip.py tests/models/test_timm.py \
+	  tests/test_docs.py -k "open_clip or timm or vision"
 
 $(OPEN_CLIP)/ready:
 	$(INSTALL) --no-deps --target $(OPEN_CLIP) open_clip_torch==3.3.0 timm==1.0.31 "torchvision==0.28.*" ftfy wcwidth

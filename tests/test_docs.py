@@ -44,7 +44,7 @@ GIVEN = {
 }
 # A run of a few steps, on the CPU, is enough to show that the code is right.
 SHORTER = {r"\b(steps[=:] ?)\d+": r"\g<1>2", r'"cuda"': '"cpu"', "--device cuda": "--device cpu"}
-FOLDERS = ("benchmarks", "csrc", "docs", "kernels", "samerge_ext", "tests")
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "kernels", "samerge_ext", "tests")
 OPEN_CLIP = find_spec("open_clip") is not None  # of which few environments have one; the others compile its blocks alone
 WORDS = ["good", "bad", "rain", "sun", "goal", "vote"]
 EXPERTS = {"news": 3, "spam": 2, "mail": 2}  # task -> classes
@@ -114,6 +114,8 @@ def save_vision_models() -> None:
         tower.load_state_dict(clip.vision_model.state_dict())
         move(tower, seed).save_pretrained(f"clip/{task}")
         move(resnet, seed).save_pretrained(f"resnet/{task}")
+        Path(f"{task}.txt").write_text("good rain\nbad sun\n")
+    Path("sign-templates.txt").write_text("goal {}\n")
     processor = save_pictures(Path("pictures"), tasks=("cars", "signs"))
     for family in ("clip", "resnet"):
         processor.save_pretrained(f"{family}/base")

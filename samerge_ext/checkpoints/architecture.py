@@ -17,7 +17,7 @@ from samerge_ext.checkpoints.folder import open_checkpoint, read_config
 from samerge_ext.checkpoints.naming import is_derived_buffer
 from samerge_ext.checkpoints.places import folder_of
 from samerge_ext.checkpoints.reading import CheckpointError, shown
-from samerge_ext.checkpoints.settings import leaf_of, model_settings
+from samerge_ext.checkpoints.settings import Settings, leaf_of, model_settings
 
 # What a config.json counts modules by, of which each has tensors, and what it measures them by.
 COUNTS = re.compile(r"(layers?|depths?|blocks|experts)$")
@@ -59,16 +59,18 @@ def named_architecture(config: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def bounded_by_tensors(path: str | Path) -> Iterator[None]:
+def bounded_by_tensors(path: str | Path, name: str = "config.json", settings: Settings | None = None) -> Iterator[None]:
     """A model that is made inside of a folder's config.json is not larger than one whose weights the folder holds: what a line of
     the file says may take hours and all memory.
+
+    name, settings: of another file in the folder than config.json, and what it says.
 
     Raises CheckpointError where it counts more layers than tensors are stored, or measures them by what no tensor is, or has
     several times as many parameters.
     """
     stored = _number_of_tensors(path)
-    config, most = folder_of(path) / "config.json", max(MAX_COUNT, stored)
-    for key, value in model_settings(read_config(path)).items():
+    config, most = folder_of(path) / name, max(MAX_COUNT, stored)
+    for key, value in (model_settings(read_config(path)) if settings is None else settings).items():
         numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]
         bounds = [most] * bool(COUNTS.search(leaf_of(key))) + [MAX_SIZE] * bool(SIZES.search(leaf_of(key)))
         if numbers and bounds and sum(numbers) > min(bounds):

@@ -8,11 +8,12 @@ from pathlib import Path
 from samerge_ext.checkpoints.reading import CheckpointError
 
 METADATA = ".metadata"  # of a checkpoint of torch.distributed.checkpoint
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 # What a folder's weights are called; where it holds several, the first counts, as in transformers. Those of open_clip may lie
 # beside the same model as transformers has it.
 WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", METADATA,
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", *OPEN_CLIP_WEIGHTS,
+    METADATA,
 )  # fmt: skip
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(\w+)$")

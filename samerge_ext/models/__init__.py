@@ -15,7 +15,7 @@ from samerge_ext.models.logits import (
 from samerge_ext.models.on_meta import parameters_on_meta
 from samerge_ext.models.pictures import find_pictures, picture_batches
 from samerge_ext.models.texts import read_texts, text_batches
-from samerge_ext.models.zero_shot import zero_shot_head, zero_shot_logits
+from samerge_ext.models.zero_shot import zero_shot_classification, zero_shot_head
 
 __all__ = [
     "LanguageModel",
@@ -35,5 +35,5 @@ __all__ = [
     "text_batches",
     "token_classification",
     "zero_shot_head",
-    "zero_shot_logits",
+    "zero_shot_classification",
 ]

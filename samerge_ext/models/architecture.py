@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from samerge_ext.checkpoints.architecture import bounded_by_tensors, named_architecture
 from samerge_ext.checkpoints.folder import read_config
@@ -17,6 +17,7 @@ from samerge_ext.checkpoints.places import is_adapter
 from samerge_ext.checkpoints.reading import cut, read_json, shown
 from samerge_ext.models import logits
 from samerge_ext.models.on_meta import parameters_on_meta
+from samerge_ext.models.zero_shot import zero_shot_classification
 
 ANYTHING_ELSE = "for others call samerge_ext.samerging with your own logits function"
 
@@ -26,13 +27,14 @@ class Kind:
     """A kind of models: what is distilled, and from what.
 
     table: transformers' one of its classes, MODEL_FOR_table_MAPPING_NAMES. suffix: what most of them end in.
-    task_type: PEFT's name of it. reads: "texts" or "pictures". special_tokens: whether logits at [CLS] and the like count.
+    task_type: PEFT's name of it. logits: its function, or what makes it of the tasks' heads where these are none of the model's.
+    reads: "texts" or "pictures". special_tokens: whether logits at [CLS] and the like count.
     """
 
     table: str
     suffix: str
     task_type: str | None
-    logits: Callable[[nn.Module, dict[str, Tensor], str], Tensor]
+    logits: Callable[..., Any]
     reads: str = "texts"
     special_tokens: bool = True
 
@@ -42,6 +44,7 @@ class Kind:
         return self.logits.__name__.replace("_", " ")
 
 
+ZERO_SHOT = Kind("ZERO_SHOT_IMAGE_CLASSIFICATION", "CLIPModel", None, zero_shot_classification, reads="pictures")
 KINDS = (
     Kind("SEQUENCE_CLASSIFICATION", "ForSequenceClassification", "SEQ_CLS", logits.sequence_classification),
     Kind("TOKEN_CLASSIFICATION", "ForTokenClassification", "TOKEN_CLS", logits.token_classification, special_tokens=False),
@@ -49,7 +52,9 @@ KINDS = (
     Kind("MASKED_LM", "ForMaskedLM", None, logits.masked_lm, special_tokens=False),
     Kind("SEQ_TO_SEQ_CAUSAL_LM", "ForConditionalGeneration", "SEQ_2_SEQ_LM", logits.seq2seq_lm),
     Kind("CAUSAL_LM", "ForCausalLM", "CAUSAL_LM", logits.causal_lm),
+    ZERO_SHOT,
 )
+TOWERS = ("VisionModel", "VisionModelWithProjection")  # what the classes of a zero-shot model's image tower end in
 
 
 def kind_of(architecture: str | None) -> Kind | None:
@@ -106,7 +111,7 @@ def empty_model(folder: Path, architecture: str, rows: int | None = None) -> nn.
 
 def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
     if not is_adapter(path):
-        return _of_folder(path)
+        return _of_tower(path, base) or _of_folder(path)
     config = read_json(path / ADAPTER_CONFIG)
     task_type = config.get("task_type")
     mapping = config.get("auto_mapping")
@@ -130,6 +135,14 @@ def _of_expert(path: Path, base: Path) -> tuple[Path, str, Kind]:
         of_base = f"the base's type, {shown(model_type)}"
         raise ValueError(f"{path} is for {kind.name}, for which transformers has no model of {of_base}")
     return base, classes if isinstance(classes, str) else classes[0], kind
+
+
+def _of_tower(path: Path, base: Path) -> tuple[Path, str, Kind] | None:
+    """The whole model that an image tower alone is of, its base; None for other folders."""
+    if not (named_architecture(read_config(path)) or "").endswith(TOWERS):
+        return None
+    whole = named_architecture(read_config(base))
+    return (base, whole, ZERO_SHOT) if whole is not None and kind_of(whole) is ZERO_SHOT else None
 
 
 def _of_folder(path: Path) -> tuple[Path, str, Kind]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.reading import shown
@@ -20,6 +20,7 @@ from samerge_ext.learning.language_model import LanguageModel
 from samerge_ext.learning.passes import Logits, answering
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.models.logits import causal_lm, sequence_classification
+from samerge_ext.models.on_meta import fill
 from samerge_ext.models.texts import read_labelled
 from samerge_ext.ops.chunked_rows import workspace_for
 from samerge_ext.packing.stores import check_device
@@ -152,19 +153,7 @@ def _loaded(model: FolderModel, task: str, dtype: torch.dtype | None) -> Any:
         source = model.conversion.base(CheckpointSource(checkpoint, "model"))
         tensors = {name: source.read(name) for name in source.names}
     tensors.update(load_file(head) if head.is_file() else {})
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        try:
-            owner = module.get_submodule(path)
-        except AttributeError:
-            continue  # what this architecture does not load, as the head of another one
-        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        elif leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-    module.tie_weights()
-    lacking = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    lacking = fill(module, tensors.items(), dtype)
     if lacking:
         raise ValueError(
             f"{model.base} lacks {', '.join(map(repr, lacking[:4]))}, and there is no heads/{task}.safetensors in it; give the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,9 @@ from samerge_ext.checkpoints.places import folder_of, is_adapter
 from samerge_ext.checkpoints.sources import CheckpointSource, matches
 from samerge_ext.checkpoints.tokenizers import MergedTokenizer, TokenizerConfig
 from samerge_ext.learning.calibration import Calibration
-from samerge_ext.models.architecture import Kind, empty_model, find_architecture
+from samerge_ext.learning.passes import Logits
+from samerge_ext.models.architecture import ZERO_SHOT, Kind, empty_model, find_architecture
+from samerge_ext.models.clip_folders import empty_open_clip, is_open_clip, open_clips_transform, zero_shot_heads
 from samerge_ext.models.pictures import find_pictures, load_image_processor, picture_batches
 from samerge_ext.models.texts import load_tokenizer, read_texts, text_batches
 from samerge_ext.packing.opened import tokenizer_of_folders
@@ -36,7 +38,8 @@ class FolderModel:
     """A model of the experts' architecture without memory for its weights.
 
     kind: what it does, and its logits function. conversion: between its tensors and those of the folders. tokenizer: of the
-    merged model, where it is not every model's own; all tasks' texts are read by it then.
+    merged model, where it is not every model's own; all tasks' texts are read by it then. heads: of every task of CLIP
+    (`with_heads`).
     """
 
     module: Any
@@ -45,6 +48,7 @@ class FolderModel:
     base: Path
     experts: Mapping[str, Path]
     tokenizer: MergedTokenizer | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -56,10 +60,14 @@ class FolderModel:
     ) -> FolderModel:
         """The model that a base and its experts, model folders or adapters, are merged to.
 
-        heads: patterns of the tasks' own tensors, and of those that are kept. tokenizer: see `PackedWeights.from_folders`. Raises
-            ValueError where the folders' architecture
-            the folders' architecture has no logits function here.
+        heads: patterns of the tasks' own tensors, and of those that are kept. tokenizer: see `PackedWeights.from_folders`.
+        Raises ValueError where the folders' architecture has no logits function here.
         """
+        if is_open_clip(base):
+            if tokenizer is not None:
+                raise ValueError(f"{base} is a model of open_clip, whose tokenizer is its own; leave out 'tokenizer'")
+            module = empty_open_clip(base)
+            return cls(module, ZERO_SHOT, Conversion(module), base, experts)
         folder, architecture, kind = find_architecture(base, experts)
         heads = tuple(heads)
         module = empty_model(folder, architecture)
@@ -69,6 +77,27 @@ class FolderModel:
             module = empty_model(folder, architecture, merged.rows)
             conversion = _conversion(module, base, experts, heads)
         return cls(module, kind, conversion, base, experts, merged)
+
+    def with_heads(self, classes: Mapping[str, Path], templates: Mapping[str, Path]) -> FolderModel:
+        """The same with the tasks' heads where the model has none of its own: CLIP's, of files of class names and templates.
+
+        Raises ValueError for tasks without classes, and for classes of models that have heads.
+        """
+        if self.kind is not ZERO_SHOT:
+            if classes or templates:
+                raise ValueError(f"calibration: classes and templates are CLIP's; these models are for {self.kind.name}")
+            return self
+        for key, files in (("classes", classes), ("templates", templates)):
+            unknown, missing = set(files) - set(self.experts), set(self.experts) - set(files) if key == "classes" else set()
+            if unknown or missing:
+                fault = f"add files for {sorted(missing)}" if missing else f"remove {sorted(unknown)}"
+                raise ValueError(f"calibration: {key} are of {sorted(files)}, the tasks are {sorted(self.experts)}: {fault}")
+        return replace(self, heads=zero_shot_heads(self.module, self.base, self.conversion, classes, templates))
+
+    @property
+    def logits(self) -> Logits:
+        """logits(module, batch, task) of the merged model."""
+        return self.kind.logits(self.heads) if self.kind is ZERO_SHOT else self.kind.logits
 
     def batches(
         self, files: Mapping[str, Path], *, limit: int | None = None, batch_size: int = 16, max_length: int = 128
@@ -80,9 +109,9 @@ class FolderModel:
         """
         Calibration({task: [path] for task, path in files.items()}, tuple(self.experts))  # tasks that are missing or unknown
         if self.kind.reads == "pictures":
-            channels = getattr(self.module.config, "num_channels", 3)
+            channels = getattr(getattr(self.module, "config", None), "num_channels", 3)
             return {
-                task: picture_batches(find_pictures(path, limit), load_image_processor(self._at(task)), batch_size, channels)
+                task: picture_batches(find_pictures(path, limit), self._image_processor(task), batch_size, channels)
                 for task, path in files.items()
             }
         batches, pads, merged = {}, [], self._merged_tokenizer()
@@ -105,6 +134,9 @@ class FolderModel:
                 raise ValueError(str(error).replace(folder, str(self.tokenizer.folder))) from error
         loaded.name_or_path = str(self.tokenizer.folder)
         return loaded
+
+    def _image_processor(self, task: str) -> Any:
+        return open_clips_transform(self.module) if is_open_clip(self.base) else load_image_processor(self._at(task))
 
     def _at(self, task: str) -> list[Path]:
         return [self.experts[task], self.base, *self.experts.values()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from samerge_ext.memory import large_tensors_mapped
 
@@ -29,3 +31,24 @@ def parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fill(module: Any, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> list[str]:
+    """Puts tensors, by name, into a module of transformers or open_clip; the names of parameters that stay on `meta`.
+
+    What the module has no place for is left out, as the head of another architecture. dtype: of all of them that are floats.
+    """
+    for name, tensor in tensors:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            continue
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+    if hasattr(module, "tie_weights"):  # of transformers
+        module.tie_weights()
+    return [name for name, parameter in module.named_parameters() if parameter.is_meta]

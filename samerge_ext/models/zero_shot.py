@@ -32,9 +32,10 @@ def zero_shot_head(model: Any, tokenizer: Any, classes: Sequence[str], templates
 
     model: of transformers with `get_text_features` (CLIPModel, SiglipModel …), or of open_clip; as it is, on its device and in
         its type. tokenizer: that of the model, as transformers or open_clip loads it.
-    classes: names, in the order of the labels. templates: texts with {} in the place of the name, or functions of it.
+    classes: names, in the order of the labels; one may come twice, as two of ImageNet's do. templates: texts with {} in the place
+        of the name, or functions of it.
 
-    Raises ValueError for no classes, a class twice, no templates and one without {}, TypeError for a model without a text tower.
+    Raises ValueError for no classes, no templates and one without {}, TypeError for a model without a text tower.
     """
     classes, templates = list(classes), list(templates)
     _check_texts(classes, templates)
@@ -55,7 +56,7 @@ def zero_shot_head(model: Any, tokenizer: Any, classes: Sequence[str], templates
     return model.logit_scale.exp() * normalize(means, dim=-1)
 
 
-def zero_shot_logits(heads: Mapping[str, Tensor]) -> SharedEncoder:
+def zero_shot_classification(heads: Mapping[str, Tensor]) -> SharedEncoder:
     """The logits of tasks that share an image tower and differ in their heads, task -> [classes, width] of `zero_shot_head`: for
     `sm.samerging` and the like, whose module is the CLIP model of transformers or open_clip, or transformers' image tower with
     its projection.
@@ -71,7 +72,7 @@ def zero_shot_logits(heads: Mapping[str, Tensor]) -> SharedEncoder:
 
 
 def image_features(module: Any, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Normalised features [B, width] of a batch as of `zero_shot_logits`. Raises TypeError for a module that gives none."""
+    """Normalised features [B, width] of a batch as of `zero_shot_classification`; TypeError for a module that gives none."""
     pixels = batch if isinstance(batch, Tensor) else batch["pixel_values"]
     if hasattr(module, "encode_image"):  # open_clip
         found = module.encode_image(pixels)
@@ -107,8 +108,6 @@ def _pooled(features: Any) -> Tensor:
 def _check_texts(classes: Sequence[str], templates: Sequence[Template]) -> None:
     if not classes or not templates:
         raise ValueError(f"a zero-shot head is made of class names and templates; given are {len(classes)} and {len(templates)}")
-    if twice := next((name for name in classes if classes.count(name) > 1), None):
-        raise ValueError(f"the class {twice!r} is given twice; every class needs a name of its own")
     for template in templates:
         if isinstance(template, str) and "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} in the place of the class's name")

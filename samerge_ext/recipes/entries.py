@@ -77,12 +77,24 @@ class SliceEntry(Strict):
 
 
 class CalibrationEntry(Strict):
-    """The calibration set: one file of unlabelled texts per task (a text a line, or .jsonl with the field "text")."""
+    """The calibration set: of every task a file of unlabelled texts (a text a line, or .jsonl with the field "text"), or a folder
+    of pictures.
+
+    classes, templates: of CLIP, whose text tower makes every task's head, files with a class's name a line, and with a text a
+        line that has {} in its place.
+    """
 
     files: dict[str, Path]
-    texts: int | None = Field(default=None, ge=1, description="use the first so many texts of each file")
+    classes: dict[str, Path] = Field(default_factory=dict)
+    templates: dict[str, Path] = Field(default_factory=dict)
+    texts: int | None = Field(default=None, ge=1, description="use the first so many texts or pictures of each task")
     batch_size: int = Field(default=16, ge=1)
     max_length: int = Field(default=128, ge=1, lt=2**31, description="tokens; longer texts are cut")
+
+    @property
+    def paths(self) -> list[Path]:
+        """All that is read."""
+        return [path for paths in (self.files, self.classes, self.templates) for path in paths.values()]
 
 
 class TokenEntry(Strict):

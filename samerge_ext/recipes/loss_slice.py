@@ -45,7 +45,7 @@ def loss_slice(recipe: Recipe, coefficients: Mapping[str, Mapping[str, float]], 
         packed = packed_weights(recipe, model, Path(state))
         point = _point(packed, coefficients)
         held = calibration_set(calibration, packed, settings)
-        merged, logits = make_model(model.module, packed, settings, held, model.kind.logits, teachers=True)
+        merged, logits = make_model(model.module, packed, settings, held, model.logits, teachers=True)
         held, taught = lessons(merged, held, logits, settings)
         weights, objective, point = settings.weights(packed.tasks), distillation(settings), point.to(merged.device)
 

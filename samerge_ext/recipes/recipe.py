@@ -230,7 +230,7 @@ class Recipe(Strict):
         for entry in self.models:
             if not is_adapter(entry.model):
                 find_weights(entry.model, beside_adapter=True)
-        for path in self.calibration.files.values() if self.calibration else ():
+        for path in self.calibration.paths if self.calibration else ():
             path.stat()
 
     def method_settings(self, **defaults: Any) -> Any:

@@ -24,6 +24,7 @@ from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
 from samerge_ext.methods.samerging import samerging
 from samerge_ext.methods.statsmerging import statsmerging
+from samerge_ext.models.clip_folders import check_text_tower
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.stores import check_device
@@ -51,7 +52,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
 def plan_weights(recipe: Recipe, model: FolderModel, calibration: dict[str, list], packed: PackedWeights) -> Plan:
     """`plan_recipe` of what is there already."""
     teachers = recipe.merge_method != "adamerging"
-    return plan(model.module, packed, calibration, model.kind.logits, recipe.method_settings(), teachers=teachers)
+    return plan(model.module, packed, calibration, model.logits, recipe.method_settings(), teachers=teachers)
 
 
 def described_weights(recipe: Recipe, model: FolderModel) -> PackedWeights:
@@ -105,7 +106,7 @@ def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, rep
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state)
-    result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.kind.logits, config=settings)
+    result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.logits, config=settings)
     result.save_pretrained(
         target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe)
     )
@@ -125,14 +126,17 @@ def packed_weights(recipe: Recipe, model: FolderModel, state: Path) -> PackedWei
     base, _ = recipe.learned_from()
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
     file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    return PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
+    packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
+    if model.heads:
+        check_text_tower(packed)
+    return packed
 
 
 def inputs_of(recipe: Recipe) -> list[Path]:
     """All that is read and must not be written over."""
     models = [path for entry in recipe.models for path in (entry.model, entry.adapter) if path is not None]
-    texts = list(recipe.calibration.files.values()) if recipe.calibration else []
-    return [*([recipe.base_model] if recipe.base_model else []), *models, *texts]
+    calibration = recipe.calibration.paths if recipe.calibration else []
+    return [*([recipe.base_model] if recipe.base_model else []), *models, *calibration]
 
 
 def _slices(recipe: Recipe) -> list[SliceEntry] | None:
@@ -208,6 +212,7 @@ def model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]
     base, options = recipe.learned_from()
     experts = {task: entry.model for task, entry in recipe.named_experts}
     model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep], recipe.tokenizer_config)
+    model = model.with_heads(options.classes, options.templates)
     batches = model.batches(
         options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
     )

@@ -9,14 +9,18 @@ import json
 
 import pytest
 import torch
+import yaml
 from families import save_pictures
 from helpers import assert_alike, assert_close
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
+from typer.testing import CliRunner
 
 import samerge_ext as sm
-from samerge_ext.models import find_pictures, picture_batches, zero_shot_head, zero_shot_logits
+from samerge_ext.cli.commands import app
+from samerge_ext.models import find_pictures, picture_batches, zero_shot_classification, zero_shot_head
+from samerge_ext.models.folders import FolderModel
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: make test-open-clip")
 
@@ -99,14 +103,14 @@ def test_an_image_encoder_is_merged_and_loaded_again(name, tmp_path):
 
     packed = sm.PackedWeights.from_modules(base, experts)
     config = sm.SAMergingConfig(steps=2, learning_rate=0.1, progress=False)
-    result = sm.samerging(copy.deepcopy(base), packed, batches, zero_shot_logits(heads), config=config)
+    result = sm.samerging(copy.deepcopy(base), packed, batches, zero_shot_classification(heads), config=config)
     assert all(name.startswith("visual.") for name in {*packed.layout.names} - {*packed.unchanged})
     coefficients = result.summary()["coefficients"]
     assert len({*coefficients["a"].values(), *coefficients["b"].values()}) > 2, "nothing was learned"
 
     path = result.save_pretrained(tmp_path / "merged") / "model.safetensors"
     loaded, _, _ = open_clip.create_model_and_transforms(name, pretrained=str(path))
-    logits = zero_shot_logits(heads)
+    logits = zero_shot_classification(heads)
     for task in "ab":
         pictures = batches[task][0]["pixel_values"]
         with torch.no_grad():
@@ -124,18 +128,24 @@ def test_heads_are_those_of_open_clip(name):
         assert_close(found, model.logit_scale.detach().exp() * own.T)
 
 
+def save_folder(folder, name):
+    """A base as open_clip's hub has it, and experts as its training leaves them; the base and the experts."""
+    base, _, _ = made(name)
+    experts = {task: fine_tuned(base, seed) for seed, task in enumerate("ab", 1)}
+    (folder / "base").mkdir()
+    save_file(base.state_dict(), folder / "base" / "open_clip_model.safetensors")
+    config = {"model_cfg": json.loads((folder / "tiny.json").read_text()), "preprocess_cfg": {"mean": [0.5] * 3}}
+    (folder / "base" / "open_clip_config.json").write_text(json.dumps(config))
+    for task, expert in experts.items():
+        tensors = {f"module.{name}": tensor for name, tensor in expert.state_dict().items()}
+        torch.save({"epoch": 1, "name": task, "state_dict": tensors, "optimizer": {"state": {}}}, folder / f"{task}.pt")
+    return base, experts
+
+
 @pytest.mark.parametrize("name", ["ViT"], indirect=True)
 def test_folders_of_the_hub_and_checkpoints_of_training_are_merged(name, tmp_path):
     """The folder that is written is one for open_clip's local-dir: as well."""
-    base, _, tokenizer = made(name)
-    experts = {task: fine_tuned(base, seed) for seed, task in enumerate("ab", 1)}
-    (tmp_path / "base").mkdir()
-    save_file(base.state_dict(), tmp_path / "base" / "open_clip_model.safetensors")
-    config = {"model_cfg": json.loads((tmp_path / "tiny.json").read_text()), "preprocess_cfg": {"mean": [0.5] * 3}}
-    (tmp_path / "base" / "open_clip_config.json").write_text(json.dumps(config))
-    for task, expert in experts.items():
-        tensors = {f"module.{name}": tensor for name, tensor in expert.state_dict().items()}
-        torch.save({"epoch": 1, "name": task, "state_dict": tensors, "optimizer": {"state": {}}}, tmp_path / f"{task}.pt")
+    base, experts = save_folder(tmp_path, name)
     packed = sm.PackedWeights.from_folders(tmp_path / "base", {task: tmp_path / f"{task}.pt" for task in "ab"})
     sm.task_arithmetic(packed, 0.5).save_pretrained(tmp_path / "out")
     loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
@@ -143,6 +153,66 @@ def test_folders_of_the_hub_and_checkpoints_of_training_are_merged(name, tmp_pat
         change = sum(0.5 * (expert.state_dict()[name].double() - tensor.double()) for expert in experts.values())
         assert_close(loaded.state_dict()[name], tensor.double() + change, name)
     assert preprocess.transforms[-1].mean == [0.5] * 3
+
+
+@pytest.mark.parametrize("name", ["ViT", "ViT of SigLIP", "ResNet", "timm ResNet"], indirect=True)
+def test_a_recipe_merges_streamed_as_python_does_resident(name, tmp_path):
+    base, _ = save_folder(tmp_path, name)
+    folder = f"local-dir:{tmp_path / 'base'}"
+    _, _, preprocess = open_clip.create_model_and_transforms(folder)
+    heads = {task: zero_shot_head(base, open_clip.get_tokenizer(folder), names) for task, names in CLASSES.items()}
+    save_pictures(tmp_path / "pictures")
+    batches = {task: picture_batches(find_pictures(tmp_path / "pictures" / task), preprocess, 2) for task in "ab"}
+    packed = sm.PackedWeights.from_folders(tmp_path / "base", {task: tmp_path / f"{task}.pt" for task in "ab"})
+    settings = {"steps": 2, "learning_rate": 0.1, "progress": False}
+    logits = zero_shot_classification(heads)
+    expected = sm.samerging(copy.deepcopy(base), packed, batches, logits, config=sm.SAMergingConfig(**settings))
+
+    for task, names in CLASSES.items():
+        (tmp_path / f"{task}.txt").write_text("\n".join(names))
+    calibration = {
+        "files": {task: str(tmp_path / "pictures" / task) for task in "ab"},
+        "classes": {task: str(tmp_path / f"{task}.txt") for task in "ab"},
+        "batch_size": 2,
+    }
+    models = [str(tmp_path / f"{task}.pt") for task in "ab"]
+    recipe = {"base_model": str(tmp_path / "base"), "models": models, "tasks": ["a", "b"]}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({**recipe, "calibration": calibration, "parameters": {**settings, "streamed": True}})
+    )
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    for name, tensor in expected.state_dict().items():
+        assert_alike(loaded.state_dict()[name].float(), tensor, name)
+
+
+@pytest.mark.parametrize("name", ["ViT"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "its text tower is of the hub"),
+        ({"text_cfg": {**TEXT, "layers": 10**6}}, "layers is 1000000, and the folder has"),
+        ({"vision_cfg": {**VIT, "patch": 3}}, "open_clip makes no model of"),
+        ({"vision_cfg": {**VIT, "width": 24}}, "the packed layer is"),
+    ],
+)
+def test_configurations_that_make_no_model_are_refused(name, tmp_path, change, message):
+    save_folder(tmp_path, name)
+    path = tmp_path / "base" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({"model_cfg": {**config["model_cfg"], **change}}))
+    with pytest.raises(ValueError, match=message):
+        model = FolderModel.of(tmp_path / "base", {task: tmp_path / f"{task}.pt" for task in "ab"})
+        packed = sm.PackedWeights.from_folders(model.base, model.experts, conversion=model.conversion)
+        sm.average(packed, module=model.module)
+
+
+@pytest.mark.parametrize("name", ["ViT"], indirect=True)
+def test_another_tokenizer_is_refused(name, tmp_path):
+    save_folder(tmp_path, name)
+    with pytest.raises(ValueError, match="whose tokenizer is its own"):
+        FolderModel.of(tmp_path / "base", {"a": tmp_path / "a.pt"}, tokenizer=sm.TokenizerConfig("union"))
 
 
 @pytest.mark.parametrize("name", ["ResNet"], indirect=True)
@@ -153,7 +223,7 @@ def test_statistics_are_estimated_anew(name):
     heads = {task: zero_shot_head(base, tokenizer, classes) for task, classes in CLASSES.items()}
     batches = {task: [torch.randn(4, 3, 32, 32)] for task in "ab"}
     merged = sm.task_arithmetic(sm.PackedWeights.from_modules(base, experts), module=copy.deepcopy(base))
-    result = sm.reestimate_batchnorm(merged, batches, zero_shot_logits(heads))
+    result = sm.reestimate_batchnorm(merged, batches, zero_shot_classification(heads))
     with torch.no_grad():
         given = result.module.visual.conv1(torch.cat([batches["a"][0], batches["b"][0]])).double()
     assert_alike(result.state_dict()["visual.bn1.running_mean"], given.mean((0, 2, 3)))

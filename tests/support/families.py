@@ -14,6 +14,7 @@ ENCODER = {**LAYERS, "vocab_size": 16, "max_position_embeddings": 32}
 DECODER = {**ENCODER, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 GPT2 = {"vocab_size": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 2, "eos_token_id": 3}
 PICTURES = {**LAYERS, "image_size": 8, "patch_size": 4, "num_labels": 3}
+CONVNEXT = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "patch_size": 2, "num_labels": 3}
 ENCODER_DECODER = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 EXPERTS_OF_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
 VISION, TEXT = {**LAYERS, "image_size": 8, "patch_size": 4}, {**ENCODER, "bos_token_id": 2, "eos_token_id": 3}
@@ -30,6 +31,7 @@ FAMILIES = {  # class, its configuration's class and values
     "deberta": ("DebertaV2ForTokenClassification", "DebertaV2Config", {**ENCODER, "num_labels": 5}),
     "vit": ("ViTForImageClassification", "ViTConfig", PICTURES),
     "resnet": ("ResNetForImageClassification", "ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
+    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", CONVNEXT),
     "clip": ("CLIPForImageClassification", "CLIPConfig", {"vision_config": VISION, "text_config": TEXT, "num_labels": 3}),
     "t5": ("T5ForConditionalGeneration", "T5Config", {**ENCODER_DECODER, "decoder_start_token_id": 0}),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART),
