@@ -14,7 +14,7 @@ import typer
 import samerge_ext as sm
 from samerge_ext.checkpoints.reading import cut, explained, shown
 from samerge_ext.checkpoints.task_names import names_of_folders
-from samerge_ext.cli.messages import warnings_as_lines
+from samerge_ext.cli.messages import is_speaker, torchrun_rank, warnings_as_lines
 
 app = typer.Typer(
     help="Merge fine-tuned models.",
@@ -115,7 +115,8 @@ def merge(
 
         run_recipe(recipe, out, overwrite=overwrite, report=report)
     seconds = time.perf_counter() - started
-    typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
+    if is_speaker():
+        typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
 
 
 @app.command()
@@ -340,5 +341,6 @@ def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
 def _fail(error: BaseException) -> NoReturn:
     message = explained(error) if isinstance(error, OSError) else str(error)
     lines = "\n".join([message, *getattr(error, "__notes__", ())])
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {lines}", err=True)
+    who = "" if torchrun_rank() is None else f"rank {torchrun_rank()}: "
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {who}{lines}", err=True)
     raise typer.Exit(1)

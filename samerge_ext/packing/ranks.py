@@ -16,7 +16,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class LostRankError(RuntimeError):
+class LostRankError(ConnectionError):
     """What was to come from the other ranks did not. The cause is torch.distributed's own error."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from samerge_ext.checkpoints.saving import require_apart, require_space, require
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig
+from samerge_ext.learning.loop import check_spread
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -25,14 +27,17 @@ from samerge_ext.methods.samerging import samerging
 from samerge_ext.methods.statsmerging import statsmerging
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.ranks import ALONE, Ranks
 from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.data_free import file_merge
 from samerge_ext.recipes.entries import SliceEntry
 from samerge_ext.recipes.parameters import METHODS
 from samerge_ext.recipes.recipe import Recipe
 from samerge_ext.recipes.tokenizers import companions_of
+from samerge_ext.recipes.torchrun import ranks_of_torchrun, share_of_folders
 from samerge_ext.statistics.features import FEATURES_FILE
 
+SPREAD = ("samerging", "adamerging")  # learned by several ranks, too
 LEARNED: dict[str, Callable[..., Result]] = {"samerging": samerging, "adamerging": adamerging, "statsmerging": statsmerging}
 DTYPES = {
     None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -65,24 +70,28 @@ def run_recipe(recipe: Recipe, out: Path, *, overwrite: bool = False, report: bo
     What could fail for want of space or of a free target is checked first. Until the folder is written `OUT.state` holds how far
     the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
     report: write report.html and report.json, too.
+
+    In processes of torchrun what is learned is learned by all of them: see docs/distributed.md.
     """
     target, state = Path(os.path.realpath(out)), state_of(out)
-    with recipe.named():
+    with recipe.named(), ranks_of_torchrun(recipe.parameters.get("device")) as ranks:
         check_device(recipe.parameters.get("device"))
         require_apart(target, inputs_of(recipe))
+        if ranks.group is not None:
+            _check_spread(recipe)
         if recipe.merge_method in METHODS:
             merge_files(file_merge_of(recipe, with_page=report), out, overwrite=overwrite)
             return None
         require_target(target, overwrite=overwrite)
-        with held(state):
-            return _run_learned(recipe, target, state, overwrite, report)
+        with held(state) if ranks.is_first else nullcontext():
+            return _run_learned(recipe, target, state, overwrite, report, ranks)
 
 
-def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool) -> Result:
+def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool, ranks: Ranks) -> Result:
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     companions.check()
     model, calibration = model_and_calibration(recipe)
-    packed = packed_weights(recipe, model, state)
+    packed = packed_weights(recipe, model, state, ranks)
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state)
@@ -90,9 +99,18 @@ def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, rep
     result.save_pretrained(
         target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe)
     )
+    if not ranks.is_first:
+        return result
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         remove(state / name)
     return result
+
+
+def _check_spread(recipe: Recipe) -> None:
+    """Raises ValueError for what several ranks do not merge."""
+    if recipe.merge_method not in SPREAD:
+        raise ValueError(f"{recipe.merge_method} is merged by one process; only {' and '.join(SPREAD)} by those of torchrun")
+    check_spread(recipe.method_settings())
 
 
 def state_of(out: Path) -> Path:
@@ -101,12 +119,16 @@ def state_of(out: Path) -> Path:
     return target.with_name(f"{target.name}.state")
 
 
-def packed_weights(recipe: Recipe, model: FolderModel, state: Path) -> PackedWeights:
-    """What a learned recipe merges; in a packed file in the folder ``state`` where only that fits its memory budget."""
+def packed_weights(recipe: Recipe, model: FolderModel, state: Path, ranks: Ranks = ALONE) -> PackedWeights:
+    """What a learned recipe merges, or of several ranks this one's share; in a packed file in the folder ``state`` where only
+    that fits its memory budget."""
     base, _ = recipe.learned_from()
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
+    packing = {"conversion": model.conversion, **_packing(recipe)}
+    if ranks.group is not None:
+        return share_of_folders(base, experts, state / PACKED_FILE, ranks, recipe.parameters.get("device"), **packing)
     file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    return PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
+    return PackedWeights.from_folders(base, experts, file=file, **packing)
 
 
 def inputs_of(recipe: Recipe) -> list[Path]:
