@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import shlex
+import socket
 import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs the 
 GIVEN = {
     "README.md": ("module", "news_batches", "spam_batches"),
     "docs/gpu.md": ("module", "calibration", "logits"),
+    "docs/distributed.md": ("module", "calibration", "logits"),
     "docs/memory.md": ("calibration", "logits"),
 }
 # A run of a few steps, on the CPU, is enough to show that the code is right.
@@ -135,6 +137,19 @@ def reader_has() -> dict:
     }
 
 
+@pytest.fixture
+def one_rank(tmp_path, monkeypatch):
+    """What torchrun tells a process, of a world of one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 # What the blocks hold.
 
 
@@ -180,6 +195,9 @@ def check_command(words: list[str], *, run: bool) -> None:
             assert result.exit_code == 0, result.output
         else:
             check_samerge(arguments)
+    elif program == "torchrun":  # one process does what it would start several for
+        assert arguments[0] == "--nproc-per-node" and arguments[2:4] == ["-m", "samerge_ext"], arguments
+        check_command(["samerge", *arguments[4:]], run=run)
     elif program == "make":
         missing = set(arguments) - make_targets()
         assert arguments and not missing, f"no targets of the Makefile: {missing}"
@@ -232,7 +250,7 @@ def check_installed(requirements: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page, folder):
+def test_the_blocks_of_a_page_run(page, folder, one_rank):
     namespace = {name: value for name, value in reader_has().items() if name in GIVEN.get(page, ())}
     for block in blocks(page):
         if block.language == "python":

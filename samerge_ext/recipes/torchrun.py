@@ -37,20 +37,21 @@ def ranks_of_torchrun(device: str | None) -> Iterator[Ranks]:
     if on.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=TIMEOUT)
-    yield Ranks.of()
+    yield Ranks.of(None, on)
     dist.destroy_process_group()  # after an error the process ends, and others may never come
 
 
 def share_of_folders(
     base: str | Path, experts: list[tuple[str, Path]], file: Path, ranks: Ranks, device: str | None, **packing: Any
 ) -> PackedWeights:
-    """This rank's share of model folders, in memory. The first rank packs them into ``file``, unless that is there already, and
-    all read their own part of it; LoRA factors are read by every rank."""
+    """This rank's share of model folders, on ``device``. The first rank packs them into ``file``, unless that is there already,
+    and all read their own part of it; LoRA factors are read by every rank."""
+    device = device or "cpu"
     if packing["task_vector_dtype"] == LORA:
-        packed = PackedWeights.from_folders(base, experts, **packing)
+        packed = PackedWeights.from_folders(base, experts, device=device, **packing)
     else:
         if ranks.is_first:
             PackedWeights.from_folders(base, experts, file=file, **packing)
         ranks.wait()
-        packed = replace(PackedWeights.open(file, verify=False), conversion=packing["conversion"])
-    return packed.shard(ranks.group).in_memory(device or "cpu")
+        packed = replace(PackedWeights.open(file, device=device, verify=False), conversion=packing["conversion"])
+    return packed.shard(ranks.group).in_memory(device)
