@@ -1,5 +1,6 @@
-"""`python -m samerge_ext`: the command `samerge`, for launchers that start modules."""
+"""`python -m samerge_ext` is the command `samerge`; torchrun starts it as `-m samerge_ext`."""
 
 from samerge_ext.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

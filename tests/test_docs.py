@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import shlex
+import socket
 import tomllib
 import types
 import warnings
@@ -40,6 +41,7 @@ GIVEN = {
     "README.md": ("module", "news_batches", "spam_batches"),
     "docs/gpu.md": ("module", "calibration", "logits"),
     "docs/integrations.md": ("algorithm", "modelpool"),
+    "docs/distributed.md": ("module", "calibration", "logits"),
     "docs/memory.md": ("calibration", "logits"),
 }
 # A run of a few steps, on the CPU, is enough to show that the code is right.
@@ -184,6 +186,19 @@ def reader_has() -> dict:
     }
 
 
+@pytest.fixture
+def one_rank(tmp_path, monkeypatch):
+    """What torchrun tells a process, of a world of one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 # What the blocks hold.
 
 
@@ -233,10 +248,9 @@ def check_command(words: list[str], *, run: bool) -> None:
             assert result.exit_code == 0, result.output
         else:
             check_samerge(arguments)
-    elif program == "torchrun":  # whose processes take half a minute to start
-        module = arguments.index("-m")
-        assert arguments[module + 1] == "samerge_ext", f"{arguments[module + 1]} is not known here"
-        check_samerge(arguments[module + 2 :])
+    elif program == "torchrun":  # one process does what it would start several for
+        assert arguments[0] == "--nproc-per-node" and arguments[2:4] == ["-m", "samerge_ext"], arguments
+        check_command(["samerge", *arguments[4:]], run=run)
     elif program == "make":
         missing = set(arguments) - make_targets()
         assert arguments and not missing, f"no targets of the Makefile: {missing}"
@@ -292,7 +306,7 @@ def check_installed(requirements: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
+def test_the_blocks_of_a_page_run(page, folder, one_rank, monkeypatch):
     if page == "docs/integrations.md":
         fusion_bench_names.put_in_place(monkeypatch)
     namespace = {name: value for name, value in reader_has().items() if name in GIVEN.get(page, ())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import typer
 import samerge_ext as sm
 from samerge_ext.checkpoints.reading import cut, explained, shown
 from samerge_ext.checkpoints.task_names import names_of_folders
-from samerge_ext.cli.messages import warnings_as_lines
+from samerge_ext.cli.messages import is_speaker, torchrun_rank, warnings_as_lines
 
 app = typer.Typer(
     help="Merge fine-tuned models.",
@@ -118,14 +117,16 @@ def merge(
         recipe = load_recipe(config, {key: value for key, value in given.items() if value})
         recipe.require_files()
         from samerge_ext.recipes.run import run_recipe
+        from samerge_ext.recipes.torchrun import rank_of_torchrun
 
-        this = _this_rank(rank, ranks)
-        run_recipe(recipe, out, overwrite=overwrite, report=report, shard_size=shard_size, rank=this)
+        of_options = _rank(rank, ranks)
+        run_recipe(recipe, out, overwrite=overwrite, report=report, shard_size=shard_size, rank=of_options)
+        this = of_options or rank_of_torchrun()
     seconds = time.perf_counter() - started
-    if this.count > 1:
+    if this.count > 1 and recipe.calibration is None:  # from file to file every rank is through by itself
         typer.echo(f"{recipe.merge_method}: {this} is through after {seconds:.1f} s")
-        return
-    typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
+    elif is_speaker():
+        typer.echo(f"{recipe.merge_method}: {len(recipe.experts)} experts merged in {seconds:.1f} s, written to {out}")
 
 
 @app.command()
@@ -351,16 +352,14 @@ def info() -> None:
     Console().print(table)
 
 
-def _this_rank(rank: int | None, ranks: int | None) -> Any:
-    """The `Rank` that options say, or else torchrun; alone without either. Raises ValueError for what is none."""
-    from samerge_ext.elementwise.ranks import Rank
-
+def _rank(rank: int | None, ranks: int | None) -> Any:
+    """The `Rank` that options say; None where they say none. Raises ValueError for one without the other."""
     if rank is None and ranks is None:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return Rank()
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return None
     if rank is None or ranks is None:
         raise ValueError("--rank and --ranks go together: which of the processes this is, and how many there are")
+    from samerge_ext.elementwise.ranks import Rank
+
     return Rank(rank, ranks)
 
 
@@ -387,5 +386,6 @@ def _tasks_and_folders(experts: list[str]) -> list[tuple[str, Path]]:
 def _fail(error: BaseException) -> NoReturn:
     message = explained(error) if isinstance(error, OSError) else str(error)
     lines = "\n".join([message, *getattr(error, "__notes__", ())])
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {lines}", err=True)
+    who = "" if torchrun_rank() is None else f"rank {torchrun_rank()}: "
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {who}{lines}", err=True)
     raise typer.Exit(1)

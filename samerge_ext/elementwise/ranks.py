@@ -11,7 +11,9 @@ from samerge_ext.checkpoints.shards import Shard
 
 
 class NotWholeYet(UserWarning):
-    """OUT lacks what other ranks are to write."""
+    """OUT lacks what other ranks are to write. Every rank says it for itself."""
+
+    of_one_rank = True
 
 
 @dataclass(frozen=True)

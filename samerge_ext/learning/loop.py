@@ -59,13 +59,13 @@ def calibration_set(
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if packed.shards is not None:
-        _check_spread(config)
+        check_spread(config)
     if config.cuda_graph:
         check_fixed_shapes(calibration, packed.base.device)
     return calibration
 
 
-def _check_spread(config: LearningConfig) -> None:
+def check_spread(config: LearningConfig) -> None:
     """Raises ValueError for what is not learned from weights that are spread over ranks."""
     asked = {
         "memory_budget": config.memory_budget is not None,

@@ -24,7 +24,8 @@ from samerge_ext.packing.stores import Store
 class SpreadWeights(StreamedWeights):
     """The layers of ``module``, gathered unit by unit while it runs. store: hands out this rank's own base and task vectors.
 
-    At most two units' weights exist, that of a running unit and what is on its way, beside the gradient of one.
+    At most two units' weights exist, those of a running unit and what is on its way, and the gradient of one, up to three times
+    while it is sent.
     """
 
     def __init__(

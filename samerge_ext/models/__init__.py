@@ -14,7 +14,7 @@ from samerge_ext.models.logits import (
 )
 from samerge_ext.models.on_meta import parameters_on_meta
 from samerge_ext.models.pictures import find_pictures, picture_batches
-from samerge_ext.models.texts import read_texts, text_batches
+from samerge_ext.models.texts import read_records, read_texts, text_batches
 from samerge_ext.models.zero_shot import zero_shot_classification, zero_shot_head
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "masked_lm",
     "parameters_on_meta",
     "picture_batches",
+    "read_records",
     "read_texts",
     "seq2seq_lm",
     "sequence_classification",

@@ -26,7 +26,7 @@ from samerge_ext.learning.passes import Logits
 from samerge_ext.models.architecture import ZERO_SHOT, Kind, empty_model, find_architecture
 from samerge_ext.models.clip_folders import empty_open_clip, is_open_clip, open_clips_transform, zero_shot_heads
 from samerge_ext.models.pictures import find_pictures, load_image_processor, picture_batches
-from samerge_ext.models.texts import load_tokenizer, read_texts, text_batches
+from samerge_ext.models.texts import load_tokenizer, read_records, text_batches
 from samerge_ext.packing.opened import tokenizer_of_folders
 
 Batch = dict[str, Tensor]
@@ -142,7 +142,7 @@ class FolderModel:
         return [self.experts[task], self.base, *self.experts.values()]
 
     def _texts(self, tokenizer: Any, path: Path, limit: int | None, batch_size: int, max_length: int) -> list[Batch]:
-        texts, longest = read_texts(path, limit), _positions(self.module)
+        texts, longest = read_records(path, limit), _positions(self.module)
         if longest is not None and longest < max_length:
             cut = sum(len(ids) > longest for ids in tokenizer(texts, return_attention_mask=False)["input_ids"])
             if cut:

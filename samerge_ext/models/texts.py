@@ -21,13 +21,17 @@ TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow")  # which hold texts, bu
 VOCABULARIES = ("tokenizer.json", "*.model", "tekken.json", "*.tiktoken", "vocab*")
 
 
-def read_texts(path: str | Path, limit: int | None = None) -> list[Text]:
-    """Texts of a .jsonl file (field "text", or records as `text_batches` takes them) or of any other text file (one a line);
-    empty lines are left out.
+def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
+    """Texts of a .jsonl file (field "text") or of any other text file (one a line); empty lines are left out.
 
     Raises ValueError, naming file and line, for a record without text, for a file without any or not in UTF-8, and for a folder.
     """
-    return [record.get("text", record) for record in _records(Path(path))[:limit]]
+    return [record["text"] for record in _records(Path(path))[:limit]]
+
+
+def read_records(path: str | Path, limit: int | None = None) -> list[Text]:
+    """As `read_texts`, and of a .jsonl file records of the other forms that `text_batches` takes, too."""
+    return [record.get("text", record) for record in _records(Path(path), chats=True)[:limit]]
 
 
 def read_labelled(path: str | Path, limit: int | None = None) -> list[tuple[str, str | int]]:
@@ -47,8 +51,8 @@ def read_labelled(path: str | Path, limit: int | None = None) -> list[tuple[str,
     return found
 
 
-def _records(path: Path, labelled: bool = False) -> list[dict[str, Any]]:
-    """The records of a file of texts: with the field "text", a text, and labelled "label"; or as `written` takes them."""
+def _records(path: Path, *, labelled: bool = False, chats: bool = False) -> list[dict[str, Any]]:
+    """The records of a file: with the field "text", a text, and labelled "label"; with chats as `written` takes them, too."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the calibration of a text model is a file with one unlabelled text a line")
     if path.suffix in TABLES:
@@ -65,7 +69,7 @@ def _records(path: Path, labelled: bool = False) -> list[dict[str, Any]]:
         if path.suffix == ".jsonl":
             try:
                 record = json.loads(line)
-                if labelled or "text" in record or not _is_chat_or_prompt(record):
+                if not chats or "text" in record or not _is_chat_or_prompt(record):
                     record = {field: record[field] for field in ("text", *["label"] * labelled)}
                     record["text"] = record["text"].removesuffix("\r")
                     record["text"].encode()  # half of a surrogate pair is no text

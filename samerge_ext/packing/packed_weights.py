@@ -235,13 +235,14 @@ class PackedWeights:
         All ranks of ``group``, by default of all that torch.distributed knows, call it with equal weights. It is a copy, so that
         these can be let go. Of weights in a packed file, or of LoRA factors, ranks go on to read or multiply out their own
         numbers alone; `in_memory` of the share keeps these.
-        Raises ValueError where there is no process group, where ranks have other weights, and for a share of a share.
+        Raises ValueError where there is no process group, or none that sends from the weights' device, where ranks have other
+        weights, and for a share of a share.
         """
         if self.shards is not None:
             raise ValueError(f"these weights are spread over {self.ranks.size} ranks already; shard() those that they came from")
-        shards = Shards(self.layout, Ranks.of(group))
-        known = [self.tasks, self.layout.names, self.layout.shapes, self.layout.offsets, self.base.dtype, self.task_vector_form]
         device = self.layout.block_layer.device
+        shards = Shards(self.layout, Ranks.of(group, device))
+        known = [self.tasks, self.layout.names, self.layout.shapes, self.layout.offsets, self.base.dtype, self.task_vector_form]
         shards.ranks.require_equal(zlib.crc32(repr(known).encode()), "tasks, layers or dtypes are others", device)
         base: Any = Spread.of(self.base, shards)
         return replace(self, base=base, task_vectors=Spread.of(self.task_vectors, shards))

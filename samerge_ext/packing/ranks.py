@@ -16,7 +16,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class LostRankError(RuntimeError):
+class LostRankError(ConnectionError):
     """What was to come from the other ranks did not. The cause is torch.distributed's own error."""
 
 
@@ -33,18 +33,26 @@ class Ranks:
     size: int = 1
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None = None) -> Ranks:
-        """Those of ``group``, by default of all processes that torch.distributed knows. Raises ValueError where it knows none."""
+    def of(cls, group: dist.ProcessGroup | None, device: torch.device) -> Ranks:
+        """Those of ``group``, by default of all processes that torch.distributed knows.
+
+        device: where what they send lies. Raises ValueError where there is no group, this process is not in it, or its backend
+        sends nothing from there.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
                 "torch.distributed has no process group here; call torch.distributed.init_process_group() first, in processes "
                 "that torchrun starts"
             )
         group = group or dist.group.WORLD
-        rank = dist.get_rank(group)
-        if group is None or rank < 0:
+        if group is None or dist.get_rank(group) < 0:
             raise ValueError("this process is no member of the group; only its members can take part")
-        return cls(group, rank, dist.get_world_size(group))
+        if f"{device.type}:" not in (backends := str(dist.get_backend_config(group))):
+            raise ValueError(
+                f"the weights are on {device.type}, from where the process group ({backends}) sends nothing; pack them, or open "
+                "the packed file, with another device=, or make a group for this one"
+            )
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
     @property
     def is_first(self) -> bool:

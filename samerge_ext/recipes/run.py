@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from samerge_ext.checkpoints.locks import held, remove
 from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.saving import parse_size, require_apart, require_space, require_target
 from samerge_ext.elementwise.file_merge import FileMerge, merge_files
-from samerge_ext.elementwise.ranks import ALONE, Rank
+from samerge_ext.elementwise.ranks import Rank
 from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.loop import check_spread
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
@@ -27,6 +29,7 @@ from samerge_ext.methods.statsmerging import statsmerging
 from samerge_ext.models.clip_folders import check_text_tower
 from samerge_ext.models.folders import FolderModel
 from samerge_ext.packing.packed_weights import PackedWeights
+from samerge_ext.packing.ranks import ALONE, Ranks
 from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.data_free import file_merge
 from samerge_ext.recipes.entries import SliceEntry
@@ -34,8 +37,10 @@ from samerge_ext.recipes.parameters import METHODS
 from samerge_ext.recipes.recipe import LEARNED as CONFIGS
 from samerge_ext.recipes.recipe import Recipe
 from samerge_ext.recipes.tokenizers import companions_of
+from samerge_ext.recipes.torchrun import rank_of_torchrun, ranks_of_torchrun, share_of_folders
 from samerge_ext.statistics.features import FEATURES_FILE
 
+SPREAD = ("samerging", "adamerging")  # learned by several ranks, too
 LEARNED: dict[str, Callable[..., Result]] = {"samerging": samerging, "adamerging": adamerging, "statsmerging": statsmerging}
 DTYPES = {
     None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -69,7 +74,7 @@ def run_recipe(
     overwrite: bool = False,
     report: bool = True,
     shard_size: int | str | None = None,
-    rank: Rank = ALONE,
+    rank: Rank | None = None,
 ) -> Result | None:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
 
@@ -77,7 +82,9 @@ def run_recipe(
     the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
     report: write report.html and report.json, too. Of methods that go from file to file alone, shard_size: of the written
     files, in bytes or as a text such as "500MB", 5 GB by default; rank: of several processes that merge together, as of
-    `merge_files`.
+    `merge_files`, by default torchrun's where it started this one.
+
+    What is learned is learned by all processes that torchrun started: see docs/distributed.md.
     """
     target, state = Path(os.path.realpath(out)), state_of(out)
     with recipe.named():
@@ -87,22 +94,24 @@ def run_recipe(
             merge = file_merge_of(recipe, with_page=report)
             if shard_size is not None:
                 merge = replace(merge, shard_bytes=parse_size(shard_size))
-            merge_files(merge, out, overwrite=overwrite, rank=rank)
+            merge_files(merge, out, overwrite=overwrite, rank=rank or rank_of_torchrun())
             return None
-        if rank.count > 1:
-            raise ValueError(f"{recipe.merge_method} learns in one process; ranks are for methods that go from file to file")
-        if shard_size is not None:
-            raise ValueError(f"{recipe.merge_method} writes files of 5 GB; shard_size is for methods that go from file to file")
-        require_target(target, overwrite=overwrite)
-        with held(state):
-            return _run_learned(recipe, target, state, overwrite, report)
+        of_files = {"rank": rank, "shard_size": shard_size}
+        for option in (name for name, value in of_files.items() if value is not None):
+            raise ValueError(f"{option} is for methods that go from file to file, and {recipe.merge_method} learns; leave it out")
+        with ranks_of_torchrun(recipe.parameters.get("device")) as ranks:
+            if ranks.group is not None:
+                _check_spread(recipe)
+            require_target(target, overwrite=overwrite)
+            with held(state) if ranks.is_first else nullcontext():
+                return _run_learned(recipe, target, state, overwrite, report, ranks)
 
 
-def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool) -> Result:
+def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool, ranks: Ranks) -> Result:
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     companions.check()
     model, calibration = model_and_calibration(recipe)
-    packed = packed_weights(recipe, model, state)
+    packed = packed_weights(recipe, model, state, ranks)
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state)
@@ -110,9 +119,18 @@ def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, rep
     result.save_pretrained(
         target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe)
     )
+    if not ranks.is_first:
+        return result
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
         remove(state / name)
     return result
+
+
+def _check_spread(recipe: Recipe) -> None:
+    """Raises ValueError for what several ranks do not merge."""
+    if recipe.merge_method not in SPREAD:
+        raise ValueError(f"{recipe.merge_method} is merged by one process; only {' and '.join(SPREAD)} by those of torchrun")
+    check_spread(recipe.method_settings())
 
 
 def state_of(out: Path) -> Path:
@@ -121,12 +139,17 @@ def state_of(out: Path) -> Path:
     return target.with_name(f"{target.name}.state")
 
 
-def packed_weights(recipe: Recipe, model: FolderModel, state: Path) -> PackedWeights:
-    """What a learned recipe merges; in a packed file in the folder ``state`` where only that fits its memory budget."""
+def packed_weights(recipe: Recipe, model: FolderModel, state: Path, ranks: Ranks = ALONE) -> PackedWeights:
+    """What a learned recipe merges, or of several ranks this one's share; in a packed file in the folder ``state`` where only
+    that fits its memory budget."""
     base, _ = recipe.learned_from()
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
-    file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
-    packed = PackedWeights.from_folders(base, experts, file=file, conversion=model.conversion, **_packing(recipe))
+    packing = {"conversion": model.conversion, **_packing(recipe)}
+    if ranks.group is not None:
+        packed = share_of_folders(base, experts, state / PACKED_FILE, ranks, recipe.parameters.get("device"), **packing)
+    else:
+        file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
+        packed = PackedWeights.from_folders(base, experts, file=file, **packing)
     if model.heads:
         check_text_tower(packed)
     return packed

@@ -87,8 +87,8 @@ def test_options_that_make_no_sense_are_refused(recipe, tmp_path, options, messa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0", "--ranks", "2"], "samerging learns in one process; ranks are for methods that go from file to file"),
-        (["--shard-size", "1GB"], "samerging writes files of 5 GB; shard_size is for methods that go from file to file"),
+        (["--rank", "0", "--ranks", "2"], "rank is for methods that go from file to file, and samerging learns; leave it out"),
+        (["--shard-size", "1GB"], "shard_size is for methods that go from file to file, and samerging learns"),
     ],
 )
 def test_learned_merges_refuse_them(models, recipe, tmp_path, options, message):

@@ -55,6 +55,13 @@ def of_trained_heads(share, **settings):
     return learn(share(packed), headed.make(1), tiny.make_batches(count=4), headed.logits, **settings)
 
 
+def of_a_language_model(share, name, **settings):
+    import language_models as models  # transformers, which the other worlds do without
+
+    base = models.make(name)
+    return learn(share(models.make_packed(base)), base, models.make_batches(), models.adapter(name), **settings)
+
+
 FP32 = {"dtype": torch.float32}
 CASES = {  # name -> a learned merge of a function that shards
     "resident": of_streaming,
@@ -69,6 +76,9 @@ CASES = {  # name -> a learned merge of a function that shards
     "one task at a time": lambda share: of_a_shared_encoder(share, streamed=True, tasks_per_batch=1),
     "heads": lambda share: of_trained_heads(share, streamed=True),
     "heads, resident": of_trained_heads,
+    "tied language model": lambda share: of_a_language_model(share, "qwen2, tied", streamed=True),
+    "language model": lambda share: of_a_language_model(share, "gpt2"),
+    "language model with heads whole": lambda share: of_a_language_model(share, "bert", streamed=True),
 }
 
 

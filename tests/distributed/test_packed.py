@@ -100,6 +100,7 @@ def refused():
     attempts = [
         others.shard,
         share.shard,
+        lambda: Ranks.of(None, torch.device("xpu")),
         lambda: sm.ties(share),
         lambda: share.in_memory().task_vectors[0],
         lambda: sm.layer_stats(share),
@@ -117,16 +118,17 @@ def message_of(attempt):
 
 def test_what_cannot_be_done_with_a_share_is_said(tmp_path):
     for found in worlds.run(refused, 2, tmp_path / "world"):
-        others, twice, *whole = found
+        others, twice, elsewhere, *whole = found
         assert others == "ValueError: tasks, layers or dtypes are others on ranks [1] than on rank 0; give all ranks the same"
         assert twice.startswith("ValueError: these weights are spread over 2 ranks already")
+        assert elsewhere.startswith("ValueError: the weights are on xpu, from where the process group (cpu:gloo")
         for message in whole:
             assert message.startswith("TypeError: these weights are spread over 2 ranks; what needs them whole is given those")
 
 
 def disagreeing():
     """Every rank waits for what the others do not send."""
-    ranks = Ranks.of()
+    ranks = Ranks.of(None, torch.device("cpu"))
     if ranks.rank == 1:
         raise SystemExit(0)
     return message_of(lambda: ranks.sum(torch.zeros(3)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vocabularies import write_tokenizer
 
-from samerge_ext.models import read_texts, text_batches
+from samerge_ext.models import read_records, read_texts, text_batches
 from samerge_ext.models.texts import load_tokenizer
 
 WORDS = ["?", "<user>", "<model>", "a", "b", "c", "d"]
@@ -43,8 +43,11 @@ def test_records_are_the_texts_that_they_hold(form, folder, tmp_path):
     records, texts = FORMS[form]
     assert ids(records, folder) == ids(texts, folder) == ids(iter(records), folder)
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert ids(read_texts(tmp_path / "x.jsonl"), folder) == ids(texts, folder)
-    assert len(read_texts(tmp_path / "x.jsonl", 1)) == 1
+    assert ids(read_records(tmp_path / "x.jsonl"), folder) == ids(texts, folder)
+    assert len(read_records(tmp_path / "x.jsonl", 1)) == 1
+    if form != "text":
+        with pytest.raises(ValueError, match='x.jsonl, line 1: expected a JSON object with a text as its field "text"'):
+            read_texts(tmp_path / "x.jsonl")
 
 
 def test_a_dataset_is_taken_as_it_is(folder):
