@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ def calibration_set(
         raise ValueError("cuda_graph=True needs weights that stay where they are; leave out streamed and memory_budget")
     if packed.shards is not None:
         check_spread(config)
+        _require_equal(packed, calibration, config)
     if config.cuda_graph:
         check_fixed_shapes(calibration, packed.base.device)
     return calibration
@@ -76,6 +79,14 @@ def check_spread(config: LearningConfig) -> None:
     }
     if refused := ", ".join(name for name, is_asked in asked.items() if is_asked):
         raise ValueError(f"{refused}: not with weights that are spread over ranks; leave that out, or merge without shard()")
+
+
+def _require_equal(packed: PackedWeights, calibration: Calibration, config: LearningConfig) -> None:
+    """Raises ValueError where ranks do not learn by the same settings or from as many batches: they would wait for each other."""
+    alike = {key: value for key, value in asdict(config).items() if key != "progress"}
+    counts = {task: len(held) for task, held in calibration.batches.items()}
+    known = zlib.crc32(repr((alike, counts)).encode())
+    packed.ranks.require_equal(known, "settings, or how many batches tasks have, are others", packed.layout.block_layer.device)
 
 
 def learn(
@@ -108,6 +119,7 @@ def learn(
     stopping = EarlyStopping(learned, loss, config.patience)
     parts: dict[str, Stateful] = {"learned": learned, "optimizer": optimizer, "stopping": stopping}
     run.load(parts, history)
+    model.packed.ranks.require_equal(len(history), f"finished steps in {run.path} are others", device)
     if len(history) > total:
         raise ValueError(f"{run.path} is {len(history)} steps in, past the {total} asked for; choose another checkpoint_dir")
 

@@ -24,8 +24,8 @@ from samerge_ext.packing.stores import Store
 class SpreadWeights(StreamedWeights):
     """The layers of ``module``, gathered unit by unit while it runs. store: hands out this rank's own base and task vectors.
 
-    At most two units' weights exist, those of a running unit and what is on its way, and the gradient of one, up to three times
-    while it is sent.
+    At most two units' weights exist, those of a running unit and what is on its way, and the gradient of one, twice while it is
+    sent.
     """
 
     def __init__(
@@ -97,11 +97,7 @@ class SpreadWeights(StreamedWeights):
     @torch.no_grad()
     def scatter(self, gradients: Sequence[Tensor | None], unit: Unit) -> None:
         """Contracts the gradients of a unit's layers, in their shapes; None is zero."""
-        flat = torch.zeros(unit.numel, dtype=self.dtype, device=self.device)
-        for layer, gradient in zip(unit.layers, gradients, strict=True):
-            if gradient is not None:
-                flat[unit.places[layer] :][: gradient.numel()] = gradient.reshape(-1)
-        self.spread.contract(unit.layers, flat, self._gradient)
+        self.spread.contract(unit.layers, gradients, self.dtype, self._gradient)
 
 
 class _Scattered(torch.autograd.Function):

@@ -24,8 +24,8 @@ class LostRankError(ConnectionError):
 class Ranks:
     """W processes of a torch.distributed group, this one among them. A process alone needs no group.
 
-    Every method is called by all ranks, in one order and with tensors of one shape and dtype; a rank that is
-    gone, or does not come within the group's timeout, is a LostRankError on the others.
+    Every method is called by all ranks, in one order and with tensors of one shape and dtype; a rank that is gone, or does not
+    come within the group's timeout, is a LostRankError on the others.
     """
 
     group: dist.ProcessGroup | None = None

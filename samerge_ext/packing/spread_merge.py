@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from samerge_ext.ops._common import accumulator
 from samerge_ext.ops.coefficient_grad import coefficient_grad
@@ -53,11 +54,19 @@ class SpreadMerge:
         order = self.shards.order(layers, self.store.device)
         return lambda: gathered().view(-1, BLOCK).index_select(0, order).view(-1)
 
-    def contract(self, layers: Sequence[int], gradient: Tensor, into: Tensor) -> None:  # [n], [T, L]
-        """Adds this rank's part of ∂loss/∂λ, from the gradients that all ranks have found by these layers' weights."""
-        ranks = self.shards.ranks
-        parts = gradient.new_zeros(ranks.size * self.shards.most(layers) // BLOCK, BLOCK)
-        parts.index_copy_(0, self.shards.order(layers, self.store.device), gradient.view(-1, BLOCK))
+    def contract(self, layers: Sequence[int], gradients: Sequence[Tensor | None], dtype: torch.dtype, into: Tensor) -> None:
+        """Adds this rank's part of ∂loss/∂λ to ``into`` [T, L], from the gradients that all ranks have found by these layers'
+        weights, each of a layer's shape, or filled up to the end of its last block; None is zero. dtype: of the weights."""
+        ranks, order = self.shards.ranks, self.shards.order(layers, self.store.device)
+        parts = torch.zeros(ranks.size * self.shards.most(layers) // BLOCK, BLOCK, dtype=dtype, device=self.store.device)
+        counts = [self.shards.layout.extent(layer)[1] // BLOCK for layer in layers]
+        for gradient, places in zip(gradients, order.split(counts), strict=True):
+            if gradient is not None:
+                whole, rest = gradient.numel() // BLOCK, gradient.numel() % BLOCK
+                numbers = gradient.reshape(-1)
+                parts.index_copy_(0, places[:whole], numbers[: whole * BLOCK].view(whole, BLOCK))
+                if rest:
+                    parts.index_copy_(0, places[whole:], pad(numbers[whole * BLOCK :], (0, BLOCK - rest))[None])
         own = ranks.scatter_sum(parts.view(ranks.size, -1))
         for start, length, place in self._pieces(layers):
             _, task_vectors = self.store.fetch(start, length)
@@ -73,8 +82,9 @@ class SpreadMerge:
     def gradient(self, gradient: Tensor, num_tasks: int) -> Tensor:  # [N] -> [T, L]
         """∂loss/∂λ, from the gradients that all ranks have found by all weights."""
         found = torch.zeros(num_tasks, self.shards.layout.num_layers, dtype=accumulator(gradient), device=gradient.device)
-        for layers, place in self._groups():
-            self.contract(layers, gradient[place], found)
+        for layers, _ in self._groups():
+            gradients = [gradient[start : start + length] for start, length in map(self.shards.layout.extent, layers)]
+            self.contract(layers, gradients, gradient.dtype, found)
         return self.shards.ranks.sum(found)
 
     def _pieces(self, layers: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -316,25 +316,44 @@ def test_a_run_goes_on_where_a_rank_was_killed(tmp_path):
         assert error == 0 if size == 2 else error <= PATH_TOLERANCE[torch.float64]
 
 
-def refused():
+def refused(folder):
+    """What is said of settings that need whole weights, of ranks that differ in batches or settings, and of a state that only the
+    first one finds."""
     torch.manual_seed(0)
-    share = streaming.make_packed(streaming.make()).shard()
-    found = {}
-    for name, settings in {
-        "memory_budget": {"memory_budget": "1GB"},
-        "granularity='rank'": {"granularity": "rank"},
-        "samples": {"samples": 2},
-        "confidence_weights": {"confidence_weights": True},
-    }.items():
+    share, rank = streaming.make_packed(streaming.make()).shard(), dist.get_rank()
+    batches = streaming.make_batches()
+    fewer = {task: held[: 3 - rank] for task, held in batches.items()}
+    own_folder = folder / str(rank)
+    own_folder.mkdir()
+    if rank == 0:
+        whole = streaming.make_packed(streaming.make())
+        learn(whole, streaming.make(1), batches, streaming.logits, checkpoint_dir=own_folder / "state")
+    os.chdir(own_folder)
+    found = []
+    for given, settings in (
+        (batches, {"memory_budget": "1GB"}),
+        (batches, {"granularity": "rank", "samples": 2, "confidence_weights": True}),
+        (fewer, {}),
+        (batches, {"rho": 0.1 + rank}),
+        (batches, {"checkpoint_dir": "state"}),
+    ):
         with pytest.raises(ValueError) as error:
-            learn(share, streaming.make(1), streaming.make_batches(), streaming.logits, **settings)
-        found[name] = str(error.value)
+            learn(share, streaming.make(1), given, streaming.logits, **settings)
+        found.append(str(error.value))
     return found
 
 
-def test_settings_that_need_whole_weights_are_refused(tmp_path):
-    for name, message in worlds.run(refused, 2, tmp_path / "world")[0].items():
-        assert message == f"{name}: not with weights that are spread over ranks; leave that out, or merge without shard()"
+def test_what_would_go_wrong_is_refused_on_all_ranks(tmp_path):
+    for found in worlds.run(refused, 2, tmp_path / "world", tmp_path):
+        needs_whole = "not with weights that are spread over ranks; leave that out, or merge without shard()"
+        differs = "on ranks [1] than on rank 0; give all ranks the same"
+        assert found == [
+            f"memory_budget: {needs_whole}",
+            f"granularity='rank', samples, confidence_weights: {needs_whole}",
+            f"settings, or how many batches tasks have, are others {differs}",
+            f"settings, or how many batches tasks have, are others {differs}",
+            f"finished steps in state/state.pt are others {differs}",
+        ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

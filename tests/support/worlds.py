@@ -8,7 +8,7 @@ import processes
 import torch
 import torch.distributed as dist
 
-SECONDS = 120  # within which a world is done, and which a rank waits for the others
+SECONDS = 300  # within which a world is done, and which a rank waits for the others
 
 
 def run(function, size: int, folder: Path, *arguments) -> list:
