@@ -16,6 +16,8 @@ if find_spec("torchvision"):
     except RuntimeError:
         for operator in ("nms", "qnms"):
             OPERATORS_OF_TORCHVISION.define(f"{operator}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    except (ImportError, OSError):  # broken in another way, which those tests will say that need it
+        pass
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,6 @@ __all__ = [
     "sequence_classification",
     "text_batches",
     "token_classification",
-    "zero_shot_head",
     "zero_shot_classification",
+    "zero_shot_head",
 ]

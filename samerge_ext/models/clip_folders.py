@@ -71,7 +71,8 @@ def check_text_tower(packed: PackedWeights) -> None:
     if moved:
         raise ValueError(
             f"experts change the base's {some(moved)}, and heads are made by the base's text tower: save the experts' image "
-            "towers alone (CLIPVisionModel), or merge in Python with heads of zero_shot_head(expert, …)"
+            "towers alone (CLIPVisionModel, or open_clip's visual.*) and keep the rest, or merge in Python with heads of "
+            "zero_shot_head(expert, …)"
         )
 
 

@@ -155,6 +155,21 @@ def test_folders_of_the_hub_and_checkpoints_of_training_are_merged(name, tmp_pat
     assert preprocess.transforms[-1].mean == [0.5] * 3
 
 
+@pytest.mark.parametrize("name", ["ViT"], indirect=True)
+def test_image_encoders_alone_are_experts(name, tmp_path):
+    base, experts = save_folder(tmp_path, name)
+    for task, expert in experts.items():
+        tensors = {name: tensor for name, tensor in expert.state_dict().items() if name.startswith("visual.")}
+        save_file(tensors, tmp_path / f"{task}.safetensors")
+    keep = ["transformer.*", "token_embedding.*", "positional_embedding", "ln_final.*", "text_projection", "logit_scale"]
+    for suffix, kept in (("pt", ()), ("safetensors", keep)):
+        packed = sm.PackedWeights.from_folders(tmp_path / "base", {t: tmp_path / f"{t}.{suffix}" for t in "ab"}, keep=kept)
+        found = sm.task_arithmetic(packed, 0.5).state_dict()
+        for name, tensor in base.state_dict().items():
+            change = sum(0.5 * (expert.state_dict()[name].double() - tensor.double()) for expert in experts.values())
+            assert_close(found[name], tensor.double() + change, name)
+
+
 @pytest.mark.parametrize("name", ["ViT", "ViT of SigLIP", "ResNet", "timm ResNet"], indirect=True)
 def test_a_recipe_merges_streamed_as_python_does_resident(name, tmp_path):
     base, _ = save_folder(tmp_path, name)
