@@ -23,7 +23,8 @@ from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut
 
 class DcpCheckpoint:
     """The model in a DCP checkpoint, opened by its ``.metadata``; `dcp_metadata.read_metadata` says what counts as the model. A
-    part of a tensor is what torch.save made of it, in a .distcp file, of which no more numbers are read than are asked for.
+    part of a tensor is what torch.save made of it, in a .distcp file, of which no more numbers are read than are asked for; but
+    all of a part that is transposed.
 
     names: in the order of the state dict. Raises CheckpointError for a damaged .metadata or one with code in it, and for a file
     that is missing or cut off; when a part is first read, for one that holds another tensor than .metadata says, or code.
@@ -85,7 +86,7 @@ class DcpCheckpoint:
             if numbers is None:
                 numbers = self._numbers[part] = _numbers_of(file, part, stored.dtype)
             row = numbers.row_bytes
-            if row is None:  # the rows do not lie one after the other
+            if row is None:
                 out.copy_(_whole(file, part)[first : first + len(out)])
                 return
             into = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -120,7 +121,7 @@ class DcpCheckpoint:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Where a part's numbers begin in its file, and the bytes of a row of them; None where they lie in another order."""
+    """Where a part's numbers begin in its file, and the bytes of a row of them; None where rows lie in another order."""
 
     begin: int
     row_bytes: int | None
@@ -152,7 +153,8 @@ def _numbers_of(file: Any, part: Part, dtype: torch.dtype) -> _Numbers:
         raise ValueError("it is cut off")
     begin = part.begin + data + int(tensor.storage_offset()) * tensor.itemsize
     rows = part.sizes[0] if part.sizes else 1
-    return _Numbers(begin, tensor.nbytes // rows if tensor.is_contiguous() else None)
+    as_they_are = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return _Numbers(begin, tensor.nbytes // rows if as_they_are else None)
 
 
 def _whole(file: Any, part: Part) -> Tensor:

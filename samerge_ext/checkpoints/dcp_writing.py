@@ -57,7 +57,7 @@ def save_dcp(model: str | Path, out_folder: str | Path, *, key: str | None = "mo
                 _save(checkpoint, partial, key)
                 companions.copy(partial)
                 _without_quantisation(partial / "config.json")
-                for path in (*partial.iterdir(), partial):
+                for path in (*partial.rglob("*"), partial):
                     sync(path)
                 replace_folder(partial, target, overwrite=overwrite)
             except OSError as error:

@@ -114,6 +114,8 @@ class _Run:
 
     def merge(self, record: Record, left: list[Shard]) -> None:
         """Writes the shards that are left, and notes each when it is whole."""
+        if not left:
+            return
         if self._merge.factors_of:
             tasks = [task for task, _ in self._plan.experts]
             note = record.note_of(FACTORS) or record.note(FACTORS, each=self._merge.factors_of(self._squares(), tasks))

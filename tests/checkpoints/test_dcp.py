@@ -51,6 +51,12 @@ def test_some_numbers_of_a_tensor(tmp_path, start, count):
             assert torch.equal(out, expected), name
 
 
+def test_numbers_that_are_stored_as_their_conjugates(tmp_path):
+    mirrored = torch.randn(4, 3, dtype=torch.complex64).conj()
+    save({"w": mirrored}, tmp_path / "dcp")
+    assert torch.equal(read_all(tmp_path / "dcp")["w"], mirrored)
+
+
 def write_sharded(folder):
     """As two processes: rows of a tensor, columns of one, and a whole one; and a module of FSDP's with its optimizer."""
     from torch.distributed.checkpoint.state_dict import get_state_dict

@@ -129,7 +129,7 @@ def test_a_merge_from_file_to_file_keeps_its_shards(models, tmp_path, number, co
     found, *printed = ended(process, tmp_path)
     assert found == code, printed
     assert_one_line(tuple(printed), number)
-    assert sorted(path.name for path in (tmp_path / "out.state").iterdir()) == ["merge.json", "merged"]
+    assert sorted(path.name for path in (tmp_path / "out.state").iterdir()) == ["merge.json", "merged", "notes"]
     for out in ("out", "whole"):
         run_recipe(asked, tmp_path / out)
     assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "whole"))

@@ -87,6 +87,18 @@ def test_ties_that_others_keep_are_counted(models, tmp_path, monkeypatch):
     assert content(tmp_path / "out") != content(tmp_path / "one")
 
 
+def test_a_rank_without_files_reads_nothing(models, tmp_path, monkeypatch):
+    merge = merge_of(models, whole=True, align=True)
+
+    def read(*_):
+        raise AssertionError
+
+    with monkeypatch.context() as patch, pytest.warns(NotWholeYet):
+        patch.setattr(file_merge._Run, "_in_turn", read)
+        merge_files(merge, tmp_path / "out", rank=Rank(1, 2))
+    assert not (tmp_path / "out.state").exists()
+
+
 def test_buffers_heads_and_more_ranks_than_files(tmp_path):
     models = write(tmp_path, {**SHAPES, "norm.running_mean": (8,), "head.w": (3, 4)}, torch.float32)
     merge = merge_of(models, heads=("head.*",))
