@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from samerge_ext.checkpoints.companions import without_quantisation
 from samerge_ext.checkpoints.lora import model_and_adapter
@@ -44,7 +45,9 @@ from samerge_ext.reports.writing import CARD, report_files
 FACTORS, TRIMS = "factors", "trims"  # notes of a record: of the task vectors; what is to be trimmed, before the first shard
 
 
-def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False, rank: Rank = ALONE) -> Path:
+def merge_files(
+    merge: FileMerge, out: str | Path, *, overwrite: bool = False, rank: Rank = ALONE, progress: bool = False
+) -> Path:
     """Writes the model folder ``out``: safetensors, configuration, tokenizer, heads/TASK.safetensors and the model card.
 
     Memory is bounded, whatever the models' size: that of `FilePieces` for each of one thread more than torch has, of at most
@@ -56,6 +59,7 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False, r
     rank: where several processes share the merge, which one this is. Each writes its share of the shards, the bytes that one
     alone would, and waits for none: the last one to end makes OUT of them, and the others warn (`NotWholeYet`) of what is
     missing. What an interrupted one had not finished is written when the merge is called again, by any number of ranks.
+    progress: show how many bytes are written, on a terminal.
 
     Raises ValueError (CheckpointError for files) for a device that cannot be used, for models that do not fit together and for a
     rank that merges otherwise than the others, before anything is written, for NaN and Inf, and for a full disk or an input that
@@ -89,7 +93,8 @@ def merge_files(merge: FileMerge, out: str | Path, *, overwrite: bool = False, r
         run = _Run(merge, plan, target, stored, device)
         in_one_go = not together and len(left) == len(plan.shards)
         try:
-            run.merge(record, left)
+            with tqdm(desc=target.name, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+                run.merge(record, left, bar)
             last = record.is_last()
             missing = record.left([shard for shard in plan.shards if shard not in own]) if last else []
             if last and not missing:
@@ -112,8 +117,8 @@ class _Run:
         self._whole = rule if isinstance(rule, WholeRule) else None
         self._threads = torch.get_num_threads()
 
-    def merge(self, record: Record, left: list[Shard]) -> None:
-        """Writes the shards that are left, and notes each when it is whole."""
+    def merge(self, record: Record, left: list[Shard], bar: tqdm) -> None:
+        """Writes the shards that are left, and notes each when it is whole. bar: moves by the bytes of every tensor."""
         if not left:
             return
         if self._merge.factors_of:
@@ -128,12 +133,13 @@ class _Run:
                         whole.look(piece)
                     whole.next_round()
             record.note(TRIMS, trims=whole.state())
+        bar.reset(sum(self._bytes(name) for shard in left for name in self._plan.in_order(shard)))
         with self._workers() as workers:
             for shard in left:
                 if whole is not None:
                     self._come_to(shard, record, whole)
                 with ShardWriter(record.folder, shard) as writer:
-                    self._merge_all(self._plan.in_order(shard), writer, workers)
+                    self._merge_all(self._plan.in_order(shard), writer, workers, bar)
                 self._check_unchanged()
                 record.note(shard.file, checksum=writer.checksum(), trims=whole.state() if whole else None)
 
@@ -209,19 +215,24 @@ class _Run:
         torch.set_num_threads(threads)
         on_own_stream(self._device)
 
-    def _merge_all(self, names: list[str], writer: ShardWriter, workers: Executor) -> None:
+    def _merge_all(self, names: list[str], writer: ShardWriter, workers: Executor, bar: tqdm) -> None:
         in_turn = None
         if self._merge.whole:
             in_turn = InTurn(self._pieces, [self._plan.extent(name) for name in names if name not in self._plan.buffers])
         try:
-            for done in [workers.submit(self._merge_tensor, name, writer, in_turn) for name in names]:
+            merged = [(name, workers.submit(self._merge_tensor, name, writer, in_turn)) for name in names]
+            for name, done in merged:
                 done.result()
+                bar.update(self._bytes(name))
         except BaseException:
             workers.shutdown(cancel_futures=True)  # before the file is closed that they write
             raise
         finally:
             if in_turn is not None:
                 in_turn.close()
+
+    def _bytes(self, name: str) -> int:
+        return self._plan.names.shape(name).numel() * self._plan.written_dtype(name).itemsize
 
     def _merge_tensor(self, name: str, writer: ShardWriter, in_turn: InTurn | None) -> None:
         plan = self._plan

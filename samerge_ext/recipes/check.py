@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from samerge_ext.budget.plan import Plan
 from samerge_ext.checkpoints.saving import free_bytes, require_apart, require_space, require_target
@@ -30,8 +34,71 @@ from samerge_ext.sizes import show_bytes
 MOST_NAMES = 8  # of tensors, in a line
 
 
-def check_recipe(recipe: Recipe, out: Path | None = None, *, overwrite: bool = False) -> list[str]:
-    """What a merge would find and take, in lines. out: the folder that it would write; its place and space are then checked, too.
+@dataclass
+class Findings:
+    """What a merge would find and take. Sizes are in bytes.
+
+    models: name, path and size of the base and what is merged. numbers: of the merged tensors. written_as: dtypes.
+    reads, buffers, threads: of a merge from file to file; memory: its peak, without what its method holds of single tensors.
+    batches, ways, chosen: of a learned merge, those of every task, the memory of every way to hold the model, and which fits
+        the budget. free: on the disk of the folder that is written.
+    """
+
+    merge_method: str
+    models: list[dict[str, Any]]
+    tensors: int
+    numbers: int
+    written_as: list[str]
+    writes: int
+    kept_per_task: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    free: int | None = None
+    reads: int | None = None
+    memory: int | None = None
+    buffers: int | None = None
+    threads: int | None = None
+    batches: dict[str, int] = field(default_factory=dict)
+    ways: list[dict[str, Any]] = field(default_factory=list)
+    chosen: str | None = None
+    memory_budget: int | str | None = None
+
+    def known(self) -> dict[str, Any]:
+        """What there is of it, as JSON has it."""
+        return {key: value for key, value in asdict(self).items() if value is not None and value != [] and value != {}}
+
+    def lines(self) -> Iterator[str]:
+        """In words."""
+        merged = [model for model in self.models if model["role"] != "base"]
+        yield f"{self.merge_method} of {len(merged)} models:"
+        width = max(len(model["name"]) for model in self.models)
+        for model in self.models:
+            yield f"  {model['name']:{width}}  {model['path']}  {show_bytes(model['bytes'])}"
+        yield f"merged: {self.tensors} tensors, {self.numbers:,} numbers, written as {', '.join(self.written_as)}"
+        yield from _names("kept per task", self.kept_per_task)
+        yield from _names("kept as they are", self.kept)
+        for task, count in self.batches.items():
+            yield f"learns from {task}: {count} batches"
+        writes = f"writes {show_bytes(self.writes)}"
+        free = "" if self.free is None else f", of {show_bytes(self.free)} that are free there"
+        yield writes + free if self.reads is None else f"reads {show_bytes(self.reads)}, {writes}{free}"
+        if self.memory is not None and self.buffers is not None:
+            yield (
+                f"memory: {show_bytes(self.memory)}, of which {show_bytes(self.buffers)} are buffers of {self.threads} threads, "
+                f"and what {self.merge_method} holds of single tensors"
+            )
+        if self.ways:
+            yield f"memory, of the {show_bytes(machine_bytes())} of this machine:"
+        for way in self.ways:
+            moved = f", {show_bytes(way['read_per_step'])} read per step" if way["read_per_step"] else ""
+            beside = f" of the GPU, {show_bytes(way['host'])} of the host" if "host" in way else ""
+            mark = "*" if way["name"] == self.chosen else " "
+            yield f"{mark} {way['name']}: {show_bytes(way['memory'])}{beside}{moved}"
+        if self.chosen is not None:
+            yield f"* the fastest within {self.memory_budget}"
+
+
+def check_recipe(recipe: Recipe, out: Path | None = None, *, overwrite: bool = False) -> Findings:
+    """What a merge would find and take. out: the folder that it would write; its place and space are then checked, too.
 
     Raises what `run_recipe` would before it begins. Numbers are not read: NaN and Inf show when they are merged.
     """
@@ -41,30 +108,36 @@ def check_recipe(recipe: Recipe, out: Path | None = None, *, overwrite: bool = F
             require_apart(out, inputs_of(recipe))
             if not (state_of(out) / RECORD).exists():
                 require_target(out, overwrite=overwrite)
-        return _of_files(recipe, out) if recipe.merge_method in METHODS else _of_learned(recipe, out)
+        found = _of_files(recipe, out) if recipe.merge_method in METHODS else _of_learned(recipe)
+        if out is not None:
+            require_space(out, found.writes)
+            found.free = free_bytes(out)
+        return found
 
 
-def _of_files(recipe: Recipe, out: Path | None) -> list[str]:
+def _of_files(recipe: Recipe, out: Path | None) -> Findings:
     with opened(file_merge_of(recipe)) as models:
         if out is not None:
             require_apart(out, models.files)
-        plan, read = models.plan, sum(file.stat().st_size for file in models.files)
-        written = {str(plan.written_dtype(name)).removeprefix("torch.") for name in plan.layers}
-        numbers = sum(plan.names.shape(name).numel() for name in plan.layers)
+        plan = models.plan
         buffers = plan.buffer_bytes(models.device)
-        threads = plan.workers(models.device)
-        return [
-            *_models(recipe),
-            _merged(len(plan.layers), numbers, written),
-            *_names("kept per task", plan.heads),
-            *_names("kept as they are", plan.kept),
-            f"reads {show_bytes(read)}, {_writes(sum(shard.total_bytes for shard in plan.shards), out)}",
-            f"memory: {show_bytes(resident_bytes() + buffers)}, of which {show_bytes(buffers)} are buffers of {threads} threads, "
-            f"and what {recipe.merge_method} holds of single tensors",
-        ]
+        return Findings(
+            recipe.merge_method,
+            _models(recipe),
+            len(plan.layers),
+            sum(plan.names.shape(name).numel() for name in plan.layers),
+            _dtypes(plan.written_dtype(name) for name in plan.layers),
+            sum(shard.total_bytes for shard in plan.shards),
+            list(plan.heads),
+            list(plan.kept),
+            reads=sum(file.stat().st_size for file in models.files),
+            memory=resident_bytes() + buffers,
+            buffers=buffers,
+            threads=plan.workers(models.device),
+        )
 
 
-def _of_learned(recipe: Recipe, out: Path | None) -> list[str]:
+def _of_learned(recipe: Recipe) -> Findings:
     companions_of(recipe).check()
     settings, dtype = recipe.method_settings(), DTYPES[recipe.dtype]
     model, calibration = model_and_calibration(recipe)
@@ -76,50 +149,42 @@ def _of_learned(recipe: Recipe, out: Path | None) -> list[str]:
     chosen = plan.choose(budget, settings.host_memory_budget) if budget is not None else None
     if chosen is not None and chosen.store == "file":
         writes += packed.base.nbytes + packed.task_vectors.nbytes
-    return [
-        *_models(recipe),
-        _merged(len(sizes), sum(numbers for numbers, _ in sizes), {str(to).removeprefix("torch.") for _, to in sizes}),
-        *_names("kept per task", dict.fromkeys(name for head in packed.heads.values() for name in head)),
-        *(f"learns from {task}: {len(batches)} batches" for task, batches in calibration.items()),
-        _writes(writes, out),
-        f"memory, of the {show_bytes(machine_bytes())} of this machine:",
-        *_ways(plan, chosen),
-        *([f"* the fastest within {budget}"] if chosen else []),
-    ]
+    return Findings(
+        recipe.merge_method,
+        _models(recipe),
+        len(sizes),
+        sum(numbers for numbers, _ in sizes),
+        _dtypes(to for _, to in sizes),
+        writes,
+        list(dict.fromkeys(name for head in packed.heads.values() for name in head)),
+        batches={task: len(batches) for task, batches in calibration.items()},
+        ways=list(_ways(plan)),
+        chosen=None if chosen is None else chosen.name,
+        memory_budget=budget,
+    )
 
 
-def _ways(plan: Plan, chosen: object) -> Iterable[str]:
+def _ways(plan: Plan) -> Iterator[dict[str, Any]]:
     for way in plan.ways:
-        moved = f", {show_bytes(way.moved)} read per step" if way.moved else ""
-        beside = "" if plan.device.type == "cpu" else f" of the GPU, {show_bytes(way.host_bytes)} of the host"
-        yield f"{'*' if way == chosen else ' '} {way.name}: {show_bytes(way.device_bytes)}{beside}{moved}"
+        on_host = {} if plan.device.type == "cpu" else {"host": way.host_bytes}
+        yield {"name": way.name, "memory": way.device_bytes, **on_host, "read_per_step": way.moved}
 
 
-def _models(recipe: Recipe) -> list[str]:
-    rows = [("base", recipe.base_model)] if recipe.base_model else []
-    rows += [(task, entry.path) for task, entry in recipe.named_experts]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:{width}}  {path}  {show_bytes(_bytes_of(path))}" for name, path in rows]
-    return [f"{recipe.merge_method} of {len(recipe.experts)} models:", *lines]
+def _models(recipe: Recipe) -> list[dict[str, Any]]:
+    rows = [("base", "base", recipe.base_model)] if recipe.base_model else []
+    rows += [(task, "expert", entry.path) for task, entry in recipe.named_experts]
+    return [{"name": name, "role": role, "path": str(path), "bytes": _bytes_of(path)} for name, role, path in rows]
 
 
 def _bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-def _merged(tensors: int, numbers: int, written: set[str]) -> str:
-    return f"merged: {tensors} tensors, {numbers:,} numbers, written as {', '.join(sorted(written))}"
+def _dtypes(dtypes: Iterable[torch.dtype]) -> list[str]:
+    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
 
 
-def _names(what: str, names: Iterable[str]) -> list[str]:
-    found: Sequence[str] = list(names)
-    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return [f"{what}: {', '.join(found[:MOST_NAMES])}{more}"] if found else []
-
-
-def _writes(num_bytes: int, out: Path | None) -> str:
-    """Of the disk; raises CheckpointError where ``out`` has not as much space."""
-    if out is None:
-        return f"writes {show_bytes(num_bytes)}"
-    require_space(out, num_bytes)
-    return f"writes {show_bytes(num_bytes)}, of {show_bytes(free_bytes(out))} that are free there"
+def _names(what: str, names: Sequence[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        yield f"{what}: {', '.join(names[:MOST_NAMES])}{more}"

@@ -75,6 +75,7 @@ def run_recipe(
     report: bool = True,
     shard_size: int | str | None = None,
     rank: Rank | None = None,
+    progress: bool = False,
 ) -> Result | None:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
 
@@ -82,7 +83,8 @@ def run_recipe(
     the merge is, and the same recipe continues from it. Data-free methods go from file to file and return nothing.
     report: write report.html and report.json, too. Of methods that go from file to file alone, shard_size: of the written
     files, in bytes or as a text such as "500MB", 5 GB by default; rank: of several processes that merge together, as of
-    `merge_files`, by default torchrun's where it started this one.
+    `merge_files`, by default torchrun's where it started this one. progress: show how far it is; what is learned follows the
+    recipe's own setting, where it has one.
 
     What is learned is learned by all processes that torchrun started: see docs/distributed.md.
     """
@@ -94,7 +96,7 @@ def run_recipe(
             merge = file_merge_of(recipe, with_page=report)
             if shard_size is not None:
                 merge = replace(merge, shard_bytes=parse_size(shard_size))
-            merge_files(merge, out, overwrite=overwrite, rank=rank or rank_of_torchrun())
+            merge_files(merge, out, overwrite=overwrite, rank=rank or rank_of_torchrun(), progress=progress)
             return None
         of_files = {"rank": rank, "shard_size": shard_size}
         for option in (name for name, value in of_files.items() if value is not None):
@@ -104,17 +106,19 @@ def run_recipe(
                 _check_spread(recipe)
             require_target(target, overwrite=overwrite)
             with held(state) if ranks.is_first else nullcontext():
-                return _run_learned(recipe, target, state, overwrite, report, ranks)
+                return _run_learned(recipe, target, state, overwrite, report, ranks, progress)
 
 
-def _run_learned(recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool, ranks: Ranks) -> Result:
+def _run_learned(
+    recipe: Recipe, target: Path, state: Path, overwrite: bool, report: bool, ranks: Ranks, progress: bool
+) -> Result:
     dtype, companions = DTYPES[recipe.dtype], companions_of(recipe)
     companions.check()
     model, calibration = model_and_calibration(recipe)
     packed = packed_weights(recipe, model, state, ranks)
     sizes = zip(packed.layout.shapes, packed.layout.dtypes, strict=True)
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
-    settings = recipe.method_settings(checkpoint_dir=state)
+    settings = recipe.method_settings(checkpoint_dir=state, progress=progress)
     result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.logits, config=settings)
     result.save_pretrained(
         target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe)

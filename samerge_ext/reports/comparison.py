@@ -79,6 +79,18 @@ def as_text(comparison: Comparison) -> str:
     return "\n\n".join(sections)
 
 
+def as_values(comparison: Comparison) -> dict[str, Any]:
+    """For JSON: of A and B what differs, their amounts, and of every task what its row of coefficients says."""
+    a, b = comparison.folders
+    return {
+        "A": a,
+        "B": b,
+        "differences": {key: sides for key, *sides in comparison.differences},
+        "amounts": {key: sides for key, *sides in comparison.amounts},
+        "coefficients": [dict(zip(COEFFICIENTS, row, strict=True)) for row in comparison.coefficients],
+    }
+
+
 def as_page(comparison: Comparison) -> str:
     """As HTML, beside both merges' curves."""
     named = dict(zip(comparison.folders, comparison.reports, strict=True))

@@ -23,6 +23,8 @@ def test_info_lists_backends():
     assert run.exit_code == 0
     for word in (sm.__version__, torch.__version__, "backend reference", "backend cuda", "threads"):
         assert word in run.output
+    said = json.loads(CliRunner().invoke(app, ["info", "--json"]).output)
+    assert said["threads"] == torch.get_num_threads() and isinstance(said["CUDA devices"], list)
 
 
 def stats(models, *options):
@@ -38,6 +40,8 @@ def test_stats_are_printed(models):
     word, norm = "bert.pooler.dense.weight", weights(models / "topic")["pooler.dense.weight"].norm()
     (row,) = [line.split() for line in lines if line.split()[:2] == ["news", word]]
     assert float(row[4]) == pytest.approx(norm.item(), rel=1e-5)
+    (record,) = [row for row in json.loads(stats(models, "--json").output) if (row["task"], row["layer"]) == ("news", word)]
+    assert record["norm"] == pytest.approx(norm.item(), rel=1e-6) and len(record) == 8
 
 
 def test_stats_are_written_by_suffix(models, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from samerge_ext.cli import commands
+from samerge_ext.cli.common import tasks_and_folders
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.run import run_recipe
@@ -394,7 +395,7 @@ def test_inputs_are_never_written_over(root):
 def test_tasks_and_folders_of_the_command_line(root):
     (root / "lr=1e-4/last").mkdir(parents=True)
     (root / "x=y").mkdir()
-    found = commands._tasks_and_folders(["news=a", "lr=1e-4/last", "t=lr=1e-4/last", "x=y", "b/", "gone/lr=1/x"])
+    found = tasks_and_folders(["news=a", "lr=1e-4/last", "t=lr=1e-4/last", "x=y", "b/", "gone/lr=1/x"])
     assert [(task, str(path)) for task, path in found] == [
         ("news", "a"), ("last", "lr=1e-4/last"), ("t", "lr=1e-4/last"), ("x=y", "x=y"), ("b", "b"), ("x", "gone/lr=1/x"),
     ]  # fmt: skip

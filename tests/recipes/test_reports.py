@@ -1,12 +1,20 @@
 """What merges leave to read: reports, their code, `samerge check`, `report` and `compare`."""
 
+import contextlib
+import fcntl
 import json
+import os
+import struct
+import subprocess
+import sys
+import termios
 
 import classifiers
 import pytest
 import torch
 import yaml
 from classifiers import LABELS
+from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -91,6 +99,43 @@ def test_check_says_what_there_is_and_fails_as_the_merge_does(models, tmp_path):
     assert run.exit_code == 0 and "learns from mood: 2 batches" in run.output and "  resident: " in run.output
     run = samerge("check", learned(models, tmp_path / "rank.yaml", granularity="rank", rank=1))
     assert run.exit_code == 0 and "  resident: " in run.output
+
+
+def test_commands_print_json_or_nothing(models, tmp_path):
+    of_files, of_learned = recipe(models, tmp_path / "f.yaml"), learned(models, tmp_path / "l.yaml", memory_budget="8GB")
+    found = json.loads(samerge("check", of_files, tmp_path / "out", "--json").output)
+    assert [(of["name"], of["role"]) for of in found["models"]] == [("base", "base"), ("mood", "expert"), ("topic", "expert")]
+    assert found["tensors"] == 39 and found["written_as"] == ["float32"] and found["buffers"] < found["memory"] and found["free"]
+    assert found["kept_per_task"] == ["classifier.bias", "classifier.weight"] and "ways" not in found
+    found = json.loads(samerge("check", of_learned, "--json").output)
+    assert found["batches"] == {"mood": 2, "topic": 4} and found["chosen"] == found["ways"][0]["name"] == "resident"
+
+    for path, method, out in ((of_files, "task_arithmetic", "files"), (of_learned, "samerging", "learned")):
+        said = json.loads(samerge("merge", path, tmp_path / out, "--json").output.splitlines()[-1])
+        assert said.pop("seconds") > 0
+        assert said == {"out": str(tmp_path / out), "merge_method": method, "experts": list(LABELS)}
+        quiet = samerge("merge", path, tmp_path / out, "--overwrite", "--quiet")
+        assert quiet.exit_code == 0 and quiet.output == ""
+    found = json.loads(samerge("compare", tmp_path / "files", tmp_path / "learned", "--json").output)
+    assert found["differences"]["recipe.merge_method"] == ["task_arithmetic", "samerging"]
+    assert [row["task"] for row in found["coefficients"]] == list(LABELS) and found["amounts"]["weights"][0].endswith("KB")
+
+
+def test_a_merge_from_file_to_file_shows_how_far_it_is_on_a_terminal(models, tmp_path):
+    """tqdm counts the bytes that are written, all of them."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    program = "from samerge_ext.cli.main import main; main()"
+    arguments = ["merge", str(recipe(models, tmp_path / "f.yaml")), str(tmp_path / "out")]
+    streams = {"stderr": slave, "stdout": subprocess.DEVNULL, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], **streams) as run:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # of a terminal that nobody writes to any more
+            while block := os.read(master, 4096):
+                shown += block
+    os.close(master)
+    assert run.returncode == 0 and b"out:" in shown and b"100%" in shown, shown
 
 
 def test_a_slice_of_the_loss_rises_along_its_gradient(models, tmp_path):
