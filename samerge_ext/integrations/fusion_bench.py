@@ -78,12 +78,13 @@ class _MergedModel(nn.Module, Generic[Model]):
             for expert in finetuned_models if name not in layers else ():
                 path, _, leaf = name.rpartition(".")
                 delattr(expert.get_submodule(path), leaf)
-        self._held = ModuleTaskVectors(layers, finetuned_models, task_vector_dtype, sparsity_ratio)
+        self.task_vectors = nn.ModuleList(finetuned_models)
+        self._held = ModuleTaskVectors(layers, self.task_vectors, task_vector_dtype, sparsity_ratio)
         stored_as = {id(parameter): name for name, parameter in layers.items()}
         every_name = pretrained_model.named_parameters(remove_duplicate=False)
         self._tied = {name: stored_as[id(p)] for name, p in every_name if id(p) in stored_as and name not in layers}
         self.pretrained_model = pretrained_model.requires_grad_(False)
-        self.task_vectors = nn.ModuleList(finetuned_models).requires_grad_(False)
+        self.task_vectors.requires_grad_(False)
 
     def merge_weights(self, task_vector_mask: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Merges at ``merge_weight`` as it is now; call it after every step of an optimiser.

@@ -30,11 +30,11 @@ class ModuleTaskVectors:
     sparsity_ratio: share of each row of a matrix, the smallest magnitudes, that is set to 0; of equal ones the first.
     """
 
-    def __init__(self, base: Layers, experts: Sequence[nn.Module], dtype: torch.dtype | None, sparsity_ratio: float | None):
+    def __init__(self, base: Layers, experts: nn.ModuleList, dtype: torch.dtype | None, sparsity_ratio: float | None):
         first = next(iter(base.values()))
         shapes, dtypes = [parameter.shape for parameter in base.values()], [parameter.dtype for parameter in base.values()]
         self.layout = Layout.build(list(base), shapes, dtypes, [True] * len(base), first.device)
-        self.modules = tuple(experts)
+        self.modules = experts
         self.flat = torch.empty(len(experts), self.layout.numel, dtype=dtype or first.dtype, device=first.device)  # [T, N]
         for task, row in enumerate(self.flat):
             row.zero_()  # what lies between layers; memory is taken row by row

@@ -1,63 +1,21 @@
-"""Our wrappers against plain autograd: FusionBench is not needed, and stands here for its names alone."""
+"""Our wrappers against plain autograd; FusionBench is not needed."""
 
 import copy
 import gc
-import sys
-import types
 
-import fusion_bench_names
 import pytest
 import torch
-from fusion_bench_names import LayerWise, TaskWise
 from helpers import PATH_TOLERANCE, assert_alike, assert_close
+from merged_by_autograd import Literal, names_of, problem, weights
 from safetensors.torch import load_file, save_model
-from tiny import TASKS, make, make_batches, make_experts, make_heads
+from tiny import TASKS, make_batches, make_heads
 from torch import nn
 from torch.func import functional_call
 
 import samerge_ext as sm
-from samerge_ext.integrations import fusion_bench
 from samerge_ext.integrations.fusion_bench import LayerWiseMergedModel, TaskWiseMergedModel
 
 T = len(TASKS)
-
-
-def problem(dtype=torch.float64):
-    """A base whose `frozen` requires no grad, and experts that differ from it everywhere else."""
-    base = make(0, dtype)
-    base.frozen.requires_grad_(False)
-    return base, list(make_experts(base).values())
-
-
-def names_of(base):
-    return [name for name, parameter in base.named_parameters() if parameter.requires_grad]
-
-
-def weights(*shape, low=0.1, high=0.5):
-    generator = torch.Generator().manual_seed(3)
-    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
-class Literal:
-    """θ₀ + Σ_t λ_t,l m_l τ_t,l in plain autograd, tensor by tensor; λ [T, L] is a function of what is learned."""
-
-    def __init__(self, learned, base, experts, coefficients=lambda learned: learned, change=lambda task_vector: task_vector):
-        self.learned, self.base, self.coefficients = learned.clone().requires_grad_(), copy.deepcopy(base), coefficients
-        self.names = names_of(base)
-        own, tuned = dict(self.base.named_parameters()), [dict(expert.named_parameters()) for expert in experts]
-        self.task_vectors = [[change((t[n] - own[n]).detach().clone()) for n in self.names] for t in tuned]
-        self.base.requires_grad_(False)
-
-    def merge(self, mask=None):
-        coefficients, own = self.coefficients(self.learned), dict(self.base.named_parameters())
-        self.merged = {}
-        for l, name in enumerate(self.names):
-            parts = [coefficients[t, l] * self.task_vectors[t][l] for t in range(len(self.task_vectors))]
-            self.merged[name] = own[name] + sum(parts) * (1.0 if mask is None else mask[name])
-        return self.merged
-
-    def __call__(self, x):
-        return functional_call(self.base, self.merged, x)
 
 
 def layer_wise(dtype=torch.float64, literal=None, **options):
@@ -303,9 +261,8 @@ def test_training_mode_reaches_the_models():
 def test_models_that_are_moved_or_changed_are_merged_as_they_are_then():
     ours, _ = layer_wise(clamp_weights=False)
     parent = nn.ModuleDict({"layer": ours}).float()
-    merged = ours.merge_weights()
-    assert merged["second.weight"].dtype == torch.float32
-    assert len({p.untyped_storage().data_ptr() for p in ours.task_vectors.parameters()}) == 1
+    assert len({p.untyped_storage().data_ptr() for p in ours.task_vectors.parameters()}) == 1  # moved as one
+    assert ours.merge_weights()["second.weight"].dtype == torch.float32
     parent.double()
     for task_vector in ours.task_vectors:
         task_vector.second.weight.data = torch.zeros_like(task_vector.second.weight)  # no longer in the buffer
@@ -316,6 +273,7 @@ def test_models_that_are_moved_or_changed_are_merged_as_they_are_then():
         for name in ("second.weight", "norm.weight"):
             assert torch.equal(merged[name], model.pretrained_model.get_parameter(name))
         assert not torch.equal(merged["first.weight"], model.pretrained_model.first.weight)
+    other.task_vectors[0] = copy.deepcopy(other.task_vectors[0])
     other.task_vectors[0].second.weight.data.fill_(1.0)
     assert not torch.equal(other.merge_weights()["second.weight"], ours.merge_weights()["second.weight"])
 
@@ -346,119 +304,6 @@ def test_task_vectors_may_be_narrower_than_the_models():
     merged = ours.merge_weights()
     assert_close(merged["second.weight"].bfloat16(), full["second.weight"].bfloat16(), "second.weight")
     assert merged["second.weight"].dtype == torch.float32 and not torch.equal(merged["second.weight"], full["second.weight"])
-
-
-def broken(what):
-    base, experts = problem()
-    if what == "shape":
-        experts[1].second = nn.Linear(8, 9).double()
-    elif what == "dtype":
-        experts[1].second.float()
-    elif what == "lacks":
-        del experts[1].norm.bias
-    elif what == "more":
-        experts[1].extra = nn.Linear(2, 2)
-    elif what == "nan":
-        experts[1].second.bias.data[3] = torch.nan
-    elif what == "twice":
-        experts[1] = experts[0]
-    elif what == "frozen":
-        base.requires_grad_(False)
-    elif what == "mixed":
-        for model in (base, *experts):
-            model.second.float()
-    elif what == "none":
-        experts = []
-    return base, experts
-
-
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("shape", r"'second.weight' of finetuned_models\[1\] has shape torch.Size\(\[9, 8\]\), of pretrained_model"),
-        ("dtype", r"'second.weight' of finetuned_models\[1\] has dtype torch.float32, of pretrained_model torch.float64"),
-        ("lacks", r"finetuned_models\[1\] lacks 'norm.bias'"),
-        ("more", r"finetuned_models\[1\] has beyond pretrained_model 'extra.bias', 'extra.weight'"),
-        ("nan", r"finetuned_models\[1\]: 'second.bias' holds NaN or Inf"),
-        ("twice", r"finetuned_models\[1\] is a model that was given already"),
-        ("frozen", "no parameter of pretrained_model requires grad"),
-        ("mixed", "'second.weight' of pretrained_model is torch.float32 on cpu, 'first.weight' is torch.float64"),
-        ("none", "finetuned_models is empty"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused_and_left_alone(what, message):
-    base, experts = broken(what)
-    before = copy.deepcopy(experts)
-    with pytest.raises(ValueError, match=message):
-        LayerWiseMergedModel(weights(T, 7), base, experts)
-    for expert, other in zip(experts, before, strict=True):
-        for (_, ours), (_, theirs) in zip(expert.named_parameters(), other.named_parameters(), strict=True):
-            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
-
-
-def test_options_that_do_not_fit_are_refused():
-    base, experts = problem()
-    layers = len(names_of(base))
-    with pytest.raises(ValueError, match=rf"shape \[3, 4\]; with 3 finetuned_models and {layers} parameters .* \[3, {layers}\]"):
-        LayerWiseMergedModel(weights(3, 4), base, experts)
-    with pytest.raises(ValueError, match=r"shape \[3, 6\]; .* they must have \[3\]"):
-        TaskWiseMergedModel(weights(3, layers), base, experts)
-    with pytest.raises(ValueError, match="sparsity_ratio=1.5"):
-        LayerWiseMergedModel(weights(3, layers), base, experts, sparsity_ratio=1.5)
-    with pytest.raises(ValueError, match="task vectors of torch.bfloat16"):
-        TaskWiseMergedModel(weights(3), base, experts, task_vector_dtype=torch.bfloat16)
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """The modules that define FusionBench's classes, and one that imported one of them under another name."""
-    layer, task = fusion_bench_names.put_in_place(monkeypatch)
-    user = types.ModuleType("a_user_of_fusion_bench")
-    user.Merged = layer.LayerWiseMergedModel
-    monkeypatch.setitem(sys.modules, user.__name__, user)
-    yield layer, task, user
-    fusion_bench.restore()
-
-
-def test_accelerate_puts_the_classes_everywhere_and_restore_takes_them_away(stand_in):
-    layer, task, user = stand_in
-    with fusion_bench.accelerate():
-        assert layer.LayerWiseMergedModel is user.Merged is LayerWiseMergedModel
-        assert task.TaskWiseMergedModel is TaskWiseMergedModel
-        with fusion_bench.accelerate():
-            pass
-        assert user.Merged is LayerWiseMergedModel  # the inner block was not what put it there
-        task.imported_since = layer.LayerWiseMergedModel
-        task.LayerWiseMergedModel = layer.LayerWiseMergedModel
-    assert layer.LayerWiseMergedModel is user.Merged is task.LayerWiseMergedModel is task.imported_since is LayerWise
-    assert task.TaskWiseMergedModel is TaskWise
-    assert fusion_bench.LayerWiseMergedModel is LayerWiseMergedModel  # in our own module nothing moves
-    fusion_bench.accelerate()
-    assert user.Merged is LayerWiseMergedModel
-    fusion_bench.restore()
-    fusion_bench.restore()
-    assert user.Merged is LayerWise
-
-
-def test_accelerate_refuses_classes_with_other_arguments(stand_in):
-    class Newer(nn.Module):
-        def __init__(self, task_wise_weight, pretrained_model, finetuned_models, offset=0.0):
-            super().__init__()
-
-    layer, task, user = stand_in
-    task.TaskWiseMergedModel = Newer
-    with pytest.raises(ImportError, match=r"from \(task_wise_weight, .*, offset\), and ours from .*fusion-bench==0.2.33"):
-        fusion_bench.accelerate()
-    assert user.Merged is layer.LayerWiseMergedModel is LayerWise
-    task.TaskWiseMergedModel = TaskWise
-    with fusion_bench.accelerate():
-        assert user.Merged is LayerWiseMergedModel
-
-
-def test_accelerate_says_where_fusion_bench_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fusion_bench", None)
-    with pytest.raises(ImportError, match="pip install fusion-bench==0.2.33"):
-        fusion_bench.accelerate()
 
 
 def test_the_buffer_goes_with_the_wrapper():

@@ -10,7 +10,6 @@ import json
 import pytest
 import torch
 import yaml
-from families import save_pictures
 from helpers import assert_alike, assert_close
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +20,9 @@ import samerge_ext as sm
 from samerge_ext.cli.commands import app
 from samerge_ext.models import find_pictures, picture_batches, zero_shot_classification, zero_shot_head
 from samerge_ext.models.folders import FolderModel
+
+pytest.importorskip("transformers")
+from families import save_pictures  # noqa: E402
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: make test-open-clip")
 

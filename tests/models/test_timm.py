@@ -7,12 +7,14 @@ import copy
 
 import pytest
 import torch
-from families import move, save_pictures
 from helpers import assert_alike
 from torch.func import functional_call
 
 import samerge_ext as sm
 from samerge_ext.models import find_pictures, picture_batches
+
+pytest.importorskip("transformers")
+from families import move, save_pictures  # noqa: E402
 
 timm = pytest.importorskip("timm", reason="timm is not installed: make test-open-clip")
 
