@@ -88,10 +88,10 @@ WORLDS = {1: FEW, 2: tuple(CASES), 3: FEW, 4: FEW}
 
 
 def every_case(names):
-    """What one rank learns in every case, in a second run of some, the bytes that it sent and the weights that it held."""
+    """What one rank learns in every case, in a second run of some, and what `counted_bytes` and those after it find."""
     found = {name: CASES[name](sm.PackedWeights.shard) for name in names}
     again = {name: CASES[name](sm.PackedWeights.shard) for name in ("resident", "streamed fp32")}
-    return found, again, counted_bytes(), most_weights()
+    return found, again, counted_bytes(), most_weights(), events_of_a_forward()
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -233,6 +233,34 @@ def test_two_units_weights_exist_at_most(world):
     size, found = world
     for of_rank in found:
         assert padded_unit(size) < of_rank[3] <= 2 * padded_unit(size)
+
+
+def events_of_a_forward():
+    """When weights of units begin to be gathered, and units have run, in a pass after one like it."""
+    module, packed, batches = chain()
+    model = sm.MergedModel(module, packed.shard(), streamed=True)
+    events, start = [], model.weights.spread.start
+
+    def started(layers, *arguments):
+        events.append(f"gather {layers[0] // 2}")
+        return start(layers, *arguments)
+
+    model.weights.spread.start = started
+    for number, part in enumerate(module):
+        part.register_forward_hook(lambda *_, number=number: events.append(f"ran {number}"))
+    for _ in range(2):
+        model.merge()
+        model.zero_gradients()
+        events.clear()
+        model(batches["red"][0]).square().sum().backward()
+    return events[:7]
+
+
+def test_the_next_unit_is_on_its_way_while_one_runs(world):
+    """The last one's again, for its backward."""
+    _, found = world
+    for of_rank in found:
+        assert of_rank[4] == ["gather 0", "gather 1", "ran 0", "gather 2", "ran 1", "gather 2", "ran 2"]
 
 
 def test_a_packed_file_is_streamed_by_every_rank(tmp_path):
