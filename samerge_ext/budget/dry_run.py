@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samerge_ext.learning.calibration import expert_head
 from samerge_ext.learning.language_model import OfExpert
 from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillation, imitation, uncertainty
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, answering, losses_and_gradient
+from samerge_ext.learning.teachers import expert_head
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.ops._common import accumulator
 from samerge_ext.ops.chunked_rows import workspace_for

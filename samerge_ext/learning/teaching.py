@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.learning.calibration import Calibration, most_likely_answers, teacher_answers
+from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import TaughtConfig
 from samerge_ext.learning.language_model import OfExpert
 from samerge_ext.learning.losses import ExpertAnswers, entropies
 from samerge_ext.learning.nested import map_tensors, to_device
 from samerge_ext.learning.passes import Logits, answers_to
 from samerge_ext.learning.shared_encoder import SharedEncoder, batch_size, concatenate
+from samerge_ext.learning.teachers import most_likely_answers, teacher_answers
 from samerge_ext.merged.model import MergedModel
 
 # A batch's answers of its teacher, and the weights [B] of its rows where they have some.

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samerge_ext.learning.calibration import Calibration, teacher_logits
+from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import check_least
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, call_logits
+from samerge_ext.learning.teachers import teacher_logits
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.methods.distillation import DescentConfig, descend
 from samerge_ext.ops.softmax_kl import softmax_kl

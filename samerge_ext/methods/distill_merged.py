@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samerge_ext.learning.calibration import Calibration, teacher_answers
+from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import check_least, check_share
 from samerge_ext.learning.losses import Divergence, divergence_from
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, answering, answers_to
+from samerge_ext.learning.teachers import teacher_answers
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.after_merging import MergedAgain
 from samerge_ext.methods.distillation import DescentConfig, descend

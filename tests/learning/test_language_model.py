@@ -11,7 +11,7 @@ from helpers import BF16_COEFFICIENTS, ROOT, assert_alike
 from torch import nn
 
 import samerge_ext as sm
-from samerge_ext.learning import calibration
+from samerge_ext.learning import teachers
 from samerge_ext.merged.streamed import StreamedRows
 
 pytest.importorskip("transformers")
@@ -125,7 +125,7 @@ def test_teachers_most_likely_tokens(k, streamed, no_logits, monkeypatch):
     expected = learned(base, packed, sm.models.causal_lm.logits, **settings).coefficients
     kept = learned(base, packed, sm.models.causal_lm.logits, teacher_top_k=k, **settings).coefficients
     no_logits()
-    monkeypatch.setattr(calibration, "expert_head", lambda *_: pytest.fail("a teacher's head is made"))
+    monkeypatch.setattr(teachers, "expert_head", lambda *_: pytest.fail("a teacher's head is made"))
     found = learned(base, packed, sm.models.causal_lm, teacher_top_k=k, streamed=streamed, **settings).coefficients
     assert_alike(found, kept)
     off = (found - expected).norm() / (expected - 0.3).norm()

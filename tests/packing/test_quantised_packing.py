@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 import samerge_ext as sm
 from samerge_ext.budget.plan import plan
-from samerge_ext.learning.calibration import Calibration, teacher_logits
+from samerge_ext.learning.calibration import Calibration
+from samerge_ext.learning.teachers import teacher_logits
 from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.statistics.features import weights_digest
 
