@@ -83,7 +83,7 @@ def check_spread(config: LearningConfig) -> None:
 
 def _require_equal(packed: PackedWeights, calibration: Calibration, config: LearningConfig) -> None:
     """Raises ValueError where ranks do not learn by the same settings or from as many batches: they would wait for each other."""
-    alike = {key: value for key, value in asdict(config).items() if key != "progress"}
+    alike = {key: value for key, value in asdict(config).items() if key not in ("device", "progress")}  # each has its own GPU
     counts = {task: len(held) for task, held in calibration.batches.items()}
     known = zlib.crc32(repr((alike, counts)).encode())
     packed.ranks.require_equal(known, "settings, or how many batches tasks have, are others", packed.layout.block_layer.device)
