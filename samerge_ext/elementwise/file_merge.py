@@ -232,7 +232,7 @@ class _Run:
                 in_turn.close()
 
     def _bytes(self, name: str) -> int:
-        return self._plan.names.shape(name).numel() * self._plan.written_dtype(name).itemsize
+        return self._plan.whose(name).shape(name).numel() * self._plan.written_dtype(name).itemsize
 
     def _merge_tensor(self, name: str, writer: ShardWriter, in_turn: InTurn | None) -> None:
         plan = self._plan
