@@ -42,3 +42,9 @@ def test_a_broken_contract_is_found(tree, module, imports):
     result = lint(tree)
     assert result.returncode == 1, result.stdout
     assert "BROKEN" in result.stdout and imports.split(".")[1] in result.stdout.split("BROKEN", 1)[1]
+
+
+def test_no_helper_of_the_tests_has_the_name_of_a_benchmark():
+    """Both folders are on the path of some tests, and processes that these start would import the other one."""
+    helpers = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+    assert not helpers & {path.stem for path in (ROOT / "benchmarks").glob("*.py")}

@@ -20,7 +20,7 @@ TUNED = {
     "statsmerging, task-wise": 1e-3,
 }
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2)  # of λ
-LEARNER_RATES = (5e-4, 1e-3, 2e-3, 5e-3)  # of what predicts λ, which moves faster: many parameters act on one coefficient
+LEARNER_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # of what predicts λ: many of its parameters act on one coefficient
 HEAD_RATE = 3e-4  # of heads
 SPECTRAL_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # λ of methods of singular values
 RADII = (0.0, 0.02, 0.07, 0.2, 0.5, 1.0)

@@ -56,7 +56,7 @@ def of_trained_heads(share, **settings):
 
 
 def of_a_language_model(share, name, **settings):
-    import language_models as models  # transformers, which the other worlds do without
+    import tiny_language_models as models  # transformers, which the other worlds do without
 
     base = models.make(name)
     return learn(share(models.make_packed(base)), base, models.make_batches(), models.adapter(name), **settings)

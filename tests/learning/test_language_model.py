@@ -15,7 +15,7 @@ from samerge_ext.learning import teachers
 from samerge_ext.merged.streamed import StreamedRows
 
 pytest.importorskip("transformers")
-import language_models as models  # noqa: E402
+import tiny_language_models as models  # noqa: E402
 
 CONFIG = {"steps": 2, "learning_rate": 0.1, "progress": False}
 

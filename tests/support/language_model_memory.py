@@ -3,7 +3,7 @@ dry run says that it rises, bytes of one task's logits]."""
 
 import json
 
-import language_models as models
+import tiny_language_models as models
 import torch
 
 import samerge_ext as sm
