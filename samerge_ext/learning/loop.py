@@ -76,6 +76,7 @@ def check_spread(config: LearningConfig) -> None:
         "granularity='rank'": config.granularity == "rank",
         "samples": getattr(config, "samples", None) is not None,
         "confidence_weights": getattr(config, "confidence_weights", False),
+        "teacher_cache": getattr(config, "teacher_cache", None) is not None,
     }
     if refused := ", ".join(name for name, is_asked in asked.items() if is_asked):
         raise ValueError(f"{refused}: not with weights that are spread over ranks; leave that out, or merge without shard()")

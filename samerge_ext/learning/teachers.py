@@ -91,12 +91,9 @@ def _of_teachers(
 ) -> dict[str, list[Given]]:
     """What every expert gives to its own task's batches, kept in a folder where one is given; where a model is spread over ranks,
     the experts of this rank's tasks."""
-    ranks = model.packed.ranks
-    if folder is not None and ranks.group is not None:
-        raise ValueError(f"teacher_cache={str(folder)!r} is for one process, and there are {ranks.size} ranks; leave it out")
     cached: dict[str, list[Given]] = {}
     counts = {task: len(batches) for task, batches in calibration.batches.items()}
-    for task, indices in turns_of_batches(counts, ranks):
+    for task, indices in turns_of_batches(counts, model.packed.ranks):
         batches = calibration.batches[task]
         with model.teacher(task) as module:
             answer = partial(_answer, run, module, model.device, task)

@@ -360,7 +360,7 @@ def refused(folder):
     found = []
     for given, settings in (
         (batches, {"memory_budget": "1GB"}),
-        (batches, {"granularity": "rank", "samples": 2, "confidence_weights": True}),
+        (batches, {"granularity": "rank", "samples": 2, "confidence_weights": True, "teacher_cache": "teachers"}),
         (fewer, {}),
         (batches, {"rho": 0.1 + rank}),
         (batches, {"checkpoint_dir": "state"}),
@@ -377,7 +377,7 @@ def test_what_would_go_wrong_is_refused_on_all_ranks(tmp_path):
         differs = "on ranks [1] than on rank 0; give all ranks the same"
         assert found == [
             f"memory_budget: {needs_whole}",
-            f"granularity='rank', samples, confidence_weights: {needs_whole}",
+            f"granularity='rank', samples, confidence_weights, teacher_cache: {needs_whole}",
             f"settings, or how many batches tasks have, are others {differs}",
             f"settings, or how many batches tasks have, are others {differs}",
             f"finished steps in state/state.pt are others {differs}",
