@@ -70,8 +70,8 @@ class Way:
         """The model, held this way."""
         if self.store in ("device", "host"):
             packed = packed.in_memory(device if self.store == "device" else "cpu")
-        elif self.store == "factors" and packed.base.device != device:
-            packed = packed.to(device)
+        elif self.store == "factors":
+            packed = packed.in_memory(device, keep_factors=True)
         store = packed.store(device=device, piece=self.piece) if self.streamed else None
         return MergedModel(module, packed, coefficients, streamed=self.streamed, store=store)
 
@@ -202,11 +202,12 @@ def _ways(
     product_bytes = packed.task_vectors.dtype.itemsize if isinstance(packed.task_vectors, FactoredTaskVectors) else 0
     factored = product_bytes > 0
     whole, numel = _whole_bytes(packed), max(1, packed.layout.numel)
-    in_memory = on_host(packed.base) and not packed.base.is_meta
     on_cpu = device.type == "cpu"
+    read = packed.base.nbytes if factored else whole  # of a file, in a pass
     # On the CPU the process's memory counts: what it holds, without the module's weights, which make room.
     freed = sum(p.nbytes for p in {id(p): p for p in module.parameters()}.values() if p.device.type == "cpu")
-    held = resident_bytes() - freed + OVERHEAD - (stored if in_memory and packed.base.device.type == "cpu" else 0)
+    packed_already = sum(numbers.nbytes for numbers in (packed.base, packed.task_vectors) if _on_the_host(numbers))
+    held = resident_bytes() - freed + OVERHEAD - packed_already
 
     def way(store: str, is_streamed: bool, peak: int, piece: int | None = None, moved: int = 0) -> Way:
         buffers = 2 * (piece or 0)
@@ -214,19 +215,19 @@ def _ways(
             buffers = written_of_buffers(streamed.fetched, piece)
         staged = -(-buffers * whole // numel)
         staged += (piece or 0) * product_bytes
-        there = {"device": whole, "factors": stored}.get(store, 0)
+        there = {"device": whole, "factors": stored, "file": packed.task_vectors.nbytes if factored else 0}.get(store, 0)
         on_device = peak + kept + staged + there + (held if on_cpu else 0)
         between = staged if store == "file" and not on_cpu else 0
         on_host_too = on_device if on_cpu else held + between + (stored if store == "host" else 0)
         return Way(store, is_streamed, piece, on_device, on_host_too, moved)
 
-    stores = ("factors",) if factored else ("file",) if on_cpu else ("host", "file")
+    stores = ("factors", "file") if factored else ("file",) if on_cpu else ("host", "file")
     yield way("device", False, resident.peak)
     yield way("device", True, streamed.peak)
     for store in stores:
         for piece in _pieces(max((length for _, length, _ in streamed.fetched), default=BLOCK)):
             numbers = sum(length * (1 + (again and length > piece)) for _, length, again in streamed.fetched)
-            yield way(store, True, streamed.peak, piece, 0 if factored else passes * numbers * whole // numel)
+            yield way(store, True, streamed.peak, piece, 0 if store == "factors" else passes * numbers * read // numel)
 
 
 def written_of_buffers(fetched: Sequence[Sequence[int]], piece: int) -> int:
@@ -241,6 +242,11 @@ def written_of_buffers(fetched: Sequence[Sequence[int]], piece: int) -> int:
     if piece < max(lengths, default=0) or len(lengths) % 2:
         return 2 * piece
     return sum(max(lengths[slot::2], default=0) for slot in (0, 1))
+
+
+def _on_the_host(numbers: Any) -> bool:
+    """Whether they are in this process's memory already: tensors, or LoRA factors."""
+    return numbers.device.type == "cpu" and (isinstance(numbers, FactoredTaskVectors) or on_host(numbers))
 
 
 def _whole_bytes(packed: PackedWeights) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,6 +42,34 @@ class FactoredTaskVectors(InPieces[Tensor]):
             if layout.offsets[layer] is not None:
                 changes[layer] = tuple(_moved(expert.change(name), device, dtype) for _, expert in experts)
         return cls(layout, changes, len(experts), dtype)
+
+    @classmethod
+    def from_tensors(cls, layout: Layout, tasks: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> FactoredTaskVectors:
+        """What `tensors` gave for each task, put together again."""
+        device = layout.block_layer.device
+
+        def change(tensors: Mapping[str, Tensor], name: str) -> Change:
+            if f"{name}/whole" in tensors:
+                return tensors[f"{name}/whole"]
+            left, right = (tensors.get(f"{name}/{side}") for side in ("left", "right"))
+            return None if left is None or right is None else (left, right)
+
+        packed = (layer for layer, offset in enumerate(layout.offsets) if offset is not None)
+        changes = {
+            layer: tuple(_moved(change(tensors, layout.names[layer]), device, dtype) for tensors in tasks) for layer in packed
+        }
+        return cls(layout, changes, len(tasks), dtype)
+
+    def tensors(self, task: int) -> dict[str, Tensor]:
+        """The factors of one task, "LAYER/left" [m, r] and "LAYER/right" [r, n], and as "LAYER/whole" what is no product."""
+        found: dict[str, Tensor] = {}
+        for layer, of_layer in self.changes.items():
+            name, change = self.layout.names[layer], of_layer[task]
+            if isinstance(change, Tensor):
+                found[f"{name}/whole"] = change
+            elif change is not None:
+                found[f"{name}/left"], found[f"{name}/right"] = change
+        return found
 
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> Tensor:
         return torch.empty(self.num_tasks, length, dtype=self.dtype, device=device, pin_memory=pin_memory)

@@ -17,10 +17,12 @@ from samerge_ext.checkpoints.lora import model_and_adapter
 from samerge_ext.checkpoints.reading import CheckpointError, cut
 from samerge_ext.checkpoints.sources import Experts, Source
 from samerge_ext.checkpoints.tokenizers import MergedTokenizer
+from samerge_ext.packing.factors import LORA, FactoredTaskVectors, require_adapters
+from samerge_ext.packing.in_pieces import InPieces
 from samerge_ext.packing.into_memory import aligned, check_form, empty_task_vectors, outline, quantise, stored_dtype
 from samerge_ext.packing.layout import Layout
-from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, rows_of
-from samerge_ext.packing.quantised import QuantisedTaskVectors
+from samerge_ext.packing.packed_file import PackedFile, PackedFileWriter, file_numbers, file_task_vectors, rows_of
+from samerge_ext.packing.quantised import FORMATS, QuantisedTaskVectors
 from samerge_ext.packing.validation import check_range, check_sources
 
 SUFFIXES = (".safetensors", ".bin", ".json")  # of the files that a model folder's weights may be in
@@ -72,8 +74,14 @@ def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
         device,
     )
     tasks = tuple(about["tasks"])
-    base, task_vectors = file_numbers(opened, len(tasks), device)
     small = {key: {name: opened.read(body) for name, body in names.items()} for key, names in about["small"].items()}
+    base = file_numbers(opened, "base", device)
+    task_vectors: InPieces
+    if about["form"] == LORA:
+        factors = [small[f"factors/{t}"] for t in range(len(tasks))]
+        task_vectors = FactoredTaskVectors.from_tensors(layout, factors, torch.promote_types(base.dtype, torch.float32))
+    else:
+        task_vectors = file_task_vectors(opened, len(tasks), device)
     return {
         "layout": layout,
         "tasks": tasks,
@@ -86,7 +94,7 @@ def _fields(opened: PackedFile, device: torch.device) -> dict[str, Any]:
         "heads": {task: small[f"heads/{t}"] for t, task in enumerate(tasks)},
         "folder": Path(about["folder"]),
         "inputs": about["identity"].get("folders", {}),
-        "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] else {},
+        "experts": {task: Path(path) for task, path in about["experts"].items()} if about["form"] in FORMATS else {},
         "places": about["experts"],
         "tokenizer": MergedTokenizer.from_json(about["tokenizer"]) if about.get("tokenizer") else None,
     }
@@ -103,7 +111,8 @@ def pack_into_file(
     keep: str | Sequence[str],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Packs layer by layer into a packed file: what is held is one layer, and all that is no layer. Returns as `open_packed`."""
+    """Packs layer by layer into a packed file: what is held is one layer, all that is no layer, and LoRA factors where these
+    are kept. Returns as `open_packed`."""
     form = task_vector_dtype or dtype
     models = aligned(base, experts, heads, keep, about["folder"])
     base, experts = models.base, models.experts
@@ -114,6 +123,10 @@ def pack_into_file(
     small = {key: fields[key] for key in ("unchanged", "buffers")}
     for t, task in enumerate(tasks):
         small[f"buffers/{t}"], small[f"heads/{t}"] = fields["expert_buffers"][task], fields["heads"][task]
+    wide = torch.promote_types(dtype, torch.float32)
+    if form == LORA:
+        factors = FactoredTaskVectors.of(require_adapters(experts), layout, wide)
+        small.update({f"factors/{t}": factors.tensors(t) for t in range(len(tasks))})
     about = {
         **about,
         "tasks": tasks,
@@ -127,19 +140,18 @@ def pack_into_file(
     }
     bodies = {f"{key}/{name}": tensor for key, tensors in small.items() for name, tensor in tensors.items()}
     writer = PackedFileWriter(path, layout, rows_of(len(experts), dtype, form), bodies, about)
-    wide = torch.promote_types(dtype, torch.float32)
     try:
         for layer, name in enumerate(layout.names):
             if name in changed:
                 pretrained = base.read(name).to(wide)
                 narrow = _narrowed(f"{base.label}: '{name}'", pretrained, dtype)
-                task_vectors: Iterable[Tensor]
+                task_vectors: Iterable[Tensor] = ()
                 if isinstance(form, torch.dtype):
                     task_vectors = (
                         _narrowed(f"{expert.label}: '{name}' minus the base's", expert.read(name).to(wide) - pretrained, form)
                         for _, expert in experts
                     )
-                else:
+                elif form in FORMATS:
                     codes = QuantisedTaskVectors.zeros(len(experts), layout.extent(layer)[1], form)
                     quantise(codes, name, pretrained, experts)
                     task_vectors = itertools.chain(codes.codes, codes.scales)

@@ -1,9 +1,9 @@
 """Packed weights in a file: made once, layer by layer, and read some numbers at a time.
 
 A safetensors file. One flat body per role (`base`, and every task's vector, or its codes and its scales) in the order of the
-layout, the small rest (unchanged layers, buffers, heads) tensor by tensor, and in the header's metadata the layout, the tasks,
-the CRC-32 of every body and that of the header itself. Ranges are read with preadv: pages of a mapped file would count as this
-process's memory.
+layout, the small rest (unchanged layers, buffers, heads, LoRA factors) tensor by tensor, and in the header's metadata the
+layout, the tasks, the CRC-32 of every body and that of the header itself. Ranges are read with preadv: pages of a mapped file
+would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from samerge_ext.checkpoints.locks import partial_of
 from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, object_in
 from samerge_ext.checkpoints.saving import require_space
 from samerge_ext.checkpoints.sealed import checksum_of
+from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.in_pieces import InPieces, Room
 from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.quantised import GROUP, QuantisedTaskVectors, is_shared, parts_of
@@ -50,9 +51,7 @@ class InFile(InPieces[Room]):
 class FileNumbers(InFile[Tensor]):
     """Base [N] or task vectors [T, N] as numbers, a body per row."""
 
-    def __init__(
-        self, file: PackedFile, bodies: tuple[str, ...], shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, file: PackedFile, bodies: tuple[str, ...], shape: torch.Size, dtype: torch.dtype, device: torch.device):
         super().__init__(file, shape, str(dtype), shape.numel() * dtype.itemsize, device)
         self.bodies, self.dtype = bodies, dtype
 
@@ -200,22 +199,25 @@ class PackedFileWriter:
 def rows_of(num_tasks: int, dtype: torch.dtype, form: torch.dtype | str) -> dict[str, tuple[torch.dtype, int]]:
     """The bodies of base and task vectors: name -> dtype and how many numbers an entry is for.
 
-    form: of the task vectors, a dtype or one of `quantised.FORMATS`.
+    form: of the task vectors, a dtype or one of `quantised.FORMATS`; LoRA factors are no rows.
     """
+    if form == LORA:
+        return {"base": (dtype, 1)}
     parts = {"task_vectors": (num_tasks, form, 1)} if isinstance(form, torch.dtype) else parts_of(num_tasks, form)
     rows = {f"{part}/{row}": (stored, per) for part, (count, stored, per) in parts.items() for row in range(count)}
     return {"base": (dtype, 1), **rows}
 
 
-def file_numbers(file: PackedFile, num_tasks: int, device: torch.device) -> tuple[FileNumbers, FileNumbers | FileCodes]:
-    """Base [N] and task vectors [T, N] of a packed file."""
+def file_numbers(file: PackedFile, part: str, device: torch.device) -> FileNumbers:
+    """The bodies of one role: "base" [N], or a row each of "task_vectors" [T, N], "codes" or "scales"."""
+    bodies = tuple(name for name in file.names if name.split("/")[0] == part)
+    rows = () if part == "base" else (len(bodies),)
+    return FileNumbers(file, bodies, torch.Size((*rows, *file.shape(bodies[0]))), file.dtype(bodies[0]), device)
 
-    def numbers(part: str) -> FileNumbers:
-        bodies = tuple(name for name in file.names if name.split("/")[0] == part)
-        rows = () if part == "base" else (len(bodies),)
-        return FileNumbers(file, bodies, torch.Size((*rows, *file.shape(bodies[0]))), file.dtype(bodies[0]), device)
 
-    base = numbers("base")
+def file_task_vectors(file: PackedFile, num_tasks: int, device: torch.device) -> FileNumbers | FileCodes:
+    """Task vectors [T, N] that stay in a packed file."""
     if file.about["form"] is None:
-        return base, numbers("task_vectors")
-    return base, FileCodes(numbers("codes"), numbers("scales"), file.about["form"], torch.Size((num_tasks, *base.shape)))
+        return file_numbers(file, "task_vectors", device)
+    codes, scales = (file_numbers(file, part, device) for part in ("codes", "scales"))
+    return FileCodes(codes, scales, file.about["form"], torch.Size((num_tasks, *file.shape("base"))))

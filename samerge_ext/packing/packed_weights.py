@@ -162,9 +162,9 @@ class PackedWeights:
         Peak memory is the packed store plus one tensor of each model.
         tokenizer: whose tokens the rows of embeddings and output matrix are, "base", "union" or a folder's; a `TokenizerConfig`
             says more. Left out, models must have the base's tokens; rows that only pad a vocabulary may differ.
-        file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``. It is
-            written, unless it is already there and was made from the same folders with the same settings: then it is opened
-            and checked.
+        file: keep base and task vectors in this packed file in place of memory, for a streamed merge on ``device``; of
+            task_vector_dtype="lora" the base, and factors are read into memory. It is written, unless it is already there and
+            was made from the same folders with the same settings: then it is opened and checked.
         conversion: pack the tensors of its module; by default the folders' own.
         """
         wanted = TokenizerConfig.of(tokenizer)
@@ -175,8 +175,6 @@ class PackedWeights:
         identify = partial(identity_of, paths, tasks=[task for task, _ in as_pairs(experts)], **settings)
         places = {task: str(path) for task, path in as_pairs(experts)}
         if file is not None:
-            if task_vector_dtype == LORA:
-                raise ValueError(f"task_vector_dtype={LORA!r}: factors are kept in memory, not in a packed file; leave out file=")
             if Path(file).exists():
                 fields = open_made_from(identify(), Path(file), torch.device(device))
                 if fields is not None:
@@ -359,17 +357,22 @@ class PackedWeights:
             return SpreadMerge(self.shards, self.store()).gradient(gradient, self.num_tasks)
         return coefficient_grad(gradient, self.whole_task_vectors(), self.layout.block_layer, self.layout.num_layers)
 
-    def in_memory(self, device: torch.device | str | None = None) -> PackedWeights:
+    def in_memory(self, device: torch.device | str | None = None, *, keep_factors: bool = False) -> PackedWeights:
         """The same with base and task vectors as tensors, on ``device``; by default where they are, or a file's are computed.
-        Of a share, this rank's own."""
+        Of a share, this rank's own.
+
+        keep_factors: task vectors that are LoRA factors stay so, in place of being multiplied out.
+        """
         if self.is_whole and (device is None or self.base.device == indexed(device)):
             return self
         device = indexed(device or self.layout.block_layer.device)
-        if isinstance(self.task_vectors, Spread):
-            base: Any = self.base
-            return replace(self, base=base.in_memory(device), task_vectors=self.task_vectors.in_memory(device)).to(device)
-        base, task_vectors = in_memory(self.base, device), in_memory(self.task_vectors, device)
-        return replace(self, base=base, task_vectors=task_vectors).to(device)
+
+        def loaded(numbers: Any) -> Any:
+            return numbers.in_memory(device) if isinstance(numbers, Spread) else in_memory(numbers, device)
+
+        stay = keep_factors and self.task_vector_form == LORA
+        task_vectors = self.task_vectors if stay else loaded(self.task_vectors)
+        return replace(self, base=loaded(self.base), task_vectors=task_vectors).to(device)
 
     @contextmanager
     def expert_source(self, task: str) -> Iterator[Source | None]:

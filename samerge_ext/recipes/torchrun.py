@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from samerge_ext.elementwise.ranks import Rank
-from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.ranks import ALONE, Ranks
 from samerge_ext.packing.stores import known_device
@@ -52,13 +51,10 @@ def share_of_folders(
     base: str | Path, experts: list[tuple[str, Path]], file: Path, ranks: Ranks, device: str | None, **packing: Any
 ) -> PackedWeights:
     """This rank's share of model folders, on ``device``. The first rank packs them into ``file``, unless that is there already,
-    and all read their own part of it; LoRA factors are read by every rank."""
+    and all read their own part of it; LoRA factors, where these are kept, are every rank's."""
     device = device or "cpu"
-    if packing["task_vector_dtype"] == LORA:
-        packed = PackedWeights.from_folders(base, experts, device=device, **packing)
-    else:
-        if ranks.is_first:
-            PackedWeights.from_folders(base, experts, file=file, **packing)
-        ranks.wait()
-        packed = replace(PackedWeights.open(file, device=device, verify=False), conversion=packing["conversion"])
-    return packed.shard(ranks.group).in_memory(device)
+    if ranks.is_first:
+        PackedWeights.from_folders(base, experts, file=file, **packing)
+    ranks.wait()
+    packed = replace(PackedWeights.open(file, device=device, verify=False), conversion=packing["conversion"])
+    return packed.shard(ranks.group).in_memory(device, keep_factors=True)

@@ -6,8 +6,10 @@ import time
 import weakref
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import headed
+import lora_experts
 import pytest
 import streaming
 import tiny
@@ -21,8 +23,10 @@ from torch import nn
 import samerge_ext as sm
 from samerge_ext.learning.turns import tasks_of, turns, turns_of_batches
 from samerge_ext.packing import ranks
+from samerge_ext.packing.in_pieces import InPieces
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.ranks import Ranks
+from samerge_ext.packing.shards import own
 
 TASKS = ("red", "green", "blue")
 NEVER = 1 << 30
@@ -62,6 +66,16 @@ def of_a_language_model(share, name, **settings):
     return learn(share(models.make_packed(base)), base, models.make_batches(), models.adapter(name), **settings)
 
 
+def of_lora_experts(share, **settings):
+    """The base in a packed file, of which a rank reads its own part; factors stay factors."""
+    with TemporaryDirectory() as folder:
+        folders = lora_experts.write(Path(folder) / "models", torch.float64)
+        settings_of_packing = {"dtype": torch.float64, "task_vector_dtype": "lora", "file": Path(folder) / "packed"}
+        packed = share(sm.PackedWeights.from_folders(*folders, **settings_of_packing)).in_memory(keep_factors=True)
+        assert packed.task_vector_form == "lora" and not isinstance(own(packed.base), InPieces)
+    return learn(packed, lora_experts.module(dtype=torch.float64), streaming.make_batches(), streaming.logits, **settings)
+
+
 FP32 = {"dtype": torch.float32}
 CASES = {  # name -> a learned merge of a function that shards
     "resident": of_streaming,
@@ -72,6 +86,8 @@ CASES = {  # name -> a learned merge of a function that shards
     "adamerging": lambda share: of_streaming(share, method=sm.adamerging, config=sm.AdaMergingConfig, streamed=True),
     "int8": lambda share: of_streaming(share, **FP32, form="int8", streamed=True),
     "int4-residual": lambda share: of_streaming(share, **FP32, form="int4-residual"),
+    "LoRA experts": of_lora_experts,
+    "LoRA experts, streamed": lambda share: of_lora_experts(share, streamed=True),
     "shared encoder": lambda share: of_a_shared_encoder(share, streamed=True),
     "one task at a time": lambda share: of_a_shared_encoder(share, streamed=True, tasks_per_batch=1),
     "heads": lambda share: of_trained_heads(share, streamed=True),

@@ -1,52 +1,25 @@
 """LoRA experts kept as factors: the numbers that multiplying them out gives, in any pieces, and the same merges."""
 
 import copy
-import json
 
+import lora_experts
 import pytest
 import streaming
 import torch
-from safetensors.torch import save_file
 
 import samerge_ext as sm
-from samerge_ext.budget.plan import plan
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.budget.plan import MemoryBudgetError, plan
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.factors import FactoredTaskVectors
+from samerge_ext.packing.packed_file import FileNumbers
 from samerge_ext.packing.ranks import Ranks
 from samerge_ext.packing.shards import Shards
 from samerge_ext.packing.stores import in_memory
 
-WIDTH, BLOCKS, RANK, ALPHA = 48, 10, 3, 4
-
-
-def adapter(base, seed):
-    """Factors of all blocks' linear layers and of the tied embedding; the second one has a bias of its own."""
-    torch.manual_seed(seed)
-    tensors = {}
-    for name in (f"blocks.{block}.{layer}" for block in range(BLOCKS) for layer in ("wide", "narrow")):
-        out, width = base.get_parameter(f"{name}.weight").shape
-        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, width)
-        tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(out, RANK)
-    vocabulary = base.embedding.num_embeddings
-    tensors["embedding.lora_embedding_A"] = torch.randn(RANK, vocabulary)
-    tensors["embedding.lora_embedding_B"] = 0.1 * torch.randn(WIDTH, RANK)
-    if seed:
-        tensors["blocks.1.wide.bias"] = torch.randn(2 * WIDTH)
-    return {PREFIX + name: tensor for name, tensor in tensors.items()}
-
 
 @pytest.fixture(params=[torch.float32, torch.float64])
 def folders(request, tmp_path):
-    base = streaming.make(width=WIDTH, blocks=BLOCKS, dtype=request.param)
-    for folder in ("base", *streaming.TASKS):
-        (tmp_path / folder).mkdir()
-    save_file({n: t.clone() for n, t in base.state_dict().items() if n != "head.weight"}, tmp_path / "base/model.safetensors")
-    for seed, task in enumerate(streaming.TASKS):
-        save_file(adapter(base, seed), tmp_path / task / "adapter_model.safetensors")
-        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
-        (tmp_path / task / "adapter_config.json").write_text(json.dumps(settings))
-    return tmp_path / "base", {task: tmp_path / task for task in streaming.TASKS}
+    return lora_experts.write(tmp_path, request.param)
 
 
 def pack(folders, **settings):
@@ -100,7 +73,7 @@ def test_a_learned_merge_takes_the_same_path(folders, piece):
     """In fp32 both are off by what a network makes of roundings: factors must not be further from the truth than twice as far."""
 
     def path(weights, store=None):
-        module = streaming.make(1, dtype=weights.base.dtype, width=WIDTH, blocks=BLOCKS)
+        module = lora_experts.module(dtype=weights.base.dtype)
         return streaming.path_of_gradients(module, weights, store).double()
 
     factored = pack(folders, task_vector_dtype="lora")
@@ -115,11 +88,11 @@ def test_a_learned_merge_takes_the_same_path(folders, piece):
 
 def test_a_budget_that_dense_task_vectors_exceed_is_met(folders):
     factored = pack(folders, task_vector_dtype="lora")
-    module, batches = streaming.make(1, dtype=factored.base.dtype, width=WIDTH, blocks=BLOCKS), streaming.make_batches()
+    module, batches = lora_experts.module(dtype=factored.base.dtype), streaming.make_batches()
     ways = plan(module, factored, batches, streaming.logits, sm.SAMergingConfig()).ways
-    assert {way.store for way in ways} == {"device", "factors"} and all(way.streamed for way in ways[1:])
-    least = min(ways, key=lambda way: way.device_bytes)
-    assert least.store == "factors" and "streamed from LoRA factors" in least.name
+    assert {way.store for way in ways} == {"device", "factors", "file"} and all(way.streamed for way in ways[1:])
+    least = min((way for way in ways if way.store == "factors"), key=lambda way: way.device_bytes)
+    assert "streamed from LoRA factors" in least.name
 
     def learned(**how):
         config = sm.SAMergingConfig(progress=False, steps=3, learning_rate=1e-3, **how)
@@ -130,12 +103,56 @@ def test_a_budget_that_dense_task_vectors_exceed_is_met(folders):
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_kept_as_factors_is_said(folders, tmp_path):
+@pytest.mark.parametrize("piece", [1024, None])
+def test_a_base_in_a_packed_file_goes_with_factors_in_memory(folders, tmp_path, piece):
+    in_memory, file = pack(folders, task_vector_dtype="lora"), tmp_path / "packed"
+    for packed in (pack(folders, task_vector_dtype="lora", file=file), sm.PackedWeights.open(file)):
+        assert isinstance(packed.base, FileNumbers) and packed.layout == in_memory.layout
+        assert packed.task_vector_form == "lora" and not packed.experts
+        assert packed.task_vectors.nbytes == in_memory.task_vectors.nbytes
+        for layer, of_tasks in in_memory.task_vectors.changes.items():
+            for change, found in zip(of_tasks, packed.task_vectors.changes[layer], strict=True):
+                assert (change is None) == (found is None)
+                torch.testing.assert_close(found, change, rtol=0, atol=0)
+        paths = [
+            streaming.path_of_gradients(lora_experts.module(dtype=packed.base.dtype), weights, weights.store(piece=piece))
+            for weights in (packed, in_memory)
+        ]
+        assert torch.equal(*paths)
+    kept = packed.in_memory(keep_factors=True)
+    assert torch.equal(kept.base, in_memory.base) and isinstance(kept.task_vectors, FactoredTaskVectors)
+    assert torch.equal(packed.in_memory().task_vectors, in_memory.in_memory().task_vectors)
+
+
+def test_a_budget_that_the_base_exceeds_is_met_from_a_packed_file(folders, tmp_path):
+    """The base's bytes are what the ways differ in."""
+    in_memory, in_file = (pack(folders, task_vector_dtype="lora", file=file) for file in (None, tmp_path / "packed"))
+    module, batches = lora_experts.module(dtype=in_memory.base.dtype), streaming.make_batches()
+
+    def planned(packed):
+        return plan(copy.deepcopy(module), packed, batches, streaming.logits, sm.SAMergingConfig())
+
+    found = planned(in_file)
+    from_file, from_factors = ([way for way in found.ways if way.store == store] for store in ("file", "factors"))
+    for file, factors in zip(from_file, from_factors, strict=True):
+        assert file.piece == factors.piece and factors.device_bytes - file.device_bytes == in_memory.base.nbytes
+        assert file.moved % in_memory.base.dtype.itemsize == 0 < file.moved and not factors.moved
+    assert found.choose(from_file[0].device_bytes) == from_file[0]
+    with pytest.raises(MemoryBudgetError, match="would: keep the weights in a packed file"):
+        of_memory = planned(in_memory)
+        of_memory.choose(min(way.device_bytes for way in of_memory.ways))
+    how = {"progress": False, "steps": 2, "learning_rate": 1e-3}
+    results = [
+        sm.samerging(copy.deepcopy(module), packed, batches, streaming.logits, config=sm.SAMergingConfig(**how, **settings))
+        for packed, settings in ((in_file, {"memory_budget": from_file[0].device_bytes}), (in_memory, {"streamed": True}))
+    ]
+    torch.testing.assert_close(results[0].coefficients, results[1].coefficients, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_kept_as_factors_is_said(folders):
     base, experts = folders
     with pytest.raises(ValueError, match=r"expert 'whole' .* is no LoRA adapter, and task_vector_dtype='lora' keeps factors"):
         pack((base, {**experts, "whole": base}), task_vector_dtype="lora")
-    with pytest.raises(ValueError, match="factors are kept in memory, not in a packed file; leave out file="):
-        pack(folders, task_vector_dtype="lora", file=tmp_path / "packed")
     with pytest.raises(TypeError, match=r"these weights are kept as LoRA factors; .* takes packed.in_memory\(\)"):
         sm.layer_stats(pack(folders, task_vector_dtype="lora"))
 
@@ -143,11 +160,11 @@ def test_what_cannot_be_kept_as_factors_is_said(folders, tmp_path):
 def test_the_components_of_an_adapter_are_as_many_as_its_rank(folders):
     """With a coefficient for each of them nothing is left of a matrix; a coefficient of 1 gives the adapter's product."""
     whole = pack(folders, task_vector_dtype="lora").in_memory()
-    components = Components.of(whole, RANK)
-    assert set(components.ranks.values()) == {RANK}
+    components = Components.of(whole, lora_experts.RANK)
+    assert set(components.ranks.values()) == {lora_experts.RANK}
     for row in range(whole.num_tasks):
         changes = whole.layout.views(whole.task_vectors[row])
         for name, (left, right) in components.factors.items():
-            of_task = slice(RANK * row, RANK * (row + 1))
+            of_task = slice(lora_experts.RANK * row, lora_experts.RANK * (row + 1))
             product = left[:, of_task] @ right[:, of_task].mT
             assert (product - changes[name]).norm() <= 1e-5 * changes[name].norm(), name
