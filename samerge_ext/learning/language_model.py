@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samerge_ext.merged.streamed import StreamedRows, rows_of
+from samerge_ext.merged.streamed import rows_of
+from samerge_ext.merged.streamed_rows import StreamedRows
 
 # inputs(module, batch) -> the keyword arguments of the module's forward, and which tokens [B, S] are rows of logits.
 Inputs = Callable[[Any, Any], tuple[dict[str, Any], Tensor]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samerge_ext.learning.language_model import OfExpert, Projected, Weight
 from samerge_ext.learning.nested import map_tensors
-from samerge_ext.merged.streamed import StreamedRows
+from samerge_ext.merged.streamed_rows import StreamedRows
 from samerge_ext.ops.linear_arguments import Teachers, reduced_scale
 from samerge_ext.ops.linear_softmax_kl import linear_entropy, linear_loss_with_grad, linear_softmax_kl
 from samerge_ext.ops.merged_linear_softmax_kl import WholeHead, losses_by_slab

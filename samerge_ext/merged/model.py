@@ -14,7 +14,8 @@ from samerge_ext.checkpoints.sources import matches
 from samerge_ext.merged.heads import TrainedHeads, find_trained
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
 from samerge_ext.merged.spread import SpreadWeights
-from samerge_ext.merged.streamed import StreamedRows, StreamedWeights
+from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.merged.streamed_rows import StreamedRows
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import Buffers, PackedWeights
 from samerge_ext.packing.stores import Store

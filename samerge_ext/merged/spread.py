@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.merged.resident import Places
-from samerge_ext.merged.streamed import StreamedRows, StreamedWeights
+from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.merged.streamed_rows import StreamedRows
 from samerge_ext.merged.units import Unit
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.spread_merge import SpreadMerge

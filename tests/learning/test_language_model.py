@@ -12,7 +12,7 @@ from torch import nn
 
 import samerge_ext as sm
 from samerge_ext.learning import teachers
-from samerge_ext.merged.streamed import StreamedRows
+from samerge_ext.merged.streamed_rows import StreamedRows
 
 pytest.importorskip("transformers")
 import tiny_language_models as models  # noqa: E402
