@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from samerge_ext.checkpoints.adapter_config import CONFIG, WEIGHTS, AdapterConfig
-from samerge_ext.checkpoints.adapter_edits import Edit, Pair, edits_of, product_numbers
+from samerge_ext.checkpoints.adapter_edits import Edit, Pair, product_numbers
+from samerge_ext.checkpoints.adapter_tensors import edits_of
 from samerge_ext.checkpoints.files import SafetensorsFile
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.places import is_adapter

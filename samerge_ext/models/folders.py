@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.adapter_config import WEIGHTS
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.adapter_tensors import PREFIX
 from samerge_ext.checkpoints.companions import Companions
 from samerge_ext.checkpoints.converted import Conversion
 from samerge_ext.checkpoints.files import SafetensorsFile

@@ -9,7 +9,7 @@ from helpers import assert_close
 from safetensors.torch import save_file
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.adapter_tensors import PREFIX
 
 RANK, ALPHA = 2, 6
 

@@ -6,7 +6,7 @@ import streaming
 import torch
 from safetensors.torch import save_file
 
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.adapter_tensors import PREFIX
 
 WIDTH, BLOCKS, RANK, ALPHA = 48, 10, 3, 4
 

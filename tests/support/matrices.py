@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import samerge_ext as sm
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.adapter_tensors import PREFIX
 
 SHAPES = {"square": (12, 12), "tall": (17, 8), "wide": (6, 13), "kernel": (8, 2, 3, 3), "bias": (7,)}
 MATRICES = ("square", "tall", "wide", "kernel")

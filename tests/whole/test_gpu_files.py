@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from samerge_ext import backend
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.adapter_tensors import PREFIX
 from samerge_ext.checkpoints.saving import save_checkpoint
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.cli.commands import app
