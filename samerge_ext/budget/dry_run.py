@@ -22,18 +22,21 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samerge_ext.learning.language_model import OfExpert
+from samerge_ext.budget.rehearsed_ranks import RehearsedRanks, room_for
+from samerge_ext.learning.language_model import LanguageModel, OfExpert
 from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillation, imitation, uncertainty
 from samerge_ext.learning.nested import map_tensors
-from samerge_ext.learning.passes import Logits, answering, losses_and_gradient
+from samerge_ext.learning.passes import Logits, answering, call_logits, losses_and_gradient, running
 from samerge_ext.learning.teachers import expert_head
+from samerge_ext.learning.turns import tasks_of
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.ops._common import accumulator
 from samerge_ext.ops.chunked_rows import workspace_for
 from samerge_ext.ops.most_likely_kl import MostLikely
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.stores import InMemory, WholeStore, empty_like, parts
+from samerge_ext.packing.shards import Shards, Spread
+from samerge_ext.packing.stores import InMemory, WholeStore, parts
 
 
 @dataclass
@@ -43,12 +46,14 @@ class DryRun:
     peak: bytes on the device beyond base and task vectors: merged weights, gradients, activations.
     answers: bytes of each task's logits, or of its last hidden states. heads: of a vector of all heads that are learned.
     fetched: of a streamed pass, (start, numbers, whether they are needed again for gradients) of every run that is fetched.
+    received: bytes that come to a rank from the others.
     """
 
     peak: int = 0
     answers: dict[str, int] = field(default_factory=dict)
     heads: int = 0
     fetched: list[list] = field(default_factory=list)
+    received: int = 0
 
 
 def dry_run(
@@ -66,12 +71,15 @@ def dry_run(
     train_heads: str | Sequence[str] = (),
     heads: Mapping[str, nn.Module] | None = None,
     rank: int = 0,
+    member: RehearsedRanks | None = None,
 ) -> DryRun:
     """The pass that `passes.losses_and_gradient` would make with one batch per task, on a copy of ``module``.
 
     loss: of a language model, "kl", "cross_entropy" or "entropy": the first two have an expert's head beside its own. top_k: an
         expert gives so many of its classes, and its head is not there. rank: of so many singular components of every matrix the
         factors count, and the search for them. train_heads, heads: of heads that are learned too, the activations and gradients.
+    member: the rank that makes it, of those that weights are spread over; streamed, two of them, as only in a second
+        one what comes next is known; and those of its experts.
 
     Raises ValueError where the model's forward depends on values that are not there.
     """
@@ -106,13 +114,15 @@ def dry_run(
         del workspace
         return result
 
+    shards = None if member is None else Shards(packed.layout, member)
     with mode:
         module = _without_memory(module, fake)
-        numel = packed.layout.numel
-        base, task_vectors = empty_like(packed.base, numel, device), empty_like(packed.task_vectors, numel, device)
+        numel = packed.layout.numel if shards is None else shards.numel
+        base: Any = room_for(packed.base, numel, device)
+        task_vectors = room_for(packed.task_vectors, numel, device)
         for part in (base, *parts(task_vectors).values()):
             meter.ignore(part)
-        empty = _packed_without_memory(packed, base, task_vectors, fake)
+        empty = _packed_without_memory(packed, base, task_vectors, shards, fake)
         inputs = {task: (map_tensors(fake, batch), task) for task, batch in batches.items()}
         store = _DryStore(base, task_vectors, found.fetched) if streamed else None
         try:
@@ -124,16 +134,23 @@ def dry_run(
                 first, (batch, _) = next(iter(inputs.items()))
                 model.select_head(first)
                 logits = answering(logits, model.module, batch)
-                losses_and_gradient(
-                    model,
-                    model.coefficients.detach(),
-                    inputs,
-                    logits,
-                    objective,
-                    task_weights=dict.fromkeys(packed.tasks, 1.0),
-                    tasks_per_batch=tasks_per_batch,
-                    precision=precision,
-                )
+                if member is not None:
+                    inputs = {task: inputs[task] for task in tasks_of(packed.tasks, member)}
+                    if loss != "entropy" and not packed.experts:  # which are read from where they are
+                        _experts(model, member, inputs, logits, precision)
+                for _ in range(2 if member is not None and streamed else 1):
+                    before = 0 if member is None else member.traffic.received
+                    losses_and_gradient(
+                        model,
+                        model.coefficients.detach(),
+                        inputs,
+                        logits,
+                        objective,
+                        task_weights=dict.fromkeys(packed.tasks, 1.0),
+                        tasks_per_batch=tasks_per_batch,
+                        precision=precision,
+                    )
+                found.received = 0 if member is None else member.traffic.received - before
                 found.heads = model.trained_heads.start.nbytes
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
             raise ValueError(
@@ -146,12 +163,31 @@ def dry_run(
     return found
 
 
+@torch.no_grad()
+def _experts(
+    model: MergedModel, member: RehearsedRanks, inputs: Mapping[str, tuple[Any, Any]], logits: Logits, precision: str
+) -> None:
+    """What a rank's experts say, each merged by all ranks while the others merge theirs."""
+    member.traffic.at_their_own = member.size > 1
+    for task, (batch, _) in inputs.items():
+        with model.teacher(task) as module:
+            if isinstance(logits, LanguageModel):
+                with running(module, precision, f"the batch of task '{task}'"):
+                    logits.hidden_states(module, batch)
+            else:
+                call_logits(logits, module, batch, task, precision)
+    member.traffic.at_their_own = False
+
+
 class _DryStore(WholeStore):
-    """Records what is fetched."""
+    """Records what a pass fetches."""
 
     def __init__(self, base: Tensor, task_vectors: InMemory, fetched: list[list]):
         super().__init__(base, task_vectors)
         self._fetched = fetched
+
+    def begin_pass(self) -> None:
+        self._fetched.clear()
 
     def fetch(self, start: int, length: int) -> tuple[Tensor, InMemory]:
         if self._fetched and self._fetched[-1][:2] == [start, length]:
@@ -238,9 +274,13 @@ def _without_memory(module: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.M
 
 
 def _packed_without_memory(
-    packed: PackedWeights, base: Tensor, task_vectors: InMemory, fake: Callable[[Tensor], Tensor]
+    packed: PackedWeights, base: Tensor, task_vectors: InMemory, shards: Shards | None, fake: Callable[[Tensor], Tensor]
 ) -> PackedWeights:
     names = ("unchanged", "buffers", "expert_buffers", "heads")
     others = map_tensors(fake, {name: getattr(packed, name) for name in names})
     layout = replace(packed.layout, block_layer=fake(packed.layout.block_layer))
-    return replace(packed, layout=layout, base=base, task_vectors=task_vectors, **others)
+    held: tuple[Any, Any] = base, task_vectors
+    if shards is not None:
+        shards.block_layer = fake(shards.block_layer)
+        held = Spread.like(packed.base, base, shards), Spread.like(packed.task_vectors, task_vectors, shards)
+    return replace(packed, layout=layout, base=held[0], task_vectors=held[1], **others)

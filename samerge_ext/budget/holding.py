@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import ParamSpec, TypeVar
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from samerge_ext.budget.plan import planned_way
+from samerge_ext.budget.plan import PLAN_FILE, Way, plan
+from samerge_ext.checkpoints.sealed import read_sealed_object, write_sealed
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.nested import to_device
@@ -23,6 +28,30 @@ from samerge_ext.packing.stores import indexed
 
 Arguments = ParamSpec("Arguments")
 Merged = TypeVar("Merged")
+
+
+def planned_way(
+    module: nn.Module,
+    packed: PackedWeights,
+    batches: Mapping[str, Sequence[Any]],
+    logits: Logits,
+    config: LearningConfig,
+    *,
+    teachers: bool,
+    heads: Mapping[str, nn.Module] | None = None,
+) -> Way:
+    """The way for ``config.memory_budget``. A run that continues from its checkpoint_dir goes on the way it began: another one
+    would sum in another order, and end at other last digits. So do as many ranks; others plan anew."""
+    path, ranks = Path(config.checkpoint_dir) / PLAN_FILE if config.checkpoint_dir else None, packed.ranks
+    budgets = {name: getattr(config, name) for name in ("memory_budget", "host_memory_budget")}
+    begun = read_sealed_object(path) if path is not None and path.exists() else {}
+    ranks.require_equal(zlib.crc32(repr(begun).encode()), f"the plan in {path} is another", packed.layout.block_layer.device)
+    if begun and {name: begun.get(name) for name in budgets} == budgets and begun.get("ranks", 1) == ranks.size:
+        return Way(**begun["way"])
+    way = plan(module, packed, batches, logits, config, teachers=teachers, heads=heads).choose(*budgets.values())
+    if path is not None and ranks.is_first:
+        write_sealed(path, json.dumps({**budgets, "ranks": ranks.size, "way": asdict(way)}).encode())
+    return way
 
 
 def within_budget(method: Callable[Arguments, Merged]) -> Callable[Arguments, Merged]:

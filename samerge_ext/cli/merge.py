@@ -102,11 +102,14 @@ def check(
     config: Annotated[Path, typer.Argument(help="YAML file with mergekit's keys", exists=True, dir_okay=False)],
     out: Annotated[Path | None, typer.Argument(help="folder to write; its place and space are checked, too")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="the most that a learned merge is to take, such as 16GB")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="by how many processes it will be merged")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="on how many machines these are")] = 1,
     overwrite: Annotated[bool, typer.Option(help="OUT may exist")] = False,
     json: AsJson = False,
 ) -> None:
     """Whether a merge will go, and what it takes. From its folders' headers alone: what is merged and kept, disk and memory, of a
-    learned merge by each way to hold the merged model. Where it will not go, ends with the merge's own error.
+    learned merge by each way to hold the merged model; by several processes, what each of them takes and sends. Where it will not
+    go, ends with the merge's own error.
     """
     from samerge_ext.recipes.recipe import load_recipe
 
@@ -115,7 +118,7 @@ def check(
         recipe.require_files()
         from samerge_ext.recipes.check import check_recipe
 
-        found = check_recipe(recipe, out, overwrite=overwrite)
+        found = check_recipe(recipe, out, overwrite=overwrite, ranks=ranks, nodes=nodes)
     print_json(found.known()) if json else typer.echo("\n".join(found.lines()))
 
 

@@ -53,6 +53,11 @@ def owners_of(shards: Sequence[Shard], count: int) -> dict[str, int]:
     return owners
 
 
+def held_by(shards: Sequence[Shard], count: int) -> list[int]:
+    """Bytes that every rank writes."""
+    return [sum(shard.total_bytes for shard in Rank(number, count).share(shards)) for number in range(count)]
+
+
 def not_whole_yet(target: Path, rank: Rank, shards: Sequence[Shard], missing: Sequence[Shard]) -> NotWholeYet:
     """What a rank that is through says. missing: of the shards; none where other ranks are still at it."""
     if not missing:

@@ -59,7 +59,9 @@ class LearningConfig:
     streamed: merge the weights unit by unit while the model runs (MergedModel): less memory, one more forward per pass.
     memory_budget: the most memory to take, in bytes or as "16GB": of the GPU, or of the whole process where the model runs on
         the CPU. The fastest way that fits is planned before anything starts (`budget.plan`), in place of ``streamed``.
-    host_memory_budget: beside a GPU, the most that the process may take on the host; by default what the machine has.
+        Of several ranks it is for each; they plan alike.
+    host_memory_budget: beside a GPU, the most that the process may take on the host; by default what the machine has, of which
+        ranks on one machine have equal parts.
     device: where the model runs; where the packed weights are by default.
     cuda_graph: launch both passes of a step as one CUDA graph; needs batches of one shape per task and a model that
         never waits for the device.

@@ -71,7 +71,6 @@ def calibration_set(
 def check_spread(config: LearningConfig) -> None:
     """Raises ValueError for what is not learned from weights that are spread over ranks."""
     asked = {
-        "memory_budget": config.memory_budget is not None,
         "cuda_graph": config.cuda_graph,
         "granularity='rank'": config.granularity == "rank",
         "samples": getattr(config, "samples", None) is not None,

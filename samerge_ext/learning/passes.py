@@ -67,7 +67,7 @@ def losses_and_gradient(
     model.merge(coefficients)
     model.zero_gradients()
     ranks = model.packed.ranks
-    tasks = tuple(inputs) if ranks.group is None else model.packed.tasks
+    tasks = tuple(inputs) if model.packed.shards is None else model.packed.tasks
     losses: dict[str, Tensor] = {}
     for group in _groups(tasks, ranks, logits, tasks_per_batch):
         outputs = _forward(model, {task: inputs[task][0] for task in group}, logits, precision)

@@ -66,6 +66,10 @@ class Ranks:
         found = part.new_empty(self.size, *part.shape)
         return self._begun(_all_gather, found.view(-1), part.contiguous().view(-1), found)
 
+    def gave_the_same(self, found: Tensor) -> bool:  # [W, …]
+        """Whether what was gathered is of all ranks the same."""
+        return bool((found == found[0]).all())
+
     def exchange(self, parts: Tensor) -> Callable[[], Tensor]:  # [W, n] -> [W, n]
         """Sends part r to rank r; what this returns waits for what all ranks have sent to this one."""
         if self.group is None:

@@ -31,17 +31,19 @@ class Shards:
         left_over = blocks % ranks.size
         turn = left_over.cumsum(0) - left_over  # whose it is to take the first of them
         takes = (torch.arange(ranks.size) - turn[:, None]) % ranks.size < left_over[:, None]
-        self._counts = blocks[:, None] // ranks.size + takes  # [L, W] blocks
-        self._first = self._counts.cumsum(1) - self._counts  # [L, W], the first of a layer's blocks on a rank
-        own = self._counts[:, ranks.rank]
+        counts = blocks[:, None] // ranks.size + takes  # [L, W] blocks
+        own = counts[:, ranks.rank]
         self.numel = int(own.sum()) * BLOCK
         self.block_layer = torch.arange(len(own), dtype=torch.int32).repeat_interleave(own).to(layout.block_layer.device)
         self._orders: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self._places = ((own.cumsum(0) - own) * BLOCK).tolist()  # of a layer's own numbers
+        # As numbers, which are there in a dry run, too.
+        self._counts: list[list[int]] = counts.tolist()
+        self._first: list[int] = (counts.cumsum(1) - counts)[:, ranks.rank].tolist()  # [L], of a layer's blocks this rank's first
+        self._places: list[int] = ((own.cumsum(0) - own) * BLOCK).tolist()  # of a layer's own numbers
 
     def extent(self, layer: int) -> tuple[int, int]:
         """First number and length of a layer among this rank's own."""
-        return self._places[layer], int(self._counts[layer, self.ranks.rank]) * BLOCK
+        return self._places[layer], self._counts[layer][self.ranks.rank] * BLOCK
 
     def ranges(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Own numbers ``start`` …, where they lie in the flat weights: (first, place behind ``start``, how many)."""
@@ -52,23 +54,25 @@ class Shards:
                 break
             begin, stop = max(start, place), min(end, place + count)
             if begin < stop:
-                first = self.layout.extent(layer)[0] + int(self._first[layer, self.ranks.rank]) * BLOCK
+                first = self.layout.extent(layer)[0] + self._first[layer] * BLOCK
                 yield first + begin - place, begin - start, stop - begin
 
     def most(self, layers: Sequence[int]) -> int:
         """Numbers of these layers on the rank that has most of them."""
-        return int(self._counts[list(layers)].sum(0).max()) * BLOCK if layers else 0
+        counts = zip(*(self._counts[layer] for layer in layers), strict=True)
+        return max(map(sum, counts), default=0) * BLOCK
 
     def order(self, layers: Sequence[int], device: torch.device) -> Tensor:
         """Where the blocks of these layers, one layer after the other, are among those of the ranks' parts, each filled up to
         the length of the longest, [blocks] int64."""
         key = tuple(layers), device
         if key not in self._orders:
-            counts = self._counts[list(layers)]  # [k, W]
+            counts = torch.tensor([self._counts[layer] for layer in layers])  # [k, W]
             place = counts.cumsum(0) - counts + torch.arange(self.ranks.size) * (self.most(layers) // BLOCK)
             counts, place = counts.flatten(), place.flatten()
-            behind = (place - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-            self._orders[key] = (torch.arange(len(behind)) + behind).to(device)
+            blocks = sum(sum(self._counts[layer]) for layer in layers)
+            behind = (place - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=blocks)
+            self._orders[key] = (torch.arange(blocks) + behind).to(device)
         return self._orders[key]
 
     def own(self, numbers: Numbers) -> Numbers:
@@ -118,8 +122,13 @@ class Spread(InPieces[Any]):
 
     @classmethod
     def of(cls, numbers: Numbers, shards: Shards) -> Spread:
+        return cls.like(numbers, shards.own(numbers), shards)
+
+    @classmethod
+    def like(cls, numbers: Numbers, own: Numbers, shards: Shards) -> Spread:
+        """With what is a rank's ``own`` of numbers of this form."""
         form = str(numbers.dtype) if isinstance(numbers, Tensor) else numbers.form
-        return cls(shards.own(numbers), shards, getattr(numbers, "dtype", None), form)
+        return cls(own, shards, getattr(numbers, "dtype", None), form)
 
     def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> InMemory:
         return empty_like(self.own, length, device, pin_memory)

@@ -38,7 +38,7 @@ class SpreadMerge:
     def of_ranks(self, coefficients: Tensor) -> Tensor:
         """The coefficients of all ranks, [W, T, L], from this one's [T, L]; where they are the same, once, [1, T, L]."""
         found = self.shards.ranks.gather(coefficients.to(self.store.device))()
-        return found[:1] if bool((found == found[0]).all()) else found
+        return found[:1] if self.shards.ranks.gave_the_same(found) else found
 
     def start(self, layers: Sequence[int], coefficients: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
         """Begins to merge layers at ``coefficients``, as `of_ranks` gives them; what this returns waits for the others' parts,

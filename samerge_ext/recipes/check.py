@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from samerge_ext.budget.plan import Plan
+from samerge_ext.budget.plan import Plan, check_nodes
 from samerge_ext.checkpoints.saving import free_bytes, require_apart, require_space, require_target
 from samerge_ext.elementwise.opening import opened
+from samerge_ext.elementwise.ranks import held_by
 from samerge_ext.elementwise.record import RECORD
 from samerge_ext.learning.loop import calibration_set
 from samerge_ext.memory import machine_bytes, resident_bytes
+from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.parameters import METHODS
 from samerge_ext.recipes.recipe import Recipe
@@ -25,6 +27,7 @@ from samerge_ext.recipes.run import (
     inputs_of,
     model_and_calibration,
     plan_weights,
+    require_spread,
     state_of,
 )
 from samerge_ext.recipes.tokenizers import companions_of
@@ -42,6 +45,8 @@ class Findings:
     reads, buffers, threads: of a merge from file to file; memory: its peak, without what its method holds of single tensors.
     batches, ways, chosen: of a learned merge, those of every task, the memory of every way to hold the model, and which fits
         the budget. free: on the disk of the folder that is written.
+    ranks, nodes: where several processes merge, how many on how many machines; memory is then what each of them takes, and
+        writes_of_rank what the one writes of a merge from file to file that writes most.
     """
 
     merge_method: str
@@ -61,6 +66,9 @@ class Findings:
     ways: list[dict[str, Any]] = field(default_factory=list)
     chosen: str | None = None
     memory_budget: int | str | None = None
+    ranks: int | None = None
+    nodes: int | None = None
+    writes_of_rank: int | None = None
 
     def known(self) -> dict[str, Any]:
         """What there is of it, as JSON has it."""
@@ -81,15 +89,24 @@ class Findings:
         writes = f"writes {show_bytes(self.writes)}"
         free = "" if self.free is None else f", of {show_bytes(self.free)} that are free there"
         yield writes + free if self.reads is None else f"reads {show_bytes(self.reads)}, {writes}{free}"
+        if self.writes_of_rank is not None:
+            yield f"by {self.ranks} ranks, each of which writes up to {show_bytes(self.writes_of_rank)}"
         if self.memory is not None and self.buffers is not None:
             yield (
                 f"memory: {show_bytes(self.memory)}, of which {show_bytes(self.buffers)} are buffers of {self.threads} threads, "
                 f"and what {self.merge_method} holds of single tensors"
             )
-        if self.ways:
+        if self.ways and self.ranks is None:
             yield f"memory, of the {show_bytes(machine_bytes())} of this machine:"
+        elif self.ways:
+            on = f" on {self.nodes} nodes" if self.nodes and self.nodes > 1 else ""
+            yield f"memory of each of {self.ranks} ranks{on}, where this machine has {show_bytes(machine_bytes())}:"
         for way in self.ways:
             moved = f", {show_bytes(way['read_per_step'])} read per step" if way["read_per_step"] else ""
+            if way.get("received_per_step"):
+                moved += f", {show_bytes(way['received_per_step'])} received per step"
+            if way.get("from_other_nodes"):
+                moved += f", {show_bytes(way['from_other_nodes'])} of it from other nodes"
             beside = f" of the GPU, {show_bytes(way['host'])} of the host" if "host" in way else ""
             mark = "*" if way["name"] == self.chosen else " "
             yield f"{mark} {way['name']}: {show_bytes(way['memory'])}{beside}{moved}"
@@ -97,25 +114,30 @@ class Findings:
             yield f"* the fastest within {self.memory_budget}"
 
 
-def check_recipe(recipe: Recipe, out: Path | None = None, *, overwrite: bool = False) -> Findings:
+def check_recipe(recipe: Recipe, out: Path | None = None, *, overwrite: bool = False, ranks: int = 1, nodes: int = 1) -> Findings:
     """What a merge would find and take. out: the folder that it would write; its place and space are then checked, too.
+    ranks, nodes: of how many processes on how many machines; nothing of the others is looked at.
 
     Raises what `run_recipe` would before it begins. Numbers are not read: NaN and Inf show when they are merged.
     """
+    check_nodes(ranks, nodes)
     with recipe.named():
         check_device(recipe.parameters.get("device"))
         if out is not None:
             require_apart(out, inputs_of(recipe))
             if not (state_of(out) / RECORD).exists():
                 require_target(out, overwrite=overwrite)
-        found = _of_files(recipe, out) if recipe.merge_method in METHODS else _of_learned(recipe)
+        is_of_files = recipe.merge_method in METHODS
+        found = _of_files(recipe, out, ranks) if is_of_files else _of_learned(recipe, ranks, nodes)
+        if ranks > 1:
+            found.ranks, found.nodes = ranks, nodes
         if out is not None:
             require_space(out, found.writes)
             found.free = free_bytes(out)
         return found
 
 
-def _of_files(recipe: Recipe, out: Path | None) -> Findings:
+def _of_files(recipe: Recipe, out: Path | None, ranks: int) -> Findings:
     with opened(file_merge_of(recipe)) as models:
         if out is not None:
             require_apart(out, models.files)
@@ -134,10 +156,13 @@ def _of_files(recipe: Recipe, out: Path | None) -> Findings:
             memory=resident_bytes() + buffers,
             buffers=buffers,
             threads=plan.workers(models.device),
+            writes_of_rank=None if ranks == 1 else max(held_by(plan.shards, ranks)),
         )
 
 
-def _of_learned(recipe: Recipe) -> Findings:
+def _of_learned(recipe: Recipe, ranks: int, nodes: int) -> Findings:
+    if ranks > 1:
+        require_spread(recipe)
     companions_of(recipe).check()
     settings, dtype = recipe.method_settings(), DTYPES[recipe.dtype]
     model, calibration = model_and_calibration(recipe)
@@ -145,9 +170,9 @@ def _of_learned(recipe: Recipe) -> Findings:
     calibration_set(calibration, packed, settings)  # may refuse
     sizes = [(s.numel(), dtype or of_base) for s, of_base in zip(packed.layout.shapes, packed.layout.dtypes, strict=True)]
     writes = sum(numbers * to.itemsize for numbers, to in sizes)
-    plan, budget = plan_weights(recipe, model, calibration, packed), settings.memory_budget
+    plan, budget = plan_weights(recipe, model, calibration, packed, ranks, nodes), settings.memory_budget
     chosen = plan.choose(budget, settings.host_memory_budget) if budget is not None else None
-    if chosen is not None and chosen.store == "file":
+    if (chosen is not None and chosen.store == "file") or (ranks > 1 and packed.task_vector_form != LORA):
         writes += packed.base.nbytes + packed.task_vectors.nbytes
     return Findings(
         recipe.merge_method,
@@ -167,7 +192,8 @@ def _of_learned(recipe: Recipe) -> Findings:
 def _ways(plan: Plan) -> Iterator[dict[str, Any]]:
     for way in plan.ways:
         on_host = {} if plan.device.type == "cpu" else {"host": way.host_bytes}
-        yield {"name": way.name, "memory": way.device_bytes, **on_host, "read_per_step": way.moved}
+        sent = {"received_per_step": way.received, "from_other_nodes": plan.from_other_nodes(way)} if plan.ranks > 1 else {}
+        yield {"name": way.name, "memory": way.device_bytes, **on_host, "read_per_step": way.moved, **sent}
 
 
 def _models(recipe: Recipe) -> list[dict[str, Any]]:

@@ -48,16 +48,19 @@ DTYPES = {
 PACKED_FILE = "packed.safetensors"  # in OUT.state, where a memory budget asks for it
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
-    """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set."""
+def plan_recipe(recipe: Recipe, ranks: int = 1, nodes: int = 1) -> Plan:
+    """What every way to hold a learned merge's model would take, from the folders' headers and the calibration set; by so many
+    ranks on so many nodes, of each of them."""
     model, calibration = model_and_calibration(recipe)
-    return plan_weights(recipe, model, calibration, described_weights(recipe, model))
+    return plan_weights(recipe, model, calibration, described_weights(recipe, model), ranks, nodes)
 
 
-def plan_weights(recipe: Recipe, model: FolderModel, calibration: dict[str, list], packed: PackedWeights) -> Plan:
+def plan_weights(
+    recipe: Recipe, model: FolderModel, calibration: dict[str, list], packed: PackedWeights, ranks: int = 1, nodes: int = 1
+) -> Plan:
     """`plan_recipe` of what is there already."""
-    teachers = recipe.merge_method != "adamerging"
-    return plan(model.module, packed, calibration, model.logits, recipe.method_settings(), teachers=teachers)
+    teachers, settings = recipe.merge_method != "adamerging", recipe.method_settings()
+    return plan(model.module, packed, calibration, model.logits, settings, teachers=teachers, ranks=ranks, nodes=nodes)
 
 
 def described_weights(recipe: Recipe, model: FolderModel) -> PackedWeights:
@@ -103,7 +106,7 @@ def run_recipe(
             raise ValueError(f"{option} is for methods that go from file to file, and {recipe.merge_method} learns; leave it out")
         with ranks_of_torchrun(recipe.parameters.get("device")) as ranks:
             if ranks.group is not None:
-                _check_spread(recipe)
+                require_spread(recipe)
             require_target(target, overwrite=overwrite)
             with held(state) if ranks.is_first else nullcontext():
                 return _run_learned(recipe, target, state, overwrite, report, ranks, progress)
@@ -120,9 +123,7 @@ def _run_learned(
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state, progress=progress)
     result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.logits, config=settings)
-    result.save_pretrained(
-        target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe)
-    )
+    result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe))
     if not ranks.is_first:
         return result
     for name in (STATE_FILE, FEATURES_FILE, PLAN_FILE, PACKED_FILE):  # features: of StatsMerging; the written folder has them too
@@ -130,7 +131,7 @@ def _run_learned(
     return result
 
 
-def _check_spread(recipe: Recipe) -> None:
+def require_spread(recipe: Recipe) -> None:
     """Raises ValueError for what several ranks do not merge."""
     if recipe.merge_method not in SPREAD:
         raise ValueError(f"{recipe.merge_method} is merged by one process; only {' and '.join(SPREAD)} by those of torchrun")
@@ -150,9 +151,13 @@ def packed_weights(recipe: Recipe, model: FolderModel, state: Path, ranks: Ranks
     experts = [(task, entry.path) for task, entry in recipe.named_experts]
     packing = {"conversion": model.conversion, **_packing(recipe)}
     if ranks.group is not None:
-        packed = share_of_folders(base, experts, state / PACKED_FILE, ranks, recipe.parameters.get("device"), **packing)
+        has_budget = recipe.method_settings().memory_budget is not None
+        if has_budget and ranks.is_first and not (state / PACKED_FILE).exists():
+            _planned_store(recipe, ranks.size)  # refuses before weights are packed
+        share = share_of_folders(base, experts, state / PACKED_FILE, ranks, recipe.parameters.get("device"), **packing)
+        packed = share if has_budget else share.in_memory(recipe.parameters.get("device", "cpu"), keep_factors=True)
     else:
-        file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _plans_a_file(recipe) else None
+        file = state / PACKED_FILE if (state / PACKED_FILE).exists() or _planned_store(recipe) == "file" else None
         packed = PackedWeights.from_folders(base, experts, file=file, **packing)
     if model.heads:
         check_text_tower(packed)
@@ -214,12 +219,12 @@ def file_merge_of(recipe: Recipe, *, with_page: bool = True) -> FileMerge:
     )
 
 
-def _plans_a_file(recipe: Recipe) -> bool:
-    """Whether the recipe has a memory budget that only a packed file fits."""
+def _planned_store(recipe: Recipe, ranks: int = 1) -> str | None:
+    """Where weights are on the way that is chosen for the recipe's memory budget; None without one."""
     settings = recipe.method_settings()
     if settings.memory_budget is None:
-        return False
-    return plan_recipe(recipe).choose(settings.memory_budget, settings.host_memory_budget).store == "file"
+        return None
+    return plan_recipe(recipe, ranks).choose(settings.memory_budget, settings.host_memory_budget).store
 
 
 def _packing(recipe: Recipe) -> dict[str, Any]:
@@ -240,8 +245,6 @@ def model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]
     experts = {task: entry.model for task, entry in recipe.named_experts}
     model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep], recipe.tokenizer_config)
     model = model.with_heads(options.classes, options.templates)
-    batches = model.batches(
-        options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length
-    )
+    batches = model.batches(options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length)
     Calibration(batches, tuple(experts), held_back=recipe.method_settings().share_held_back)  # may refuse
     return model, batches

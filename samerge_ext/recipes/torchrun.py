@@ -50,11 +50,11 @@ def rank_of_torchrun() -> Rank:
 def share_of_folders(
     base: str | Path, experts: list[tuple[str, Path]], file: Path, ranks: Ranks, device: str | None, **packing: Any
 ) -> PackedWeights:
-    """This rank's share of model folders, on ``device``. The first rank packs them into ``file``, unless that is there already,
+    """This rank's share of model folders, for ``device``. The first rank packs them into ``file``, unless that is there already,
     and all read their own part of it; LoRA factors, where these are kept, are every rank's."""
     device = device or "cpu"
     if ranks.is_first:
         PackedWeights.from_folders(base, experts, file=file, **packing)
     ranks.wait()
     packed = replace(PackedWeights.open(file, device=device, verify=False), conversion=packing["conversion"])
-    return packed.shard(ranks.group).in_memory(device, keep_factors=True)
+    return packed.shard(ranks.group)

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import samerge_ext as sm
 from samerge_ext.budget.dry_run import dry_run
-from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, plan, planned_way
+from samerge_ext.budget.holding import planned_way
+from samerge_ext.budget.plan import MemoryBudgetError, Plan, Way, plan
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.sealed import read_sealed, write_sealed
 from samerge_ext.cli.commands import app

@@ -18,9 +18,10 @@ import torch.distributed as dist
 import worlds
 from helpers import PATH_TOLERANCE
 from safetensors.torch import load_file
-from torch import nn
 
 import samerge_ext as sm
+from samerge_ext.budget.plan import MemoryBudgetError, Plan, plan
+from samerge_ext.checkpoints.sealed import read_sealed_object
 from samerge_ext.learning.turns import tasks_of, turns, turns_of_batches
 from samerge_ext.packing import ranks
 from samerge_ext.packing.in_pieces import InPieces
@@ -107,7 +108,7 @@ def every_case(names):
     """What one rank learns in every case, in a second run of some, and what `counted_bytes` and those after it find."""
     found = {name: CASES[name](sm.PackedWeights.shard) for name in names}
     again = {name: CASES[name](sm.PackedWeights.shard) for name in ("resident", "streamed fp32")}
-    return found, again, counted_bytes(), most_weights(), events_of_a_forward()
+    return found, again, counted_bytes(), most_weights(), events_of_a_forward(), planned_bytes()
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -141,25 +142,6 @@ def test_all_ranks_learn_the_same_bits_in_every_run(world):
         assert all(torch.equal(x, y) for x, y in zip(again, found[0][0][name], strict=True)), name
 
 
-class Chain(nn.Sequential):
-    """Three units of a matrix of two blocks and a bias of one."""
-
-    def __init__(self):
-        super().__init__(*(nn.Linear(40, 40) for _ in range(3)))
-
-
-def padded_unit(size):
-    """Bytes of a unit, filled up so that all ranks' parts are of one length."""
-    return 4 * size * -(-3 // size) * BLOCK
-
-
-def chain():
-    torch.manual_seed(0)
-    base, *experts = (Chain() for _ in range(1 + len(TASKS)))
-    batches = {task: [torch.randn(2, 40)] for task in TASKS}
-    return Chain(), sm.PackedWeights.from_modules(base, dict(zip(TASKS, experts, strict=True))), batches
-
-
 def counted_bytes():
     """name of a collective -> bytes that a SAM step gives to it and takes from it, of all ranks' parts."""
     found = []
@@ -178,7 +160,7 @@ def counted_bytes():
             counting(name, collective, counts) for name, collective in zip(("gather", "scatter", "sum"), before, strict=True)
         )
         try:
-            module, packed, batches = chain()
+            module, packed, batches = streaming.chain(TASKS)
             learn(packed.shard(), module, batches, streaming.logits, streamed=True, steps=steps)
         finally:
             ranks._all_gather, ranks._reduce_scatter, dist.all_reduce = before
@@ -190,7 +172,7 @@ def test_the_collectives_move_what_the_formula_says(world):
     """docs/distributed.md: per turn a unit is gathered twice and its gradient scattered once, in fp32 here."""
     size, found = world
     turns_of_a_pass, layers = -(-len(TASKS) // size), 6
-    units = 3 * padded_unit(size)
+    units = 3 * streaming.padded_unit(size)
     per_pass = {
         "gather": turns_of_a_pass * 2 * units + 4 * size * len(TASKS) * layers,  # λ of all ranks
         "scatter": turns_of_a_pass * units,
@@ -200,10 +182,24 @@ def test_the_collectives_move_what_the_formula_says(world):
         assert of_rank[2] == {name: 2 * number for name, number in per_pass.items()}
 
 
+def planned_bytes():
+    """What the plan of the same step says that comes to a rank."""
+    module, packed, batches = streaming.chain(TASKS)
+    ways = plan(module, packed.shard(), batches, streaming.logits, sm.SAMergingConfig()).ways
+    return next(way.received for way in ways if way.streamed)
+
+
+def test_a_plan_says_what_the_collectives_move(world):
+    """A rank has its own part already."""
+    size, found = world
+    for of_rank in found:
+        assert of_rank[5] == (of_rank[2]["gather"] + of_rank[2]["scatter"]) * (size - 1) / size
+
+
 def most_weights():
     """The most bytes of whole units' weights that exist at a time in a pass."""
-    module, packed, batches = chain()
-    bound = 2 * padded_unit(dist.get_world_size())
+    module, packed, batches = streaming.chain(TASKS)
+    bound = 2 * streaming.padded_unit(dist.get_world_size())
     model = sm.MergedModel(module, packed.shard(), streamed=True)
     alive, most = weakref.WeakSet(), 0
     spread, gather = model.weights.spread, ranks._all_gather
@@ -248,12 +244,12 @@ def test_two_units_weights_exist_at_most(world):
     """What a rank computes with, and what is on its way to it, whose parts are padded to whole blocks."""
     size, found = world
     for of_rank in found:
-        assert padded_unit(size) < of_rank[3] <= 2 * padded_unit(size)
+        assert streaming.padded_unit(size) < of_rank[3] <= 2 * streaming.padded_unit(size)
 
 
 def events_of_a_forward():
     """When weights of units begin to be gathered, and units have run, in a pass after one like it."""
-    module, packed, batches = chain()
+    module, packed, batches = streaming.chain(TASKS)
     model = sm.MergedModel(module, packed.shard(), streamed=True)
     events, start = [], model.weights.spread.start
 
@@ -360,6 +356,35 @@ def test_a_run_goes_on_where_a_rank_was_killed(tmp_path):
         assert error == 0 if size == 2 else error <= PATH_TOLERANCE[torch.float64]
 
 
+def within_budgets(folder):
+    """By a rank: how a merge of a packed file is held within a budget, and where only the file fits; and λ of both."""
+    choose, found = Plan.choose, []
+    for place, budget in enumerate(("100GB", "99GB")):
+        share, (module, _, batches) = sm.PackedWeights.open(folder / "packed").shard(), streaming.chain(TASKS)
+        Plan.choose = choose if place == 0 else lambda self, *_: self.ways[-1]  # a model this small fits all that can be planned
+        state = folder / f"state {place}"
+        coefficients, _ = learn(share, module, batches, streaming.logits, memory_budget=budget, checkpoint_dir=state)
+        found.append((coefficients, read_sealed_object(state / "plan.json")))
+    Plan.choose = choose
+    with pytest.raises(MemoryBudgetError, match="memory_budget=1 MB is not enough for a rank of this merge by 2:\n  resident: "):
+        learn(share, streaming.chain(TASKS)[0], batches, streaming.logits, memory_budget="1MB")
+    return found
+
+
+def test_a_memory_budget_is_planned_for_alike(tmp_path):
+    module, packed, batches = streaming.chain(TASKS)
+    in_file = streaming.write_packed(packed, tmp_path)
+    truth, _ = learn(in_file.in_memory(), module, batches, streaming.logits)
+    of_ranks = worlds.run(within_budgets, 2, tmp_path / "world", tmp_path)
+    for coefficients, begun in of_ranks[0] + of_ranks[1]:
+        assert (coefficients - truth).norm() <= PATH_TOLERANCE[torch.float32] * truth.norm()
+        assert begun["ranks"] == 2
+    for (ours, plan_of_first), (others, plan_of_second) in zip(*of_ranks, strict=True):
+        assert torch.equal(ours, others) and plan_of_first == plan_of_second
+    assert [begun["way"]["streamed"] for _, begun in of_ranks[0]] == [False, True]
+    assert of_ranks[0][1][1]["way"]["store"] == "file"
+
+
 def refused(folder):
     """What is said of settings that need whole weights, of ranks that differ in batches or settings, and of a state that only the
     first one finds."""
@@ -375,7 +400,6 @@ def refused(folder):
     os.chdir(own_folder)
     found = []
     for given, settings in (
-        (batches, {"memory_budget": "1GB"}),
         (batches, {"granularity": "rank", "samples": 2, "confidence_weights": True, "teacher_cache": "teachers"}),
         (fewer, {}),
         (batches, {"rho": 0.1 + rank}),
@@ -392,7 +416,6 @@ def test_what_would_go_wrong_is_refused_on_all_ranks(tmp_path):
         needs_whole = "not with weights that are spread over ranks; leave that out, or merge without shard()"
         differs = "on ranks [1] than on rank 0; give all ranks the same"
         assert found == [
-            f"memory_budget: {needs_whole}",
             f"granularity='rank', samples, confidence_weights, teacher_cache: {needs_whole}",
             f"settings, or how many batches tasks have, are others {differs}",
             f"settings, or how many batches tasks have, are others {differs}",

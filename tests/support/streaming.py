@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import samerge_ext as sm
+from samerge_ext.packing.layout import BLOCK
 
 TASKS = ("red", "green")
 
@@ -46,6 +47,26 @@ class Model(nn.Module):
             x = block(x, scale=torch.tensor(0.5, dtype=x.dtype))
         x = torch.tanh(self.frozen(self.norm(x)))
         return (self.head(x) + F.linear(x, self.embedding.weight)).mean(1)
+
+
+class Chain(nn.Sequential):
+    """Three units of a matrix of two blocks and a bias of one."""
+
+    def __init__(self):
+        super().__init__(*(nn.Linear(40, 40) for _ in range(3)))
+
+
+def chain(tasks):
+    """A chain, three of them packed, and a batch of every task."""
+    torch.manual_seed(0)
+    base, *experts = (Chain() for _ in range(1 + len(tasks)))
+    batches = {task: [torch.randn(2, 40)] for task in tasks}
+    return Chain(), sm.PackedWeights.from_modules(base, dict(zip(tasks, experts, strict=True))), batches
+
+
+def padded_unit(size):
+    """Bytes of a chain's unit in fp32, filled up so that all ranks' parts are of one length."""
+    return 4 * size * -(-3 // size) * BLOCK
 
 
 def make(seed=0, dtype=torch.float64, **settings):
@@ -106,16 +127,16 @@ def path_of_gradients(module, packed, store, steps=4):
 
 def packed_twice(folder, base=None):
     """The same packed weights in memory, and in a file."""
-    base = base or make()
-    in_memory = make_packed(base)
-    experts = {}
-    for task in in_memory.tasks:
-        tensors = in_memory.state_dict(in_memory.merge(in_memory.one_hot(task)))
-        tensors.update(in_memory.expert_buffers[task])
-        experts[task] = folder / f"{task}.safetensors"
-        save_file({n: t.clone() for n, t in tensors.items() if n not in in_memory.aliases}, experts[task])
-    tensors = {n: t.clone() for n, t in base.state_dict().items() if n not in in_memory.aliases}
-    save_file(tensors, folder / "base.safetensors")
-    dtype = next(base.parameters()).dtype
-    in_file = sm.PackedWeights.from_folders(folder / "base.safetensors", experts, dtype=dtype, file=folder / "packed")
+    in_file = write_packed(make_packed(base or make()), folder)
     return in_file.in_memory(), in_file
+
+
+def write_packed(packed, folder):
+    """The same in the file ``packed`` of a folder, made of models there."""
+    models = {"base": (packed.coefficients(0.0), packed.buffers)}
+    models.update({task: (packed.one_hot(task), packed.expert_buffers[task]) for task in packed.tasks})
+    paths = {name: folder / f"{name}.safetensors" for name in models}
+    for name, (coefficients, buffers) in models.items():
+        tensors = {**packed.state_dict(packed.merge(coefficients)), **buffers}
+        save_file({n: t.clone() for n, t in tensors.items() if n not in packed.aliases}, paths[name])
+    return sm.PackedWeights.from_folders(paths.pop("base"), paths, dtype=packed.base.dtype, file=folder / "packed")

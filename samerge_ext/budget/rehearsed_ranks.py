@@ -1,0 +1,77 @@
+"""The ranks of a dry run: what they would send to each other takes its memory and is counted, and nobody is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from samerge_ext.packing.in_pieces import InPieces
+from samerge_ext.packing.quantised import QuantisedTaskVectors
+from samerge_ext.packing.ranks import Ranks
+from samerge_ext.packing.shards import own
+from samerge_ext.packing.stores import InMemory, Numbers
+
+
+@dataclass
+class Traffic:
+    """received: bytes that come to a rank from the others. at_their_own: whether ranks merge at coefficients of their own, as
+    teachers do."""
+
+    received: int = 0
+    at_their_own: bool = False
+
+
+@dataclass(frozen=True)
+class RehearsedRanks(Ranks):
+    """Rank ``rank`` of ``size`` without the others: collectives give tensors of their shapes and send nothing.
+
+    On the CPU gloo gathers into a copy of what it gives, and sums a copy of what it is given; on GPUs NCCL does neither.
+    """
+
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def gather(self, part: Tensor) -> Callable[[], Tensor]:
+        self.traffic.received += (self.size - 1) * part.nbytes
+        found = part.new_empty(self.size, *part.shape)
+        until_it_is_there = [part, *self._copy(found)]
+
+        def waited() -> Tensor:
+            until_it_is_there.clear()
+            return found
+
+        return waited
+
+    def gave_the_same(self, found: Tensor) -> bool:
+        return not self.traffic.at_their_own
+
+    def exchange(self, parts: Tensor) -> Callable[[], Tensor]:
+        self.traffic.received += parts.nbytes // self.size * (self.size - 1)
+        found, sent = torch.empty_like(parts), [parts]
+
+        def waited() -> Tensor:
+            sent.clear()
+            return found
+
+        return waited
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        self.traffic.received += (self.size - 1) * parts[0].nbytes
+        copy = self._copy(parts)
+        del copy
+        return torch.empty_like(parts[0])
+
+    def _copy(self, tensor: Tensor) -> list[Tensor]:
+        return [torch.empty_like(tensor)] if tensor.device.type == "cpu" else []
+
+
+def room_for(numbers: Numbers, length: int, device: torch.device | str) -> InMemory:
+    """Room for so many numbers of base or task vectors, which may be more than a rank of these has."""
+    numbers = own(numbers)
+    if isinstance(numbers, InPieces):
+        return numbers.empty(length, device)
+    if isinstance(numbers, QuantisedTaskVectors):
+        return QuantisedTaskVectors.zeros(len(numbers), length, numbers.form, device)
+    return torch.empty(*numbers.shape[:-1], length, dtype=numbers.dtype, device=device)
