@@ -141,12 +141,14 @@ def test_a_budget_that_the_base_exceeds_is_met_from_a_packed_file(folders, tmp_p
     with pytest.raises(MemoryBudgetError, match="would: keep the weights in a packed file"):
         of_memory = planned(in_memory)
         of_memory.choose(min(way.device_bytes for way in of_memory.ways))
-    how = {"progress": False, "steps": 2, "learning_rate": 1e-3}
+    held = from_factors[0].make(copy.deepcopy(module), in_file, 0.3, in_memory.base.device).packed
+    assert torch.equal(held.base, in_memory.base) and held.task_vector_form == "lora"
+    config = sm.SAMergingConfig(progress=False, steps=2, learning_rate=1e-3, streamed=True)
     results = [
-        sm.samerging(copy.deepcopy(module), packed, batches, streaming.logits, config=sm.SAMergingConfig(**how, **settings))
-        for packed, settings in ((in_file, {"memory_budget": from_file[0].device_bytes}), (in_memory, {"streamed": True}))
+        sm.samerging(copy.deepcopy(module), packed, batches, streaming.logits, config=config).coefficients
+        for packed in (in_file, in_memory)
     ]
-    torch.testing.assert_close(results[0].coefficients, results[1].coefficients, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_kept_as_factors_is_said(folders):
