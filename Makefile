@@ -17,9 +17,9 @@ SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name
 VADER := vaderSentiment-3.3.2.tar.gz
 
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
-GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py
+GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py tests/whole/test_gpu_ranks.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-hosts test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -27,7 +27,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-open-clip   run those that need open_clip, in a process of their own; make test does, too"
 	@echo "make test-levels   run the tests of numbers as on other processors, at four levels"
-	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, and memory over 500 merges"
+	@echo "make soak    random memory budgets, kills, signals, full disks, damaged state, killed ranks, and memory over 500 merges"
+	@echo "make test-hosts   a merge by two hosts, of which one is killed or cut off: network namespaces, which take root"
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
 	@echo "make test-lm-eval   a merged folder in lm-evaluation-harness, in an environment of its own"
@@ -103,9 +104,13 @@ test-levels: $(VENV)/test-ready
 	    $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LEVEL_TESTS) || exit 1; \
 	done
 
-# Two hundred random plans and a hundred kills of learned merges.
+# Two hundred random plans, a hundred kills of learned merges and forty of ranks.
 soak: $(VENV)/test-ready
 	$(BIN)/python tests/support/soak.py
+
+# Network namespaces are the hosts; skipped, with the reason, where they cannot be made.
+test-hosts: $(VENV)/test-ready
+	PYTHONPATH=.:tests/support $(BIN)/python tests/support/two_hosts.py
 
 # All readers of files in turn, beginning from what earlier runs found.
 FUZZ_SECONDS ?= 3600

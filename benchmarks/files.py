@@ -1,13 +1,15 @@
 """Data-free merges from file to file: `samerge merge` beside mergekit-yaml, whole commands on the same folders.
 
     python benchmarks/files.py --folder DIR [--mergekit .../bin/mergekit-yaml] [--device cuda] [--rounds 3] [--method ties …]
-                               [--layers 20] [--vocabulary 32000] [--save-to FILE]
+                               [--layers 20] [--vocabulary 32000] [--ranks 2] [--save-to FILE]
 
 Makes a base and four experts, a Llama of 317 M random numbers in bf16, 3.2 GB in all; they are used again where they are there.
 slerp merges one of them.
 The commands take turns, and every one finds the files in the page cache. Time is from start to end of the process, memory
 its peak resident set, in which mapped and touched files count. mergekit is no dependency: without it only ours is timed.
 With --device cuda both merge on a GPU too, as commands of their own; that has not been run yet.
+
+With --ranks they are also merged by so many processes at a time, which must write the files that one writes, byte by byte.
 
 Values agree where they differ by at most one rounding to bf16 of the largest of the numbers they are made from. mergekit breaks
 ties with a threshold of TIES or breadcrumbs by the order of a sort; numbers that lie on it are counted apart. mergekit also
@@ -23,6 +25,7 @@ is all that is compared of DELLA.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -130,6 +133,37 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
     return seconds, peak * 1024 / 1e6
 
 
+def by_ranks(command: list[str], folder: Path, method: str, ranks: int) -> str:
+    """Merges by one process and by ranks, into files of 100 MB; says what came of it."""
+    outs = {count: folder / f"{method}-by-{count}" for count in (1, ranks)}
+    seconds = {}
+    for count, out in outs.items():
+        shutil.rmtree(out, ignore_errors=True)
+        options = [str(out), "--shard-size", "100MB", "--quiet", "--no-report"]
+        started = time.perf_counter()
+        processes = [
+            subprocess.Popen([*command, *options, *(("--rank", str(rank), "--ranks", str(count)) if count > 1 else ())])
+            for rank in range(count)
+        ]
+        if any([process.wait() for process in processes]):
+            sys.exit(f"{method} by {count} failed")
+        seconds[count] = time.perf_counter() - started
+    digests = [_digests(out) for out in outs.values()]
+    if digests[0] != digests[1]:
+        sys.exit(f"{method}: other bytes by {ranks} ranks than by one process: {digests}")
+    return (
+        f"{method}: {len(digests[0])} files of the same bytes, by one in {seconds[1]:.1f} s, by {ranks} in {seconds[ranks]:.1f} s"
+    )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def _peak_kib(pid: int) -> int | None:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)  # a process that ended has none
@@ -213,6 +247,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, help="processes that merge together, too")
     parser.add_argument("--method", choices=RECIPES, action="append", help="task_arithmetic and ties by default")
     parser.add_argument("--save-to", type=Path, help="a JSON file")
     options = parser.parse_args()
@@ -223,6 +258,8 @@ def main() -> None:
     for method in options.method or ("task_arithmetic", "ties"):
         recipe = write_recipe(folder, method)
         commands = {"samerge": [str(Path(sys.executable).with_name("samerge")), "merge", str(recipe)]}
+        if options.ranks:
+            print(by_ranks(commands["samerge"], folder, method, options.ranks), flush=True)
         if options.mergekit:
             commands["mergekit"] = [str(options.mergekit), "--no-copy-tokenizer", "--quiet", str(recipe)]
         if options.device == "cuda":

@@ -1,12 +1,12 @@
 """A learned merge by several processes on one machine: memory of a rank, planned and measured; bytes sent; seconds per step.
 
-    python benchmarks/ranks.py            # 290 M parameters, 4 experts, 1, 2 and 4 ranks; 4 GB of disk and 9 GB of memory
+    python benchmarks/ranks.py            # 290 M parameters, 4 experts, 1, 2 and 4 ranks; 4 GB of disk and 15 GB of memory
 
 A model of Llama's shape with random weights, which are in a packed file that is written first. Every rank is a process with one
 thread; gloo joins them. A rank's peak is its process's largest resident memory (VmHWM), Python, torch and transformers included.
 Bytes are counted where they are given to the collectives; those of the formula are of docs/distributed.md, with the tied output
 matrix, which is read outside of its unit, gathered and scattered once more in every turn. Seconds are of the slowest rank, the
-median of the steps after the first.
+median of the steps after the first; beside them the seconds in which a rank computed, whatever else the machine did.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from samerge_ext.sizes import show_bytes
 
 RESULTS = Path(__file__).parent / "results"
 EXPERTS, PASSES = 4, 2
-CASES = ((1, "resident"), (2, "resident"), (1, "streamed"), (2, "streamed"), (4, "streamed"))
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -79,7 +78,9 @@ def logits(module: Any, ids: torch.Tensor, task: str) -> torch.Tensor:
     return module(input_ids=ids).logits[:, -1]
 
 
-def timed(make_passes: Callable[..., Any], times: list[float], bytes_so_far: Callable[[], int]) -> Callable[..., Any]:
+def timed(
+    make_passes: Callable[..., Any], times: list[tuple[float, float]], bytes_so_far: Callable[[], int]
+) -> Callable[..., Any]:
     """Passes whose seconds and received bytes are noted step by step."""
 
     def make(*arguments: Any) -> Callable[..., Any]:
@@ -88,9 +89,9 @@ def timed(make_passes: Callable[..., Any], times: list[float], bytes_so_far: Cal
         def run(*inputs: Any) -> Any:
             dist.barrier()
             bytes_so_far()
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             outputs = passes(*inputs)
-            times.append(time.perf_counter() - started)
+            times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
             bytes_so_far()
             return outputs
 
@@ -154,8 +155,10 @@ def world(arguments: argparse.Namespace, ranks: int, way: str) -> dict:
     found = [json.loads(each.splitlines()[-1]) for each in printed]
     most = max(found, key=lambda each: each["measured_bytes"])
     assert all(each["coefficients"] == most["coefficients"] for each in found)
-    of_steps = [max(times) for times in zip(*(each["seconds_of_steps"] for each in found), strict=True)]
-    return {"ranks": ranks, "way": way, **most, "seconds_of_steps": of_steps, "seconds_per_step": median(of_steps[1:])}
+    of_steps = [[max(each) for each in zip(*of_step, strict=True)] for of_step in zip(*(x["seconds_of_steps"] for x in found))]
+    seconds, computed = (median(of_step) for of_step in zip(*of_steps[1:], strict=True))
+    of_slowest = {"seconds_of_steps": of_steps, "seconds_per_step": seconds, "computed_per_step": computed}
+    return {"ranks": ranks, "way": way, **most, **of_slowest}
 
 
 def shown(row: dict) -> str:
@@ -170,13 +173,16 @@ def shown(row: dict) -> str:
     cells += [show_bytes(planned), show_bytes(row["measured_bytes"]), f"{row['measured_bytes'] / planned:.2f}"]
     by_formula = row["received_by_the_formula"]
     cells += [show_bytes(row["received_per_step"]), f"{row['received_per_step'] / by_formula:.4f}" if by_formula else ""]
-    return f"| {' | '.join([*cells, format(row['seconds_per_step'], '.2f')])} |"
+    cells += [format(row[key], ".1f") for key in ("seconds_per_step", "computed_per_step")]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="300M")
     parser.add_argument("--work", type=Path, default=Path(".cache-large-models"), help="folder of the packed file")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks")
+    parser.add_argument("--ways", default="streamed,resident", help="how they hold the model")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS / "ranks-cpu.json", help="JSON to write")
     for internal, kind in (("--rank", int), ("--ranks", int), ("--way", str), ("--meet", Path)):
@@ -188,12 +194,15 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not packed_path(arguments).exists():
         write_packed(packed_path(arguments), shape_of(arguments), "bf16", "cpu")
-    print("| ranks | held | stores | of a W-th | planned | measured | of it | received | of the formula | s per step |")
-    print(f"|---:|---|{'---:|' * 8}")
+    print(
+        "| ranks | held | stores | of a W-th | planned | measured | of it | received | of the formula | s per step | computed |"
+    )
+    print(f"|---:|---|{'---:|' * 9}")
     rows = []
-    for ranks, way in CASES:
-        rows.append(world(arguments, ranks, way))
-        print(shown(rows[-1]), flush=True)
+    for way in arguments.ways.split(","):
+        for ranks in map(int, arguments.worlds.split(",")):
+            rows.append(world(arguments, ranks, way))
+            print(shown(rows[-1]), flush=True)
     kept = [{key: value for key, value in row.items() if key != "coefficients"} for row in rows]
     content = {"shape": arguments.shape, "experts": EXPERTS, "environment": environment("cpu"), "rows": kept}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from socket import gethostname
 from typing import Any
@@ -24,7 +24,7 @@ from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.ranks import Ranks
-from samerge_ext.packing.shards import Shards, own
+from samerge_ext.packing.shards import Shards, Spread, own
 from samerge_ext.packing.stores import on_host
 from samerge_ext.sizes import parse_bytes, show_bytes
 
@@ -73,7 +73,10 @@ class Way:
 
     def make(self, module: nn.Module, packed: PackedWeights, coefficients: float, device: torch.device) -> MergedModel:
         """The model, held this way."""
-        if self.store in ("device", "host"):
+        if self.store == "host" and isinstance(packed.task_vectors, Spread):
+            base: Any = packed.base
+            packed = replace(packed, base=base.on_host(), task_vectors=packed.task_vectors.on_host())
+        elif self.store in ("device", "host"):
             packed = packed.in_memory(device if self.store == "device" else "cpu")
         elif self.store == "factors":
             packed = packed.in_memory(device, keep_factors=True)

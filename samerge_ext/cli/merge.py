@@ -50,6 +50,9 @@ def merge(
         int | None, typer.Option(help="which this is of several processes that merge into OUT, from 0 on; torchrun's is known")
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="how many these processes are")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="seconds that processes of torchrun wait for one that does not answer; 7200 by default")
+    ] = None,
 ) -> None:
     """Merge as CONFIG says; options replace its keys."""
     from samerge_ext.recipes.recipe import load_recipe
@@ -83,7 +86,8 @@ def merge(
         from samerge_ext.recipes.torchrun import rank_of_torchrun
 
         of_options = _rank(rank, ranks)
-        run_recipe(recipe, out, overwrite=overwrite, report=report, shard_size=shard_size, rank=of_options, progress=not quiet)
+        of_ranks = {"rank": of_options, "timeout": timeout}
+        run_recipe(recipe, out, overwrite=overwrite, report=report, shard_size=shard_size, progress=not quiet, **of_ranks)
         this = of_options or rank_of_torchrun()
     seconds = time.perf_counter() - started
     if json and is_speaker():

@@ -108,15 +108,16 @@ class OwnPieces(InPieces[Any]):
 
 
 class Spread(InPieces[Any]):
-    """Base [N] or task vectors [T, N] that are spread over ranks. own: this rank's, [M] or [T, M]; nbytes: of these.
+    """Base [N] or task vectors [T, N] that are spread over ranks. own: this rank's, [M] or [T, M]; nbytes: of these. device: that
+    computes with them and sends, by default where they are.
 
     Nothing reads the others' numbers; what merges and contracts them is `spread_merge.SpreadMerge`.
     """
 
-    def __init__(self, own: Numbers, shards: Shards, dtype: torch.dtype | None, form: str):
+    def __init__(self, own: Numbers, shards: Shards, dtype: torch.dtype | None, form: str, device: torch.device | None = None):
         self.own, self.shards, self.dtype, self.form = own, shards, dtype, form
         self.shape = torch.Size((*own.shape[:-1], shards.layout.numel))
-        self.nbytes, self.device = own.nbytes, own.device
+        self.nbytes, self.device = own.nbytes, device or own.device
         self.reads_to = own.reads_to if isinstance(own, InPieces) else own.device
         self.where = f"are spread over {shards.ranks.size} ranks"
 
@@ -142,6 +143,10 @@ class Spread(InPieces[Any]):
     def in_memory(self, device: torch.device | str) -> Spread:
         """The same with this rank's own numbers as tensors."""
         return Spread(in_memory(self.own, device), self.shards, self.dtype, self.form)
+
+    def on_host(self) -> Spread:
+        """The same with this rank's own numbers in the host's memory, from where they are fetched to the device."""
+        return Spread(in_memory(self.own, "cpu"), self.shards, self.dtype, self.form, self.device)
 
     def not_whole(self) -> TypeError:
         return TypeError(f"these weights {self.where}; what needs them whole is given those that shard() was called on")

@@ -78,6 +78,7 @@ def run_recipe(
     report: bool = True,
     shard_size: int | str | None = None,
     rank: Rank | None = None,
+    timeout: float | None = None,
     progress: bool = False,
 ) -> Result | None:
     """Merges as the recipe says and writes the model folder `out`; nothing appears there before it is whole.
@@ -89,13 +90,16 @@ def run_recipe(
     `merge_files`, by default torchrun's where it started this one. progress: show how far it is; what is learned follows the
     recipe's own setting, where it has one.
 
-    What is learned is learned by all processes that torchrun started: see docs/distributed.md.
+    What is learned is learned by all processes that torchrun started: see docs/distributed.md. timeout: seconds that these wait
+    for one that does not answer, two hours by default.
     """
     target, state = Path(os.path.realpath(out)), state_of(out)
     with recipe.named():
         check_device(recipe.parameters.get("device"))
         require_apart(target, inputs_of(recipe))
         if recipe.merge_method in METHODS:
+            if timeout is not None:
+                raise ValueError(f"timeout is for methods that learn, and of {recipe.merge_method} no rank waits; leave it out")
             merge = file_merge_of(recipe, with_page=report)
             if shard_size is not None:
                 merge = replace(merge, shard_bytes=parse_size(shard_size))
@@ -104,7 +108,7 @@ def run_recipe(
         of_files = {"rank": rank, "shard_size": shard_size}
         for option in (name for name, value in of_files.items() if value is not None):
             raise ValueError(f"{option} is for methods that go from file to file, and {recipe.merge_method} learns; leave it out")
-        with ranks_of_torchrun(recipe.parameters.get("device")) as ranks:
+        with ranks_of_torchrun(recipe.parameters.get("device"), timeout) as ranks:
             if ranks.group is not None:
                 require_spread(recipe)
             require_target(target, overwrite=overwrite)

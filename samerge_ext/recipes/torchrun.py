@@ -19,16 +19,21 @@ from samerge_ext.packing.ranks import ALONE, Ranks
 from samerge_ext.packing.stores import known_device
 
 # For which ranks wait for each other: as long as the first one may pack alone. A rank that ends is noticed at once.
-TIMEOUT = timedelta(hours=2)
+TIMEOUT = 2 * 3600.0  # seconds
 
 
 @contextmanager
-def ranks_of_torchrun(device: str | None) -> Iterator[Ranks]:
+def ranks_of_torchrun(device: str | None, timeout: float | None = None) -> Iterator[Ranks]:
     """The processes that torchrun started, joined while the block runs; this one alone where it started none.
 
-    device: of the recipe; "cuda" is a GPU of its own for every process. Raises ValueError for one GPU of all of them.
+    device: of the recipe; "cuda" is a GPU of its own for every process. timeout: seconds that they wait for each other, two hours
+    by default. Raises ValueError for one GPU of all of them, and for a timeout that is none, or of one process.
     """
+    if timeout is not None and timeout <= 0:
+        raise ValueError(f"timeout={timeout}; expected a number of seconds > 0")
     if not dist.is_torchelastic_launched():
+        if timeout is not None:
+            raise ValueError(f"timeout={timeout:g}: one process waits for no other; leave it out, or start several by torchrun")
         yield ALONE
         return
     on = known_device(device or "cpu")
@@ -36,7 +41,7 @@ def ranks_of_torchrun(device: str | None) -> Iterator[Ranks]:
         raise ValueError(f"device={device!r} is one GPU for all ranks; give cuda, and every rank takes one of its own")
     if on.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout or TIMEOUT))
     yield Ranks.of(None, on)
     dist.destroy_process_group()  # after an error the process ends, and others may never come
 

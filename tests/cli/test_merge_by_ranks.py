@@ -75,6 +75,7 @@ def test_variables_that_torchrun_did_not_set_are_none_of_ours(recipe, tmp_path, 
         (["--ranks", "2"], "--rank and --ranks go together"),
         (["--rank", "2", "--ranks", "2"], "rank 2 of 2: ranks are numbered from 0 on"),
         (["--shard-size", "big"], "shard_size 'big': give a number of bytes"),
+        (["--timeout", "60"], "timeout is for methods that learn, and of ties no rank waits; leave it out"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(recipe, tmp_path, options, message):
@@ -89,6 +90,8 @@ def test_options_that_make_no_sense_are_refused(recipe, tmp_path, options, messa
     [
         (["--rank", "0", "--ranks", "2"], "rank is for methods that go from file to file, and samerging learns; leave it out"),
         (["--shard-size", "1GB"], "shard_size is for methods that go from file to file, and samerging learns"),
+        (["--timeout", "60"], "timeout=60: one process waits for no other; leave it out, or start several by torchrun"),
+        (["--timeout", "0"], "timeout=0.0; expected a number of seconds > 0"),
     ],
 )
 def test_learned_merges_refuse_them(models, recipe, tmp_path, options, message):

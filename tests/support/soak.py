@@ -1,7 +1,8 @@
 """Random plans, kills and attacks: every merge stays within its memory budget or is refused, whatever is killed continues to the
-same numbers, whatever is attacked (`attacks`) ends in the same bytes or tells what to do, and many merges leave nothing behind.
+same numbers, also by ranks (`killed_ranks`), whatever is attacked (`attacks`) ends in the same bytes or tells what to do, and
+many merges leave nothing behind.
 
-    python tests/support/soak.py --plans 200 --kills 100 --rounds 100 --merges 500        # make soak
+    python tests/support/soak.py --plans 200 --kills 100 --killed-ranks 20 --rounds 100 --merges 500        # make soak
 """
 
 import argparse
@@ -17,6 +18,7 @@ import traceback
 from pathlib import Path
 
 import attacks
+import killed_ranks
 import streaming
 import torch
 from safetensors.torch import save_file
@@ -184,9 +186,12 @@ def main() -> None:
     parser.add_argument("--merges", type=int, default=500, help="in one process, whose memory stays flat")
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--killed-ranks", type=int, default=20, help="kills of ranks that learn, and of those that merge files")
     arguments = parser.parse_args()
     many_rounds(arguments.rounds, arguments.seconds)
     many_kills(arguments.kills)
+    for kind in killed_ranks.KINDS if arguments.killed_ranks else ():
+        killed_ranks.many_kills(kind, arguments.killed_ranks)
     if arguments.merges:
         added, files, threads = added_by(arguments.merges)
         print(f"{arguments.merges} merges: {added / 2**20:.1f} MiB, {files} files, {threads} threads more than after a fifth")

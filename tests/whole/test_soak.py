@@ -1,6 +1,7 @@
 """A short soak; the long one is `make soak`."""
 
 import attacks
+import killed_ranks
 import soak
 from processes import in_a_process
 
@@ -14,6 +15,11 @@ def test_random_plans_run_within_their_budget_or_are_refused():
 
 def test_killed_merges_continue_to_the_same_bits():
     in_a_process(soak.many_kills, 6, 7)
+
+
+def test_killed_ranks_continue_to_the_same_bytes():
+    """Of a recipe that the command learns; those that merge from file to file have a test beside their own."""
+    in_a_process(killed_ranks.many_kills, "learned", 1, 2)
 
 
 def test_attacks_end_in_the_same_bytes_or_tell_what_to_do():
