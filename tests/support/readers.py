@@ -177,7 +177,9 @@ def _read_adapter(path: Path) -> object:
 def _ggufs(folder: Path) -> list[bytes]:
     from tiny_gguf import files  # which needs the package gguf
 
-    return files(folder)
+    found = files(folder)
+    folder_of_gguf(folder / "made.gguf", folder / "out")  # what transformers imports at first takes seconds
+    return found
 
 
 def _read_gguf(path: Path) -> object:
