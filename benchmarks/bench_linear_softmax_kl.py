@@ -97,14 +97,15 @@ def roomy(x: Problem):
     return lambda: with_grads(x, lambda: sm.linear_softmax_kl(x.hidden, x.head, x.teacher, x.teacher_head, **settings))
 
 
-def unfused(x: Problem):
-    def loss():
-        with torch.no_grad():
-            log_p = (torch.mm(x.teacher, x.teacher_head.t()).float() / 2).log_softmax(-1)
-        log_q = (torch.mm(x.hidden, x.head.t()).float() / 2).log_softmax(-1)
-        return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+def unfused_loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+    with torch.no_grad():
+        log_p = (torch.mm(teacher, teacher_head.t()).float() / 2).log_softmax(-1)
+    log_q = (torch.mm(hidden, head.t()).float() / 2).log_softmax(-1)
+    return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
-    return lambda: with_grads(x, loss)
+
+def unfused(x: Problem):
+    return lambda: with_grads(x, lambda: unfused_loss(x.hidden, x.head, x.teacher, x.teacher_head))
 
 
 def liger(x: Problem):

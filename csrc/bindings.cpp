@@ -45,6 +45,10 @@ void trim_cpu(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor
 void drop_cpu(const at::Tensor& out, const at::Tensor& numbers, const at::Tensor& keys, const at::Tensor& thresholds,
               const at::Tensor& factors);
 
+void rows_times_transposed_cpu(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& matrix);
+
+void add_rows_times_cpu(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& matrix);
+
 bool map_large_tensors(bool on);
 
 #ifdef SAMERGE_CUDA
@@ -101,6 +105,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("next_digit_cpu", samerge::next_digit_cpu, without_gil());
   module.def("trim_cpu", samerge::trim_cpu, without_gil());
   module.def("drop_cpu", samerge::drop_cpu, without_gil());
+  module.def("rows_times_transposed_cpu", samerge::rows_times_transposed_cpu, without_gil());
+  module.def("add_rows_times_cpu", samerge::add_rows_times_cpu, without_gil());
   module.def("map_large_tensors", samerge::map_large_tensors,
              "Whether CPU tensors of 1 MiB and more get memory of their own from now on; returns whether they did.");
 #ifdef SAMERGE_CUDA

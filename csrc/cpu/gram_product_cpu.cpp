@@ -4,6 +4,7 @@
 
 #include "../gram_product_call.h"
 #include "levels.h"
+#include "scratch.h"
 
 namespace samerge {
 
@@ -36,12 +37,9 @@ at::Tensor gram_product_cpu(const std::vector<at::Tensor>& matrices, const std::
   a.matrices = pointers.data();
   a.bases = bases.empty() ? nullptr : base_pointers.data();
   const auto loop = loops().gram_product;
-  const int64_t scratch_bytes = loop(a, 0, 0, nullptr) + 64;
-  at::parallel_for(0, batch * a.chunks, 1, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
-    const auto aligned = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
-    loop(a, first, last, reinterpret_cast<void*>(aligned));
-  });
+  const int64_t scratch_bytes = loop(a, 0, 0, nullptr);
+  at::parallel_for(0, batch * a.chunks, 1,
+                   [&](int64_t first, int64_t last) { loop(a, first, last, Scratch(scratch_bytes).data()); });
   if (a.chunks > 1) {
     at::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {

@@ -4,21 +4,9 @@
 
 #include "../lanczos_call.h"
 #include "levels.h"
+#include "scratch.h"
 
 namespace samerge {
-namespace {
-
-// Of one thread, at a multiple of 64.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : bytes_(new char[bytes + 63]) {}
-  void* data() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) / 64 * 64); }
-
- private:
-  std::unique_ptr<char[]> bytes_;
-};
-
-}  // namespace
 
 // Steps first ... last - 1 of `width` vectors; those of step s lie at s * width in the basis, and its results behind
 // them. Where there are matrices enough for all threads, a thread takes one after the other through all steps, in which

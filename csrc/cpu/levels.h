@@ -7,6 +7,7 @@
 #include "../lanczos.h"
 #include "../magnitudes.h"
 #include "../moments.h"
+#include "../row_products.h"
 #include "../softmax_kl.h"
 #include "../weighted_sum.h"
 
@@ -32,6 +33,9 @@ struct Loops {
   // is negative; out may be the numbers. Returns what is left of ties.
   int64_t (*trim)(void* out, const void* numbers, int64_t count, int bytes, uint64_t key, int64_t ties);
   void (*drop)(const Drop&, int64_t row, int64_t stretch);
+  // Both return the bytes of scratch as gram_product does.
+  int64_t (*rows_times_transposed)(const RowProducts&, int64_t first_slab, int64_t last_slab, void* scratch);
+  int64_t (*add_rows_times)(const RowProducts&, int64_t first_unit, int64_t last_unit, void* scratch);
 };
 
 constexpr int64_t kSoftmaxKlChunk = 1024;

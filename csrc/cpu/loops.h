@@ -9,6 +9,7 @@
 #include "levels.h"
 #include "magnitudes_loops.h"
 #include "moments_loops.h"
+#include "row_products_loops.h"
 #include "softmax_kl_loops.h"
 #include "weighted_sum_loops.h"
 
@@ -17,10 +18,10 @@
 
 namespace samerge {
 
-const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,
-                                                     SAMERGE_LEVEL::softmax_kl,   SAMERGE_LEVEL::moments,
-                                                     SAMERGE_LEVEL::gram_product, SAMERGE_LEVEL::orthogonalise,
-                                                     SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,
-                                                     SAMERGE_LEVEL::trim,         SAMERGE_LEVEL::drop};
+const Loops SAMERGE_CONCAT(SAMERGE_LEVEL, _loops) = {
+    SAMERGE_LEVEL::weighted_sum, SAMERGE_LEVEL::coefficient_grad,      SAMERGE_LEVEL::softmax_kl,
+    SAMERGE_LEVEL::moments,      SAMERGE_LEVEL::gram_product,          SAMERGE_LEVEL::orthogonalise,
+    SAMERGE_LEVEL::elected_sum,  SAMERGE_LEVEL::count_digits,          SAMERGE_LEVEL::trim,
+    SAMERGE_LEVEL::drop,         SAMERGE_LEVEL::rows_times_transposed, SAMERGE_LEVEL::add_rows_times};
 
 }  // namespace samerge

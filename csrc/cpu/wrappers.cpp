@@ -6,5 +6,6 @@
 #include "lanczos_cpu.cpp"
 #include "magnitudes_cpu.cpp"
 #include "moments_cpu.cpp"
+#include "row_products_cpu.cpp"
 #include "softmax_kl_cpu.cpp"
 #include "weighted_sum_cpu.cpp"

@@ -39,8 +39,9 @@ OF_TYPES = {"weight_scale": (*FLOAT8, torch.int8), "weight_scale_inv": FLOAT8, "
 
 
 class Stored(Protocol):
-    """The tensors of a folder as they are stored, by name."""
+    """The tensors of a folder or a file, path, as they are stored, by name."""
 
+    path: Path
     names: tuple[str, ...]
 
     def shape(self, name: str) -> torch.Size: ...
@@ -110,8 +111,8 @@ class FourBits(Coded):
             found = (stored.shape(part).numel(), stored.dtype(part)) if part in stored.names else None
             if found != kind:
                 raise CheckpointError(
-                    f"'{part}' should be {kind[0]} of {kind[1]} for {list(self.shape)} in blocks of {self._blocksize}, and is "
-                    f"{f'{found[0]} of {found[1]}' if found else 'missing'}; dequantise the model first"
+                    f"{stored.path}: '{part}' should be {kind[0]} of {kind[1]} for {list(self.shape)} in blocks of "
+                    f"{self._blocksize}, and is {f'{found[0]} of {found[1]}' if found else 'missing'}; dequantise the model first"
                 )
 
     @staticmethod
@@ -126,7 +127,8 @@ class FourBits(Coded):
         except (ValueError, TypeError, KeyError, AttributeError):
             pass
         raise CheckpointError(
-            f"'{name}' does not say shape, dtype and blocksize as bitsandbytes writes them; dequantise the model first"
+            f"{stored.path}: '{name}' does not say shape, dtype and blocksize as bitsandbytes writes them; dequantise the "
+            "model first"
         )
 
     def read_into(self, stored: Stored, start: int, out: Tensor) -> None:
@@ -168,8 +170,8 @@ class GPTQ(Coded):
             fits = False
         if not fits:
             raise CheckpointError(
-                f"'{self.parts[0]}' … are {list(map(list, shapes))}, which is no weight of {bits} bits as GPTQ stores it "
-                "(qweight, qzeros, scales, g_idx); dequantise the model first"
+                f"{stored.path}: '{self.parts[0]}' … are {list(map(list, shapes))}, which is no weight of {bits} bits as "
+                "GPTQ stores it (qweight, qzeros, scales, g_idx); dequantise the model first"
             )
 
     def read_into(self, stored: Stored, start: int, out: Tensor) -> None:
@@ -236,8 +238,8 @@ def _block(stored: Stored, weight: str, scale: str, blocks: list[tuple[int, int]
         if len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0:
             return 1, columns // shape[1]
     raise CheckpointError(
-        f"'{scale}' is {list(shape)}, which is no scale of '{weight}' {[rows, columns]}, in the blocks of config.json "
-        f"({', '.join(map(str, blocks)) or 'which tells none'}) or otherwise; dequantise the model first"
+        f"{stored.path}: '{scale}' is {list(shape)}, which is no scale of '{weight}' {[rows, columns]}, in the blocks of "
+        f"config.json ({', '.join(map(str, blocks)) or 'which tells none'}) or otherwise; dequantise the model first"
     )
 
 
@@ -271,4 +273,6 @@ def _gptq(config: Mapping[str, Any]) -> tuple[int, int] | None:
 def _check_order(stored: Stored, name: str) -> None:
     """bitsandbytes has stored codes in the orders of processors, too."""
     if name in stored.names and (found := stored.read(name).flatten().tolist()) != [0]:
-        raise CheckpointError(f"'{name}' is {shown(found)}: only codes in their rows' order, 0, are read; dequantise it first")
+        raise CheckpointError(
+            f"{stored.path}: '{name}' is {shown(found)}: only codes in their rows' order, 0, are read; dequantise it first"
+        )

@@ -1,6 +1,7 @@
 """Weights stored as codes are read as what the codes stand for, piece by piece as whole, and merged as that."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def test_codes_that_their_scales_do_not_fit_are_refused(tmp_path, fault):
     kind, changed, message = REFUSED[fault]
     tensors, config, _ = KINDS[kind](10, 18)
     tensors = {name: tensor for name, tensor in {**tensors, **changed}.items() if tensor is not None}
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(tmp_path / 'm'))}: .*{message}"):
         open_checkpoint(save(tmp_path / "m", tensors, config))
 
 
@@ -229,16 +230,16 @@ def test_parts_of_gptq_that_do_not_make_a_weight_are_refused(tmp_path):
     tensors, config, _ = KINDS["GPTQ, 4 bits"](10, 18)
     others = torch.zeros(31, dtype=torch.int32), torch.full((32,), 3, dtype=torch.int32), torch.full((32,), -1, dtype=torch.int32)
     for changed in (*({f"{STEM}.g_idx": other} for other in others), {f"{STEM}.scales": torch.ones(3, 8)}):
-        with pytest.raises(CheckpointError, match="no weight of 4 bits as GPTQ stores it"):
+        with pytest.raises(CheckpointError, match=r"m: 'layers.0.q.qweight' … .* no weight of 4 bits as GPTQ stores it"):
             open_checkpoint(save(tmp_path / "m", {**tensors, **changed}, config))
     del tensors[f"{STEM}.qzeros"]
-    with pytest.raises(CheckpointError, match="no weight of 4 bits as GPTQ stores it"):
+    with pytest.raises(CheckpointError, match=r"m: 'layers.0.q.qweight' … .* no weight of 4 bits as GPTQ stores it"):
         open_checkpoint(save(tmp_path / "m", tensors, config))
 
 
 def test_blocks_that_config_json_does_not_tell_are_refused(tmp_path):
     tensors, _, _ = KINDS["float8, DeepSeek's blocks"](8, 16)
-    with pytest.raises(CheckpointError, match=r"weight_scale_inv' is \[2, 2\].*which tells none"):
+    with pytest.raises(CheckpointError, match=r"m: 'layers.0.q.weight_scale_inv' is \[2, 2\].*which tells none"):
         open_checkpoint(save(tmp_path / "m", tensors))
 
 

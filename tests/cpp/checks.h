@@ -160,5 +160,6 @@ void test_softmax_kl();
 void test_moments();
 void test_gram_product();
 void test_orthogonalise();
+void test_row_products();
 
 }  // namespace samerge

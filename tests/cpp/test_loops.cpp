@@ -346,6 +346,7 @@ int main() {
   test_moments();
   test_gram_product();
   test_orthogonalise();
+  test_row_products();
   for (const TestedLevel& level : tested_levels)
     std::printf("%s: %lld calls agree with plain sums\n", level.name, (long long)level.calls);
 }

@@ -202,4 +202,63 @@ void test_orthogonalise() {
       }
 }
 
+// W's rows, those of the R rows and of the results lie apart; what lies between them is NaN.
+void test_row_products() {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64})
+    for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1, 1}, {7, 49, 33}, {5, 600, 35}, {113, 97, 530}}) {
+      const int64_t num_rows = shape[0], height = shape[1], width = shape[2], gap = 3;
+      const DType real = computed_in(dtype);
+      RowProducts a{};
+      a.num_rows = num_rows;
+      a.padded = (num_rows + kRowPadding - 1) / kRowPadding * kRowPadding;
+      a.height = height;
+      a.width = width;
+      a.matrix_stride = width + gap;
+      a.matrix_dtype = dtype;
+      const auto strided = [&](DType of, int64_t rows, int64_t columns) {
+        Numbers numbers(of, rows * (columns + gap) - gap);
+        for (int64_t row = 0; row < rows; ++row) fill(numbers, row * (columns + gap), columns);
+        return numbers;
+      };
+      Numbers matrix = strided(dtype, height, width), deep = strided(real, num_rows, height),
+              turned(real, width * a.padded);
+      Numbers tall(real, num_rows * (height + gap) - gap), wide(real, num_rows * (width + gap) - gap);
+      a.matrix = matrix.data();
+      for (int64_t k = 0; k < turned.size; ++k) turned.set(k, 0);
+      for (int64_t k = 0; k < width; ++k) fill(turned, k * a.padded, num_rows);
+      std::vector<double> of_transposed(num_rows * height), of_matrix(num_rows * width);
+      for (int64_t r = 0; r < num_rows; ++r)
+        for (int64_t v = 0; v < height; ++v)
+          for (int64_t h = 0; h < width; ++h) {
+            const double w = matrix[v * a.matrix_stride + h];
+            of_transposed[r * height + v] += turned[h * a.padded + r] * w;
+            of_matrix[r * width + h] += deep[r * (height + gap) + v] * w;
+          }
+      at_work = std::string("row_products, ") + name_of(dtype) + " [" + std::to_string(num_rows) + ", " +
+                std::to_string(height) + ", " + std::to_string(width) + "]";
+      // The whole product in two ranges, of which the second is first.
+      const auto run = [&](auto loop, Numbers& out, const void* rows, int64_t row_stride, int64_t columns,
+                           int64_t units) {
+        a.out = out.data();
+        a.out_stride = columns + gap;
+        a.rows = rows;
+        a.row_stride = row_stride;
+        Numbers scratch(DType::f64, loop(a, 0, 0, nullptr) / 8);
+        loop(a, units / 2, units, scratch.data());
+        loop(a, 0, units / 2, scratch.data());
+        for (int64_t row = 0; row + 1 < num_rows; ++row) CHECK(out.poisoned(row * (columns + gap) + columns, gap));
+      };
+      on_every_level([&] {
+        tall.poison();
+        run(loops().rows_times_transposed, tall, turned.data(), a.padded, height, (height + kSlabRows - 1) / kSlabRows);
+        CHECK(close(of_transposed, real, [&](int64_t i) { return tall[i / height * (height + gap) + i % height]; }));
+        wide.poison();
+        for (int64_t r = 0; r < num_rows; ++r)
+          for (int64_t h = 0; h < width; ++h) wide.set(r * (width + gap) + h, 1);  // what is there is added to
+        run(loops().add_rows_times, wide, deep.data(), height + gap, width, (width + kUnitColumns - 1) / kUnitColumns);
+        CHECK(close(of_matrix, real, [&](int64_t i) { return wide[i / width * (width + gap) + i % width] - 1; }));
+      });
+    }
+}
+
 }  // namespace samerge

@@ -3,17 +3,30 @@ file is read, or an error of a documented type names it, whatever it holds. For 
 
 import io
 import json
-import struct
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import coded
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from frames import (
+    frame,
+    join_header,
+    join_json,
+    join_packed,
+    join_sealed,
+    join_yaml,
+    split_header,
+    split_json,
+    split_packed,
+    split_sealed,
+    split_yaml,
+)
 from safetensors.torch import save, save_file
 
 import samerge_ext as sm
@@ -26,6 +39,7 @@ from samerge_ext.checkpoints.shards import plan_shards
 from samerge_ext.checkpoints.sources import StateDictSource
 from samerge_ext.checkpoints.vocabulary import Vocabulary
 from samerge_ext.elementwise.record import held_record
+from samerge_ext.models.gguf import folder_of_gguf
 from samerge_ext.recipes.recipe import load_recipe
 from samerge_ext.recipes.tokenizers import companions_of
 
@@ -121,6 +135,20 @@ def _index(_: Path) -> list[bytes]:
     return [json.dumps({"metadata": {"total_size": 1}, "weight_map": places}).encode()]
 
 
+def _read_codes(path: Path) -> object:
+    if not (config := path.parent / "config.json").exists():
+        config.write_text(json.dumps(coded.SETTINGS))
+    return _all_of(path)
+
+
+def _read_settings_of_codes(path: Path) -> object:
+    for number, tensors in enumerate(coded.KINDS):
+        save_file(tensors, _made(path.parent / str(number)) / "model.safetensors")
+        (path.parent / str(number) / "config.json").write_bytes(path.read_bytes())
+        _all_of(path.parent / str(number))
+    return None
+
+
 def _factors() -> dict[str, torch.Tensor]:
     return {
         "base_model.model.layers.0.lora_A.weight": torch.ones(2, 6),
@@ -144,6 +172,18 @@ def _read_adapter(path: Path) -> object:
         save_file(_factors(), weights)
     with open_expert(path.parent, StateDictSource(tensors(0), "base"), "expert") as source:
         return [source.read(name) for name in source.names]
+
+
+def _ggufs(folder: Path) -> list[bytes]:
+    from tiny_gguf import files  # which needs the package gguf
+
+    found = files(folder)
+    folder_of_gguf(folder / "made.gguf", folder / "out")  # what transformers imports at first takes seconds
+    return found
+
+
+def _read_gguf(path: Path) -> object:
+    return folder_of_gguf(path, path.parent / "out", overwrite=True)
 
 
 def _packed(folder: Path) -> list[bytes]:
@@ -231,79 +271,28 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _split_json(data: bytes) -> tuple[object, bytes]:
-    return json.loads(data), b""
-
-
-def _join_json(content: object, _: bytes = b"") -> bytes:
-    return json.dumps(content).encode()
-
-
-def _split_header(data: bytes) -> tuple[object, bytes]:
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def _join_header(content: object, rest: bytes) -> bytes:
-    return _with_header(json.dumps(content).encode(), rest)
-
-
-def _frame(text: bytes, sound: bytes) -> bytes:
-    return _with_header(text, _split_header(sound)[1])
-
-
-def _with_header(text: bytes, rest: bytes) -> bytes:
-    return struct.pack("<Q", len(text)) + text + rest
-
-
-def _split_packed(data: bytes) -> tuple[object, bytes]:
-    header, rest = _split_header(data)
-    return {"header": header, "about": json.loads(header.pop("__metadata__")["packed"])}, rest
-
-
-def _join_packed(content: object, rest: bytes) -> bytes:
-    """With the checksum of the header that it makes, so that what is in it is looked at."""
-    if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
-        return _join_header(content, rest)
-    about = json.dumps(content.get("about"))
-    data = _join_header({"__metadata__": {"checksum": "0" * 8, "packed": about}, **content["header"]}, b"")
-    return data.replace(b"0" * 8, b"%08x" % zlib.crc32(data), 1) + rest
-
-
-def _split_sealed(data: bytes) -> tuple[object, bytes]:
-    return json.loads(data.partition(b"\n")[2]), b""
-
-
-def _join_sealed(content: object, _: bytes = b"") -> bytes:
-    text = json.dumps(content).encode()
-    return b"%08x\n" % zlib.crc32(text) + text
-
-
-def _split_yaml(data: bytes) -> tuple[object, bytes]:
-    return yaml.safe_load(data), b""
-
-
-def _join_yaml(content: object, _: bytes = b"") -> bytes:
-    return yaml.safe_dump(content).encode()
-
-
 RECORD, NOTE = {"identity": {"method": "linear"}, "whole": [7, 8]}, {"checksum": "01234567", "trims": [[1, 2]]}
-JSON, HEADER, SEALED = (_split_json, _join_json), (_split_header, _join_header, _frame), (_split_sealed, _join_sealed)
+JSON, HEADER, SEALED = (split_json, join_json), (split_header, join_header, frame), (split_sealed, join_sealed)
 READERS = {
     reader.name: reader
     for reader in (
         Reader("safetensors", "weights/model.safetensors", lambda _: [save(tensors(0), {"format": "pt"})], _all_of, *HEADER),
+        Reader("codes", "coded/model.safetensors", lambda _: [save(kind) for kind in coded.KINDS], _read_codes, *HEADER),
+        Reader(
+            "settings of codes", "quantised/config.json", lambda _: [join_json(coded.SETTINGS)], _read_settings_of_codes, *JSON
+        ),
+        *([Reader("GGUF", "gguf/model.gguf", _ggufs, _read_gguf)] if find_spec("gguf") and find_spec("transformers") else []),
         Reader("state dict", "pickled/pytorch_model.bin", _state_dicts, _all_of),
         Reader("checkpoint's metadata", "dcp/.metadata", _dcp, _read_dcp),
         Reader("checkpoint's part", "dcp-part/__0_0.distcp", _part, _read_part),
         Reader("index", "sharded/model.safetensors.index.json", _index, _read_index, *JSON),
-        Reader("adapter's settings", "adapter/adapter_config.json", lambda _: [_join_json(SETTINGS)], _read_adapter, *JSON),
+        Reader("adapter's settings", "adapter/adapter_config.json", lambda _: [join_json(SETTINGS)], _read_adapter, *JSON),
         Reader("adapter's factors", "factors/adapter_model.safetensors", lambda _: [save(_factors())], _read_adapter, *HEADER),
-        Reader("packed file", "packed/weights.safetensors", _packed, _read_packed, _split_packed, _join_packed, _frame),
-        Reader("record", "out.state/merge.json", lambda _: [_join_sealed(RECORD)], _read_record, *SEALED),
-        Reader("note", "noted.state/notes/model.safetensors.json", lambda _: [_join_sealed(NOTE)], _read_note, *SEALED),
-        Reader("recipe", "recipe.yaml", _recipes, lambda path: companions_of(load_recipe(path, {})), _split_yaml, _join_yaml),
-        Reader("config", "model/config.json", lambda _: [_join_json(CONFIG)], _read_config, *JSON),
+        Reader("packed file", "packed/weights.safetensors", _packed, _read_packed, split_packed, join_packed, frame),
+        Reader("record", "out.state/merge.json", lambda _: [join_sealed(RECORD)], _read_record, *SEALED),
+        Reader("note", "noted.state/notes/model.safetensors.json", lambda _: [join_sealed(NOTE)], _read_note, *SEALED),
+        Reader("recipe", "recipe.yaml", _recipes, lambda path: companions_of(load_recipe(path, {})), split_yaml, join_yaml),
+        Reader("config", "model/config.json", lambda _: [join_json(CONFIG)], _read_config, *JSON),
         Reader("tokenizer", "tokenized/tokenizer.json", _tokenizers, _read_tokenizer, *JSON),
         Reader("pieces", "pieces/tokenizer.model", lambda _: [b"\n\x05\n\x03abc\n\x05\n\x03def"], _read_tokenizer),
     )
