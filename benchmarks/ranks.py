@@ -5,8 +5,8 @@
 A model of Llama's shape with random weights, which are in a packed file that is written first. Every rank is a process with one
 thread; gloo joins them. A rank's peak is its process's largest resident memory (VmHWM), Python, torch and transformers included.
 Bytes are counted where they are given to the collectives; those of the formula are of docs/distributed.md, with the tied output
-matrix, which two units have, twice. Seconds are of the slowest rank, the
-median of the steps after the first; beside them the seconds in which a rank computed, whatever else the machine did.
+matrix, which two units have, twice. Seconds are of the slowest rank, the median of the steps after the first; beside them the
+seconds in which a rank computed, whatever else the machine did.
 """
 
 from __future__ import annotations
