@@ -5,8 +5,8 @@
 A model of Llama's shape with random weights, which are in a packed file that is written first. Every rank is a process with one
 thread; gloo joins them. A rank's peak is its process's largest resident memory (VmHWM), Python, torch and transformers included.
 Bytes are counted where they are given to the collectives; those of the formula are of docs/distributed.md, with the tied output
-matrix, which is read outside of its unit, gathered and scattered once more in every turn. Seconds are of the slowest rank, the
-median of the steps after the first; beside them the seconds in which a rank computed, whatever else the machine did.
+matrix, which two units have, twice. Seconds are of the slowest rank, the median of the steps after the first; beside them the
+seconds in which a rank computed, whatever else the machine did.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def by_the_formula(shape: Shape, share: sm.PackedWeights, ranks: int, streamed: 
     """Bytes that come to a rank in a step, of docs/distributed.md."""
     numbers, tied = share.layout.numel, shape.vocabulary * shape.hidden
     turns = -(-shape.experts // ranks)
-    sent = turns * (3 * numbers + 2 * tied) if streamed else 2 * numbers
+    sent = 3 * turns * (numbers + tied) if streamed else 2 * numbers
     return PASSES * sent * share.base.dtype.itemsize * (ranks - 1) / ranks
 
 

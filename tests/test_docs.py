@@ -25,6 +25,7 @@ import torch
 import typer
 from families import move, save_pictures
 from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from samerge_ext.cli.commands import app
@@ -249,8 +250,9 @@ def check_command(words: list[str], *, run: bool) -> None:
         else:
             check_samerge(arguments)
     elif program == "torchrun":  # one process does what it would start several for
-        assert arguments[0] == "--nproc-per-node" and arguments[2:4] == ["-m", "samerge_ext"], arguments
-        check_command(["samerge", *arguments[4:]], run=run)
+        started = get_args_parser().parse_args(arguments)
+        assert started.module and started.training_script == "samerge_ext", arguments
+        check_command(["samerge", *started.training_script_args], run=run)
     elif program == "make":
         missing = set(arguments) - make_targets()
         assert arguments and not missing, f"no targets of the Makefile: {missing}"
