@@ -12,7 +12,7 @@ from samerge_ext.checkpoints.reading import shown
 from samerge_ext.learning.passes import Logits
 from samerge_ext.models.pictures import find_pictures
 
-Reader = Callable[[Sequence[Path]], dict[str, torch.Tensor]]
+Reader = Callable[[Sequence[Path], int], list[dict[str, torch.Tensor]]]
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -29,14 +29,15 @@ def class_folders(folder: Path) -> list[str]:
 def numbers_of_folders(folder: Path, names: Sequence[str], classes: int) -> dict[str, int]:
     """Subfolder -> the number of its class.
 
-    names: of the classes, in the order of their numbers, which subfolders are called by, "_" for a space. Subfolders may be called
-    by the numbers themselves. Where no subfolder is called by either and there are as many as classes, they count in the order of
-    names, as in torchvision's ImageFolder.
+    names: of the classes, in the order of their numbers, which subfolders are called by, "_" for a space; or else by the numbers.
+    Where no subfolder is called by either and there are as many as classes, they are the classes in the order of their own names,
+    as in torchvision's ImageFolder.
     Raises ValueError for a subfolder that is none of the classes.
     """
-    by_name = {_plain(name): number for number, name in enumerate(names)}
+    plain = [spoken(name) for name in names]
+    by_name = {name: number for number, name in enumerate(plain) if plain.count(name) == 1}
     folders = class_folders(folder)
-    found = {name: by_name.get(_plain(name), int(name) if name.isdecimal() else -1) for name in folders}
+    found = {name: by_name.get(spoken(name), int(name) if name.isdecimal() else -1) for name in folders}
     if all(number == -1 for number in found.values()) and len(folders) == classes:
         return {name: number for number, name in enumerate(folders)}
     for name, number in found.items():
@@ -53,16 +54,16 @@ def accuracy(
 ) -> tuple[float, int]:
     """The share of pictures whose largest logit is their class's, and how many there are.
 
-    logits, task: as of `samerging`. names: of the classes, as of `numbers_of_folders`. read: makes a batch of pictures; no more
-    than one batch is in memory.
+    logits, task: as of `samerging`. names: of the classes, as of `numbers_of_folders`. read: makes batches of pictures, of which
+    no more than one is in memory.
     """
     pictures = find_pictures(folder, limit)
     numbers: dict[str, int] = {}
-    device, right = next(module.parameters()).device, 0
+    like, right = next(module.parameters()), 0
     with torch.no_grad():
         for start in range(0, len(pictures), batch_size):
             chunk = pictures[start : start + batch_size]
-            batch = {name: tensor.to(device) for name, tensor in read(chunk).items()}
+            batch = {name: tensor.to(like) for name, tensor in read(chunk, len(chunk))[0].items()}
             answers = logits(module, batch, task)  # [B, classes]
             numbers = numbers or numbers_of_folders(folder, names, answers.shape[1])
             labels = torch.tensor([numbers[path.relative_to(folder).parts[0]] for path in chunk])
@@ -70,5 +71,6 @@ def accuracy(
     return right / len(pictures), len(pictures)
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().lower()
+def spoken(name: str) -> str:
+    """A subfolder's name as that of a class."""
+    return name.replace("_", " ").strip()
