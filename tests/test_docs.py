@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs the 
 GIVEN = {
     "README.md": ("module", "news_batches", "spam_batches"),
     "docs/gpu.md": ("module", "calibration", "logits"),
-    "docs/integrations.md": ("algorithm", "modelpool"),
+    "docs/integrations.md": ("algorithm", "modelpool", "calibration", "logits"),
     "docs/distributed.md": ("module", "calibration", "logits"),
     "docs/memory.md": ("calibration", "logits"),
 }

@@ -56,20 +56,27 @@ def compare(
 
 @app.command("eval")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="folder of a causal language model or a sequence classifier")],
+    folder: Annotated[Path, typer.Argument(help="folder of a causal language model, a classifier of texts or pictures, or CLIP")],
     files: Annotated[
         list[str],
-        typer.Argument(help="texts (.txt, one a line, or .jsonl), of a classifier .jsonl with text and label; FILE or TASK=FILE"),
+        typer.Argument(
+            help="texts (.txt, one a line, or .jsonl), of a classifier .jsonl with text and label, or a folder of pictures, "
+            "CLASS/PICTURE; FILE or TASK=FILE"
+        ),
     ],
     json: AsJson = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts at a time")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts or pictures at a time")] = 4,
     max_length: Annotated[int, typer.Option(min=2, help="tokens; longer texts are cut")] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many texts of each file")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many texts or pictures of each")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option(help="of CLIP, TASK=FILE of class names, one a line; the subfolders' names by default")
+    ] = None,
+    templates: Annotated[list[str] | None, typer.Option(help="of CLIP, TASK=FILE of texts with {} in the name's place")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the weights, float32 …; as they are stored by default")] = None,
     device: Annotated[str, typer.Option(help="what computes: cpu, cuda, cuda:1")] = "cpu",
     report: Annotated[bool, typer.Option("--report", help="add the scores to the merged model's report, too")] = False,
 ) -> None:
-    """Perplexity or accuracy of a model folder on files. Of a task's own head, as TASK=FILE."""
+    """Perplexity or accuracy of a model folder on files or pictures. Of a task's own head, as TASK=FILE."""
     with told():
         if report:
             from samerge_ext.reports.report import read_report
@@ -77,11 +84,22 @@ def evaluate(
 
             found = read_report(folder)
         named = {task: Path(path) for task, path in tasks_and_folders(files)}
-        for path in (folder, *named.values()):
+        texts_of_clip = {
+            name: {task: Path(path) for task, path in tasks_and_folders(given)}
+            for name, given in (("classes", classes), ("templates", templates))
+            if given
+        }
+        for path in (folder, *named.values(), *(path for files in texts_of_clip.values() for path in files.values())):
             path.stat()
         from samerge_ext.models.evaluation import evaluate as evaluate_folder
 
-        options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "max_length": max_length, "device": device}
+        options: dict[str, Any] = {
+            "limit": limit,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "device": device,
+            **texts_of_clip,
+        }
         scores = evaluate_folder(folder, named, dtype=float_type(dtype), **options)
         if report:
             found.scores.update({task: score.known() for task, score in scores.items()})
@@ -93,7 +111,8 @@ def evaluate(
         if score.accuracy is None:
             typer.echo(f"{task}: perplexity {score.perplexity:.4f} of {score.tokens} tokens in {score.texts} texts")
         else:
-            typer.echo(f"{task}: accuracy {score.accuracy:.2%} of {score.texts} texts")
+            count = f"{score.texts} texts" if score.pictures is None else f"{score.pictures} pictures"
+            typer.echo(f"{task}: accuracy {score.accuracy:.2%} of {count}")
 
 
 @app.command()

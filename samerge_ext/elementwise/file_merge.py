@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from samerge_ext.checkpoints.companions import without_quantisation
 from samerge_ext.checkpoints.lora import model_and_adapter

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from samerge_ext.integrations.made_again import MadeAgain
 from samerge_ext.integrations.module_task_vectors import ModuleTaskVectors, layers_to_merge
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,7 +39,8 @@ class _MergedModel(nn.Module, Generic[Model]):
     """A pretrained model at θ₀ + Σ_t λ_t τ_t, with λ made of the parameter ``merge_weight``; what both classes share.
 
     `merge_weights` makes the merged weights as functions of ``merge_weight``. Any number of forward and backward passes may
-    follow, each adding to ``merge_weight.grad``, and the next `merge_weights` leaves graphs of earlier ones as they are.
+    follow, each adding to ``merge_weight.grad``, and the next `merge_weights` leaves graphs of earlier ones as they are: they do
+    not hold the merged weights but make them again.
 
     pretrained_model: frozen. Its parameters that require grad are merged, one layer each; the others stay as they are.
     finetuned_models: made task vectors in place, without the parameters that are not merged.
@@ -61,6 +63,7 @@ class _MergedModel(nn.Module, Generic[Model]):
         sparsity_ratio: float | None = None,
     ):
         super().__init__()
+        task_vector_dtype = task_vector_dtype or next(iter(_task_vector_dtype), None)
         layers = layers_to_merge(pretrained_model, finetuned_models, task_vector_dtype)
         shape = self._shape_of_weights(len(finetuned_models), len(layers))
         if merge_weight.shape != shape:
@@ -79,6 +82,7 @@ class _MergedModel(nn.Module, Generic[Model]):
                 path, _, leaf = name.rpartition(".")
                 delattr(expert.get_submodule(path), leaf)
         self.task_vectors = nn.ModuleList(finetuned_models)
+        self._made_again = MadeAgain()
         self._held = ModuleTaskVectors(layers, self.task_vectors, task_vector_dtype, sparsity_ratio)
         stored_as = {id(parameter): name for name, parameter in layers.items()}
         every_name = pretrained_model.named_parameters(remove_duplicate=False)
@@ -98,11 +102,14 @@ class _MergedModel(nn.Module, Generic[Model]):
             raise ValueError(f"task_vector_mask has nothing for '{missing[0]}'; it must have a mask for every layer")
         self._held.refresh()
         self._merged_state_dict = None  # what nobody else holds is free before as much is needed again
+        self._made_again.clear()
         merged = self.pretrained_model.state_dict(keep_vars=True)
         coefficients = self._coefficients().to(self._held.flat.device, self._held.coefficient_dtype)
         for layer, (name, of_layer) in enumerate(zip(layout.names, coefficients.split(1, dim=1), strict=True)):
             if task_vector_mask is None:
-                merged[name] = self._held.merged(layer, merged[name], of_layer)
+                base = merged[name]
+                merged[name] = self._held.merged(layer, base, of_layer)
+                self._made_again.add(merged[name], self._held.merged_again(layer, base, of_layer))
             else:
                 change = self._held.merged(layer, torch.zeros_like(merged[name]), of_layer)
                 merged[name] = merged[name] + task_vector_mask[name] * change
@@ -125,7 +132,9 @@ class _MergedModel(nn.Module, Generic[Model]):
         return functools.partial(functional_call, self.pretrained_model, state, tie_weights=self.tie_weights, strict=self.strict)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward_model(args=args, kwargs=kwargs)
+        forward_model = self.forward_model
+        with self._made_again.context:
+            return forward_model(args=args, kwargs=kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _MergedModel[Model]:
         if recurse:
@@ -208,22 +217,30 @@ _DEFINED_IN = {  # module of FusionBench -> what takes the place of its class of
     "fusion_bench.models.wrappers.task_wise_fusion": TaskWiseMergedModel,
 }
 _originals: dict[type, type] = {}  # ours -> FusionBench's, while ours is in its place
+_task_vector_dtype: list[torch.dtype] = []  # of what is wrapped while ours are in place, where `accelerate` was given one
 _places: list[tuple[ModuleType, str, type]] = []  # what has which of ours under which name
 
 
-def accelerate() -> AbstractContextManager[Any]:
+def accelerate(task_vector_dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:
     """Puts our classes in the place of FusionBench's, in all modules that have imported them and those that will.
 
     Until `restore()`, or as a context manager until its block ends; what was wrapped meanwhile is to be used meanwhile, as
     FusionBench's functions ask for the class. Within another `accelerate` it does nothing. FusionBench's variant for DOGE-TA,
     which learns on other task vectors, is a class of its own and stays.
 
-    Raises ImportError where fusion-bench is not installed, or its classes are made from other arguments than these.
+    task_vector_dtype: of the task vectors of what is wrapped meanwhile, where the constructor is not given one; by default the
+        models'. With torch.bfloat16 those of fp32 models take half the memory, and are rounded to 8 bits.
+
+    Raises ValueError for another one within another `accelerate`; ImportError where fusion-bench is not installed, or its
+        classes are made from other arguments than these.
     """
     if _originals:
+        if task_vector_dtype not in (None, *_task_vector_dtype):
+            raise ValueError(f"task_vector_dtype={task_vector_dtype} within another accelerate(); call restore() before")
         return ExitStack()
     found = {ours: _class_of_fusion_bench(ours, module) for module, ours in _DEFINED_IN.items()}
     _originals.update(found)
+    _task_vector_dtype.extend([task_vector_dtype] if task_vector_dtype else [])
     for ours, theirs in _originals.items():
         _places.extend((module, name, ours) for module in list(sys.modules.values()) for name in _names_of(theirs, module))
     for module, name, ours in _places:
@@ -244,6 +261,7 @@ def restore() -> None:
         if vars(module).get(name) is ours:
             setattr(module, name, _originals[ours])
     _originals.clear()
+    _task_vector_dtype.clear()
     _places.clear()
 
 

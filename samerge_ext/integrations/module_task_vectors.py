@@ -65,6 +65,24 @@ class ModuleTaskVectors:
             merged.grad_fn._set_sequence_nr(FIRST)
         return merged
 
+    def merged_again(self, layer: int, base: Tensor, coefficients: Tensor) -> Callable[[], Tensor]:
+        """Makes what `merged` gives now, whenever it is called, without its gradient.
+
+        It raises RuntimeError where the base has been changed in place since, as autograd does.
+        """
+        start, length = self.layout.extent(layer)
+        base, task_vectors, coefficients = base.detach(), self.flat[:, start : start + length], coefficients.detach().clone()
+        name, version = self.layout.names[layer], base._version
+
+        def make() -> Tensor:
+            if base._version != version:
+                raise RuntimeError(
+                    f"'{name}' of the base was changed in place since this forward pass; go backward through it before that"
+                )
+            return _merged_layer(base, task_vectors, coefficients)
+
+        return make
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """`nn.Module._apply` for all task vectors at once: they stay views of one buffer."""
         self._bind(function(self.flat))
@@ -98,15 +116,23 @@ class _MergedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, base: Tensor, task_vectors: Tensor) -> Tensor:  # [T, 1], [shape], [T, n]
-        blocks = torch.zeros(task_vectors.shape[1] // BLOCK, dtype=torch.int32, device=base.device)
-        ctx.save_for_backward(task_vectors, blocks)
-        merged = weighted_sum(_whole_blocks(base.detach(), task_vectors), task_vectors, coefficients, blocks)
-        return merged[: base.numel()].view(base.shape)
+        ctx.save_for_backward(task_vectors)
+        return _merged_layer(base, task_vectors, coefficients)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        task_vectors, blocks = ctx.saved_tensors
-        return coefficient_grad(_whole_blocks(gradient, task_vectors), task_vectors, blocks, 1), None, None
+        (task_vectors,) = ctx.saved_tensors
+        whole = _whole_blocks(gradient, task_vectors)
+        return coefficient_grad(whole, task_vectors, _one_layer(task_vectors), 1), None, None
+
+
+def _merged_layer(base: Tensor, task_vectors: Tensor, coefficients: Tensor) -> Tensor:  # [shape], [T, n], [T, 1] -> [shape]
+    whole = _whole_blocks(base.detach(), task_vectors)
+    return weighted_sum(whole, task_vectors, coefficients, _one_layer(task_vectors))[: base.numel()].view(base.shape)
+
+
+def _one_layer(task_vectors: Tensor) -> Tensor:  # [T, n] -> [n // 1024]
+    return torch.zeros(task_vectors.shape[1] // BLOCK, dtype=torch.int32, device=task_vectors.device)
 
 
 def _whole_blocks(layer: Tensor, task_vectors: Tensor) -> Tensor:  # [shape], [T, n] -> [n]

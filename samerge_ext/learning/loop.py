@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import LearningConfig

@@ -179,6 +179,25 @@ class Result:
             }
         return summary
 
+    def to_pandas(self, what: str = "coefficients") -> Any:
+        """A DataFrame of the coefficients: a row for every layer and a column for every task, by their names. Or of the
+        "history": a row for every step, with the tasks' losses in columns "losses.TASK".
+
+        Raises ImportError without pandas, ValueError for a method that has no coefficients, or none of what is asked for.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("a DataFrame needs pandas, which is missing; install it: pip install pandas") from error
+        held = {"coefficients": self.coefficients is not None, "history": bool(self.history)}
+        if not held.get(what):
+            there = " and ".join(name for name, is_there in held.items() if is_there) or "neither coefficients nor a history"
+            raise ValueError(f"{self.method} has no {what!r} to show; it has {there}")
+        if what == "history":
+            return pandas.json_normalize(self.history).set_index("step")
+        layers = pandas.Index(self.packed.layout.names, name="layer")
+        return pandas.DataFrame({task: row.tolist() for task, row in self._rows()}, index=layers)
+
     def report(self, dtype: torch.dtype | None = None, recipe: Mapping[str, Any] | None = None) -> Report:
         """What is known of the merge, were it written now. dtype, recipe: as of `save_pretrained`."""
         summary, layout = self.summary(), self.packed.layout

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.config import check_least, check_settings, check_share

@@ -54,7 +54,7 @@ def zero_shot_heads(
         lacking = fill(model, ((n, source.read(n)) for n in source.names if not n.startswith(IMAGE_TOWER)), torch.float32)
     if lacking:
         raise ValueError(f"{base} lacks {some(lacking)}, without which no heads are made of class names")
-    tokenizer = _open_clips_tokenizer(base) if is_open_clip(base) else load_tokenizer([base], module.config)
+    tokenizer = clip_tokenizer(base, module)
     heads = {}
     for task, of_task in names.items():
         try:
@@ -121,7 +121,10 @@ def open_clips_transform(model: Any) -> Any:
     return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
 
 
-def _open_clips_tokenizer(base: Path) -> Any:
+def clip_tokenizer(base: Path, module: Any) -> Any:
+    """The tokenizer of a folder of either library, whose model ``module`` is."""
+    if not is_open_clip(base):
+        return load_tokenizer([base], module.config)
     import open_clip
 
     return open_clip.get_tokenizer(f"local-dir:{folder_of(base)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -109,11 +109,8 @@ class FolderModel:
         """
         Calibration({task: [path] for task, path in files.items()}, tuple(self.experts))  # tasks that are missing or unknown
         if self.kind.reads == "pictures":
-            channels = getattr(getattr(self.module, "config", None), "num_channels", 3)
-            return {
-                task: picture_batches(find_pictures(path, limit), self._image_processor(task), batch_size, channels)
-                for task, path in files.items()
-            }
+            found = {task: find_pictures(path, limit) for task, path in files.items()}
+            return {task: self.reader(task)(pictures, batch_size) for task, pictures in found.items()}
         batches, pads, merged = {}, [], self._merged_tokenizer()
         for task, path in files.items():
             tokenizer = merged or load_tokenizer(self._at(task), self.module.config)
@@ -121,6 +118,12 @@ class FolderModel:
             batches[task] = self._texts(tokenizer, path, limit, batch_size, max_length)
         _pad_alike(self.module, batches, pads)
         return batches
+
+    def reader(self, task: str) -> Callable[[Sequence[Path], int], list[Batch]]:
+        """What makes batches, of a size, of a task's pictures."""
+        channels = getattr(getattr(self.module, "config", None), "num_channels", 3)
+        processor = self._image_processor(task)
+        return lambda pictures, batch_size: picture_batches(pictures, processor, batch_size, channels)
 
     def _merged_tokenizer(self) -> Any:
         """The tokenizer as it will be written with the merged model; None where no rows are moved."""

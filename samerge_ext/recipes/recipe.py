@@ -67,6 +67,8 @@ class Recipe(Strict):
         source, `tokenizer_source` too. Left out, it is the base's, and all models must have its tokens.
     chat_template: auto (most models'), base, a model, a file, chatml, or the template itself.
     calibration: for learned methods.
+    reestimate_batchnorm: of learned methods, whether BatchNorm's running statistics are estimated anew on the calibration set,
+        once the weights are learned (`methods.reestimate_batchnorm`).
     """
 
     merge_method: str
@@ -83,6 +85,7 @@ class Recipe(Strict):
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
     calibration: CalibrationEntry | None = None
+    reestimate_batchnorm: bool = False
     _file: Path | None = PrivateAttr(None)
 
     @contextmanager
@@ -178,6 +181,11 @@ class Recipe(Strict):
         if (self.merge_method in LEARNED) != (self.calibration is not None):
             verb = "needs" if self.merge_method in LEARNED else "does not read"
             raise ValueError(f"{self.merge_method} {verb} 'calibration'")
+        if self.reestimate_batchnorm and self.merge_method in METHODS:
+            raise ValueError(
+                f"{self.merge_method} goes from file to file and runs no model, which 'reestimate_batchnorm' does; use a learned "
+                f"method, {', '.join(LEARNED)}, or sm.reestimate_batchnorm in Python"
+            )
         if self.merge_method in METHODS:
             if self.slices is None:
                 check_count(self.merge_method, [str(entry.place) for entry in self.experts])
@@ -196,6 +204,8 @@ class Recipe(Strict):
             settings.weights(tuple(self.tasks))
         except ValueError as error:
             raise ValueError(f"parameters of {self.merge_method}: {error}") from error
+        if self.reestimate_batchnorm and (settings.streamed or settings.memory_budget is not None):
+            raise ValueError("'reestimate_batchnorm' runs the whole merged model; leave out streamed and memory_budget")
         if settings.train_heads and not self.heads:
             raise ValueError("train_heads needs 'heads', the patterns of the tensors that belong to a task")
         return self

@@ -24,6 +24,7 @@ from samerge_ext.learning.loop import check_spread
 from samerge_ext.learning.run_state import STATE_FILE
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.adamerging import adamerging
+from samerge_ext.methods.reestimate_batchnorm import STATISTICS, reestimate_batchnorm
 from samerge_ext.methods.samerging import samerging
 from samerge_ext.methods.statsmerging import statsmerging
 from samerge_ext.models.clip_folders import check_text_tower
@@ -127,6 +128,8 @@ def _run_learned(
     require_space(target, sum(shape.numel() * (dtype or base_dtype).itemsize for shape, base_dtype in sizes))
     settings = recipe.method_settings(checkpoint_dir=state, progress=progress)
     result = LEARNED[recipe.merge_method](model.module, packed, calibration, model.logits, config=settings)
+    if recipe.reestimate_batchnorm:
+        result = reestimate_batchnorm(result, calibration, model.logits)
     result.save_pretrained(target, companions=companions, dtype=dtype, overwrite=overwrite, report=report, recipe=as_json(recipe))
     if not ranks.is_first:
         return result
@@ -137,6 +140,8 @@ def _run_learned(
 
 def require_spread(recipe: Recipe) -> None:
     """Raises ValueError for what several ranks do not merge."""
+    if recipe.reestimate_batchnorm:
+        raise ValueError("'reestimate_batchnorm' runs the whole merged model, which no rank holds; merge by one process")
     if recipe.merge_method not in SPREAD:
         raise ValueError(f"{recipe.merge_method} is merged by one process; only {' and '.join(SPREAD)} by those of torchrun")
     check_spread(recipe.method_settings())
@@ -249,6 +254,10 @@ def model_and_calibration(recipe: Recipe) -> tuple[FolderModel, dict[str, list]]
     experts = {task: entry.model for task, entry in recipe.named_experts}
     model = FolderModel.of(base, experts, [*recipe.heads, *recipe.keep], recipe.tokenizer_config)
     model = model.with_heads(options.classes, options.templates)
+    if recipe.reestimate_batchnorm and not any(name.endswith(STATISTICS) for name, _ in model.module.named_buffers()):
+        raise ValueError(
+            f"{type(model.module).__name__} has no BatchNorm with running statistics; leave out 'reestimate_batchnorm'"
+        )
     batches = model.batches(options.files, limit=options.texts, batch_size=options.batch_size, max_length=options.max_length)
     Calibration(batches, tuple(experts), held_back=recipe.method_settings().share_held_back)  # may refuse
     return model, batches

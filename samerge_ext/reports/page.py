@@ -84,8 +84,8 @@ def run_rows(report: Report) -> list[list[str]]:
 
 
 def score_rows(report: Report) -> list[list[str]]:
-    """task, score and number of texts, for every file that the merged model was evaluated on."""
-    return [[task, _score(found), str(found["texts"])] for task, found in report.scores.items()]
+    """task, score and number of texts or pictures, for every file that the merged model was evaluated on."""
+    return [[task, _score(found), str(found.get("texts", found.get("pictures")))] for task, found in report.scores.items()]
 
 
 def _score(found: Mapping[str, Any]) -> str:

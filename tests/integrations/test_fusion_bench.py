@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -177,6 +178,45 @@ def test_a_graph_outlives_the_next_merge():
     assert_alike(ours.merge_weight.grad, truth.learned.grad, "the gradient by the earlier merge")
     assert all(torch.equal(before[name], kept[name]) for name in kept)
     assert not torch.equal(after["first.weight"], before["first.weight"])
+
+
+def test_a_graph_holds_neither_the_weights_that_were_merged_nor_itself():
+    ours, truth = layer_wise(clamp_weights=False, literal={})
+    storage = torch.multiprocessing.reductions.StorageWeakRef(ours.merge_weights()["first.weight"].untyped_storage())
+    truth.merge()
+    kept, outputs = sum(losses(ours, make_batches(), make_heads())), []
+    ours.pretrained_model.norm.register_forward_hook(lambda module, inputs, out: outputs.append(weakref.ref(out)) and None)
+    passing = sum(losses(ours, make_batches(), make_heads()))
+    gc.disable()
+    try:
+        ours.merge_weights()
+        assert storage.expired()  # although two losses are at hand
+        del passing
+        assert outputs and all(output() is None for output in outputs)
+    finally:
+        gc.enable()
+    kept.backward()
+    sum(losses(truth, make_batches(), make_heads())).backward()
+    assert_alike(ours.merge_weight.grad, truth.learned.grad, "the gradient by weights that are made again")
+
+
+def test_weights_are_not_made_again_of_a_base_that_was_changed():
+    ours, _ = layer_wise()
+    ours.merge_weights()
+    loss = sum(losses(ours, make_batches(), make_heads()))
+    ours.merge_and_unload()
+    with pytest.raises(RuntimeError, match="of the base was changed in place since this forward pass"):
+        loss.backward()
+
+
+def test_activations_that_were_changed_are_refused():
+    ours, _ = layer_wise()
+    seen = []
+    ours.pretrained_model.norm.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]) and None)
+    loss = losses(ours, make_batches(), make_heads())[0]
+    seen[0].detach().zero_()
+    with pytest.raises(RuntimeError, match="was changed in place before its backward"):
+        loss.backward()
 
 
 def test_the_gradient_of_a_layer_is_contracted_before_the_backward_goes_on():

@@ -5,6 +5,7 @@ import types
 
 import fusion_bench_names
 import pytest
+import torch
 from fusion_bench_names import LayerWise, TaskWise
 from torch import nn
 
@@ -41,6 +42,24 @@ def test_accelerate_puts_the_classes_everywhere_and_restore_takes_them_away(stan
     fusion_bench.restore()
     fusion_bench.restore()
     assert user.Merged is LayerWise
+
+
+def test_accelerate_with_narrower_task_vectors(stand_in):
+    layer, _, _ = stand_in
+
+    def type_of_task_vectors():
+        models = [nn.Linear(2, 2) for _ in range(3)]
+        merged = layer.LayerWiseMergedModel(torch.full((2, 2), 0.3), models[0], models[1:])
+        return {p.dtype for p in merged.task_vectors.parameters()}, merged.merge_weights()["weight"].dtype
+
+    with fusion_bench.accelerate(task_vector_dtype=torch.bfloat16):
+        assert type_of_task_vectors() == ({torch.bfloat16}, torch.float32)
+        with fusion_bench.accelerate():
+            assert type_of_task_vectors()[0] == {torch.bfloat16}
+        with pytest.raises(ValueError, match=r"float16 within another accelerate\(\); call restore\(\)"):
+            fusion_bench.accelerate(task_vector_dtype=torch.float16)
+    with fusion_bench.accelerate():
+        assert type_of_task_vectors() == ({torch.float32}, torch.float32)
 
 
 def test_accelerate_refuses_classes_with_other_arguments(stand_in):
