@@ -25,6 +25,8 @@ from samerge_ext.demo.pictures import PictureSplit, PictureTask, load_picture_ta
 from samerge_ext.demo.workbench import Bench
 
 JUDGED = 50  # pictures in a batch
+# Normalised by the batch, an expert's features begin far from its head: a small rate does not bring them back in fifty steps.
+OWN_STATISTICS_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class VisionBench(Bench):
     def with_own_statistics(self) -> VisionBench:
         """The same of experts with BatchNorm statistics of their own."""
         other = self.at_seed(self.seed)
-        other.protocol = replace(self.protocol, own_statistics=True)
+        other.protocol = replace(self.protocol, own_statistics=True, learning_rate=OWN_STATISTICS_RATE)
         return other
 
     def evaluator(self, split: str) -> PictureEvaluator:

@@ -20,13 +20,14 @@ from samerge_ext.demo.cells import Row, as_cell, elsewhere, run_cell
 from samerge_ext.demo.pictures import PictureSplit, corrupted
 from samerge_ext.demo.report import CEILING, FLOOR, Cell
 from samerge_ext.demo.vision import PictureEvaluator, VisionBench
+from samerge_ext.methods.wudi import RIDGE
 
 STEPS, BATCH, SAMPLES = 50, 4, 64  # of learned rows: steps, pictures per task and step, calibration pictures per task
 AGAIN = ", BatchNorm re-estimated"
 REESTIMATED = 32  # calibration pictures per task, for BatchNorm's statistics
 # Chosen by `samerge demo --study vision-tuning`, seed 0.
-RATES = {"samerging": 5e-2, "adamerging": 2e-2, "statsmerging": 2e-3}
-TRIED = {"samerging": (2e-2, 5e-2, 1e-1), "adamerging": (1e-2, 2e-2, 5e-2), "statsmerging": (1e-3, 2e-3, 5e-3)}
+RATES = {"samerging": 2e-1, "adamerging": 2e-2, "statsmerging": 5e-3}
+TRIED = {"samerging": (2e-2, 5e-2, 1e-1, 2e-1), "adamerging": (1e-2, 2e-2, 5e-2), "statsmerging": (2e-3, 5e-3, 1e-2, 2e-2)}
 SPECTRAL_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)  # λ of methods of singular values
 DEPTHWISE = "*depthwise_conv.weight"
 
@@ -47,8 +48,8 @@ def reestimated(row: Row) -> Row:
 
 def vision_rows() -> list[Row]:
     arithmetic, wudi = Row("Task Arithmetic, best λ", "task_arithmetic"), Row("WUDI", "wudi")
-    average, tsv = Row("average", "average"), Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES})
-    plain, ours = learned("SAMerging, no SAM", "samerging", sam="off"), learned("SAMerging", "samerging")
+    average, ours = Row("average", "average"), learned("SAMerging", "samerging")
+    nothing = Row("pretrained", "task_arithmetic", {"scale": 0.0})  # a merge, whose statistics can be estimated anew
     return [
         Row("pretrained", "pretrained"),
         average,
@@ -57,15 +58,17 @@ def vision_rows() -> list[Row]:
         Row("TIES, best λ", "ties", {"scales": (0.5, 1.0, 2.0)}),
         Row("DARE, λ = 0.3", "dare", {"scale": 0.3}),
         Row("Iso-C, best λ", "iso_c", {"scales": SPECTRAL_SCALES}),
-        tsv,
+        Row("TSV-M, best λ", "tsv_m", {"scales": SPECTRAL_SCALES}),
         Row("TSV-M, best λ, depthwise kernels averaged", "tsv_m", {"scales": SPECTRAL_SCALES, "averaged": DEPTHWISE}),
         wudi,
         learned("StatsMerging", "statsmerging"),
         learned("AdaMerging", "adamerging"),
-        plain,
+        learned("SAMerging, no SAM", "samerging", sam="off"),
         ours,
-        *map(reestimated, (average, arithmetic, tsv, wudi, plain, ours)),
+        learned("WUDI, then SAMerging, no SAM", "samerging", sam="off", ridge=RIDGE, initial_coefficient=1.0),
+        *map(reestimated, (nothing, average, arithmetic, wudi, ours)),
         Row("WUDI, heads refitted", "wudi_refitted", {"texts": SAMPLES}),
+        Row("WUDI, distilled, heads refitted", "wudi_refitted", {"texts": SAMPLES, "distilled": True}),
         Row(CEILING, "experts"),
     ]
 
@@ -80,8 +83,6 @@ def corrupted_rows() -> list[Row]:
         "AdaMerging",
         "SAMerging, no SAM",
         "SAMerging",
-        "WUDI" + AGAIN,
-        "SAMerging" + AGAIN,
         CEILING,
     )
     return [row for row in vision_rows() if row.label in wanted]
