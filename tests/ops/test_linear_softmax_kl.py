@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import INTERPRETED, NARROW, ROOT, assert_close, random_normal
+from helpers import INTERPRETED, NARROW, ROOT, THREADS, assert_close, random_normal
 from torch.library import opcheck
 from torch.nn.functional import linear
 
@@ -224,6 +224,20 @@ def test_what_depends_on_how_rows_are_cut_is_rounding(each_backend):
     for rows in (1, 3):
         for cut, once in zip(run(given, settings, rows), whole, strict=True):
             assert_close(cut, once.double(), at_least=rounding(given, settings))
+
+
+@pytest.mark.skipif(backend.available()["cpu"] is not None, reason="needs the extension; a library's order of sums is its own")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_a_cpu_threads_and_the_workspace_change_no_bit(loss, threads):
+    """Of the loss and of its gradient by hidden states."""
+    given, settings = arguments(loss, 40, 16, 1100)
+    wanted = (True, False, False)
+    once = OPS[1](*given, *settings, None, wanted)[:2]
+    for count in THREADS:
+        threads(count)
+        for rows in (1, 17, 40):
+            found = OPS[1](*given, *settings, workspace(rows, given, loss), wanted)[:2]
+            assert all(torch.equal(*pair) for pair in zip(found, once, strict=True)), (count, rows)
 
 
 def test_as_many_rows_at_once_as_fit(monkeypatch):
