@@ -49,13 +49,9 @@ class Learned(nn.Module):
         return torch.cat([self.learner().flatten(), self.heads])
 
 
-def calibration_set(
-    batches: Mapping[str, Iterable[Any]], packed: PackedWeights, config: LearningConfig
-) -> Calibration:
+def calibration_set(batches: Mapping[str, Iterable[Any]], packed: PackedWeights, config: LearningConfig) -> Calibration:
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
-    calibration = Calibration(
-        batches, packed.tasks, shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back
-    )
+    calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back)
     config.weights(packed.tasks)
     check_device(config.device)
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
