@@ -17,7 +17,7 @@ def demo(
         str,
         typer.Option(
             help="main, methods, many (tasks), guest, claims, tuning, ablation, features, learner, quantised, unseen, "
-            "robustness, heterogeneous, language, vision or vision-tuning"
+            "robustness, heterogeneous, language, vision, vision-tuning or vision-statistics"
         ),
     ] = "main",
     seeds: Annotated[int | None, typer.Option(help="how many; 1, or 3 with --full")] = None,

@@ -39,7 +39,7 @@ from samerge_ext.demo.rows import (
 from samerge_ext.demo.unseen import unseen_study
 from samerge_ext.demo.vision import SMALL as SMALL_VISION
 from samerge_ext.demo.vision import VisionBench
-from samerge_ext.demo.vision_study import vision_study, vision_tuning_study
+from samerge_ext.demo.vision_study import vision_statistics_study, vision_study, vision_tuning_study
 from samerge_ext.demo.workbench import Workbench
 from samerge_ext.ops.layer_stats import layer_stats
 from samerge_ext.reports.plots import plot_coefficients, plot_singular_values
@@ -101,8 +101,9 @@ STUDIES: dict[str, Study] = {
     "heterogeneous": heterogeneous_study,
     "vision": vision_study,
     "vision-tuning": vision_tuning_study,
+    "vision-statistics": vision_statistics_study,
 }
-OF_PICTURES = ("vision", "vision-tuning")
+OF_PICTURES = ("vision", "vision-tuning", "vision-statistics")
 
 
 def run_study(

@@ -3,6 +3,7 @@ and estimated anew.
 
     samerge demo --study vision              # after make data-vision
     samerge demo --study vision-tuning       # what learning rates were chosen by, on labelled tuning pictures
+    samerge demo --study vision-statistics   # experts with BatchNorm statistics of their own
 
 What a row chooses (λ) comes from tuning pictures, what it learns from calibration pictures; no test picture is seen before the
 end. RegMean is left out: it solves linear layers, and the network has none.
@@ -90,12 +91,12 @@ def corrupted_rows() -> list[Row]:
 
 def statistics_rows() -> list[Row]:
     """What shows how statistics of the experts' own bear being averaged."""
-    wanted = ("pretrained", "average", "Task Arithmetic, best λ", CEILING)
-    return [row for row in vision_rows() if row.label.removesuffix(AGAIN) in wanted]
+    wanted = ("pretrained", "average", "average" + AGAIN, "Task Arithmetic, best λ", "Task Arithmetic, best λ" + AGAIN, CEILING)
+    return [row for row in vision_rows() if row.label in wanted]
 
 
 def vision_study(bench: VisionBench, out: Path) -> Iterator[tuple[str, Cell]]:
-    """Every method on test pictures, then means over tasks by corruption and level, then experts with statistics of their own."""
+    """Every method on test pictures, then means over tasks by corruption and level."""
     for row in vision_rows():
         yield "accuracy on test pictures, %", as_cell(bench, row, run_cell(bench, row))
     judges = corrupted_judges(bench)
@@ -103,10 +104,16 @@ def vision_study(bench: VisionBench, out: Path) -> Iterator[tuple[str, Cell]]:
         found = elsewhere(bench, row, judges)
         means = {where.replace("-", " "): mean(accuracies.values()) for where, accuracies in found.items()}
         yield f"mean accuracy over tasks on {CORRUPTED} corrupted test pictures of each, %", Cell(row.label, bench.seed, means)
+
+
+def vision_statistics_study(bench: VisionBench, out: Path) -> Iterator[tuple[str, Cell]]:
+    """Experts with BatchNorm statistics of their own, merged with the average of these and with others."""
     own = bench.with_own_statistics()
     for row in statistics_rows():
-        title = "experts with BatchNorm statistics of their own: accuracy on test pictures, %"
-        yield title, as_cell(own, row, run_cell(own, row))
+        yield (
+            "experts with BatchNorm statistics of their own: accuracy on test pictures, %",
+            as_cell(own, row, run_cell(own, row)),
+        )
 
 
 def corrupted_judges(bench: VisionBench) -> dict[str, PictureEvaluator]:
@@ -125,8 +132,9 @@ def corrupted_judges(bench: VisionBench) -> dict[str, PictureEvaluator]:
 
 def vision_tuning_study(bench: VisionBench, out: Path) -> Iterator[tuple[str, Cell]]:
     """Learned rows at the rates of TRIED."""
-    settings = {"samerging": {"sam": "off"}, "adamerging": {}, "statsmerging": {}}
+    labels = {"samerging": "SAMerging, no SAM", "adamerging": "AdaMerging", "statsmerging": "StatsMerging"}
     for kind, rates in TRIED.items():
+        settings = {"sam": "off"} if kind == "samerging" else {}
         for rate in rates:
-            row = learned(f"{kind}, learning rate {rate:g}", kind, learning_rate=rate, **settings[kind])
+            row = learned(f"{labels[kind]}, learning rate {rate:g}", kind, learning_rate=rate, **settings)
             yield "accuracy on tuning pictures, %", as_cell(bench, row, run_cell(bench, row, "tuning"))
