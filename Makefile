@@ -86,6 +86,7 @@ $(VENV)/lint-ready: $(VENV)/ready
 
 lint: $(VENV)/lint-ready
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo

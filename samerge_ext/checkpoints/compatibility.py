@@ -115,9 +115,12 @@ def _without_config(models: list[_Model]) -> Found:
     """A base whose configuration, which the merged model has, is missing, where an expert's is there to be copied."""
     other = next((model.folder for model in models[1:] if "model_type" in model.settings), None)
     if other is not None and models[0].folder.is_dir() and not (models[0].folder / "config.json").is_file():
-        yield False, (
-            f"{models[0].label} has no config.json, so the merged model has none and is not loaded by transformers: copy "
-            f"{other / 'config.json'} to it, where it fits"
+        yield (
+            False,
+            (
+                f"{models[0].label} has no config.json, so the merged model has none and is not loaded by transformers: copy "
+                f"{other / 'config.json'} to it, where it fits"
+            ),
         )
 
 
@@ -143,9 +146,12 @@ def _settings(models: list[_Model]) -> Found:
             else:
                 yield False, f"{models[place].label}: {text}{_kept(models[first])}"
     for place, texts in faults.items():
-        yield True, (
-            f"{models[place].label}: {'; '.join(texts)}. Tensors of one shape mean different things there, and their merge "
-            "nothing: merge fine-tunes of one model; where only config.json is wrong, put it right"
+        yield (
+            True,
+            (
+                f"{models[place].label}: {'; '.join(texts)}. Tensors of one shape mean different things there, and their merge "
+                "nothing: merge fine-tunes of one model; where only config.json is wrong, put it right"
+            ),
         )
 
 
@@ -159,9 +165,12 @@ def _labels(models: list[_Model], heads: tuple[str, ...]) -> Found:
         mine, others = ([label.casefold() for label in one.labels] for one in (model, other))
         if mine != others:
             what = "has the classes in another order" if sorted(mine) == sorted(others) else "has other classes"
-            yield False, (
-                f"{model.label}: id2label {what}: {_shown(model.labels)}, in {other.label} {_shown(other.labels)}; a merged "
-                "classifier mixes them: keep it per task with heads=, as in heads=['classifier.*']"
+            yield (
+                False,
+                (
+                    f"{model.label}: id2label {what}: {_shown(model.labels)}, in {other.label} {_shown(other.labels)}; a merged "
+                    "classifier mixes them: keep it per task with heads=, as in heads=['classifier.*']"
+                ),
             )
 
 
@@ -184,10 +193,13 @@ def _vocabularies(models: list[_Model], heads: tuple[str, ...]) -> Found:
             yield False, f"{model.label}: its tokenizer is not compared with that of {base.label}: {error}"
             continue
         if differs and differs.total:
-            yield True, (
-                f"{model.label}: its tokenizer is not that of {base.label}: {differs.text}. Rows of the embeddings stand for "
-                "other tokens there, and their merge for none: merge them token by token with tokenizer: base or union (in "
-                "Python tokenizer='base'); where only the expert's tokenizer files are wrong, put the base's in their place"
+            yield (
+                True,
+                (
+                    f"{model.label}: its tokenizer is not that of {base.label}: {differs.text}. Rows of the embeddings stand for "
+                    "other tokens there, and their merge for none: merge them token by token with tokenizer: base or union (in "
+                    "Python tokenizer='base'); where only the expert's tokenizer files are wrong, put the base's in their place"
+                ),
             )
         elif differs:
             kept = f"{_kept(base)}, and all models' with tokenizer: union" if _kept(base) else ""

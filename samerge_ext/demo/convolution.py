@@ -58,8 +58,7 @@ class TextConvolution(nn.Module):
 def hashed(texts: Sequence[str], settings: Convolution) -> Tensor:
     """words [B, S] int64: each word's bucket, 1 … buckets − 1; S is at least the longest span."""
     rows = [
-        [1 + crc32(word.encode()) % (settings.buckets - 1) for word in re.findall(r"\w+|[^\w\s]", text.lower())]
-        for text in texts
+        [1 + crc32(word.encode()) % (settings.buckets - 1) for word in re.findall(r"\w+|[^\w\s]", text.lower())] for text in texts
     ]
     length = max(max(settings.spans), *(min(len(row), settings.max_words) for row in rows))
     words = torch.zeros(len(rows), length, dtype=torch.int64)

@@ -100,13 +100,9 @@ def by_difficulty(
         middles = torch.arange(1, 2 * count, 2) * len(rows) // (2 * count)
         chosen = difficulty.argsort(stable=True).cpu()[middles].sort().values
         size = max(map(batch_size, given))
-        batches[task] = [
-            _padded_alike(module, join([examples[i] for i in part.tolist()])) for part in chosen.split(size)
-        ]
+        batches[task] = [_padded_alike(module, join([examples[i] for i in part.tolist()])) for part in chosen.split(size)]
         kept[task] = [rows[part.to(rows.device)] for part in chosen.split(size)]
-    chosen_set = Calibration(
-        batches, tuple(batches), shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back
-    )
+    chosen_set = Calibration(batches, tuple(batches), shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back)
     return chosen_set, kept
 
 

@@ -24,9 +24,7 @@ from samerge_ext.packing.matrices import MatrixChange, Patterns, shape_of
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
-def tsv_m(
-    packed: PackedWeights, scale: float = 1.0, *, averaged: Patterns = (), module: nn.Module | None = None
-) -> Result:
+def tsv_m(packed: PackedWeights, scale: float = 1.0, *, averaged: Patterns = (), module: nn.Module | None = None) -> Result:
     """θ₀ + λ M, M as above.
 
     scale: λ. averaged: shell-style patterns of matrices that are averaged as well ("*embeddings*").

@@ -200,7 +200,5 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
         try:
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
         except Exception as error:  # of any type, as tokenizers' libraries raise
-            raise CheckpointError(
-                f"{path}: transformers makes no tokenizer of it ({cut(str(error), 300)}): {LIKE}"
-            ) from error
+            raise CheckpointError(f"{path}: transformers makes no tokenizer of it ({cut(str(error), 300)}): {LIKE}") from error
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}

@@ -76,8 +76,7 @@ def _records(path: Path, *, labelled: bool = False, chats: bool = False) -> list
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 beside = ', and "label"' if labelled else ""
                 raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with a text as its field "text"'
-                    f"{beside} ({error!r:.200})"
+                    f'{path}, line {number}: expected a JSON object with a text as its field "text"{beside} ({error!r:.200})'
                 ) from error
         records.append(record)
     if not records:
@@ -152,7 +151,7 @@ def written(record: Text, tokenizer: Any) -> tuple[str, bool]:
         return record["text"], False
     if not _is_chat_or_prompt(record):
         raise ValueError(
-            f"a record has the fields {', '.join(map(shown, record))}; expected \"text\", \"messages\", or \"prompt\" and "
+            f'a record has the fields {", ".join(map(shown, record))}; expected "text", "messages", or "prompt" and '
             '"completion", both texts or both messages'
         )
     if "messages" in record:

@@ -9,9 +9,7 @@ import torch
 from .. import backend
 from ._common import Quantised, accumulator, check_packed, define, library
 
-define(
-    "coefficient_grad(Tensor grad, Tensor task_vectors, Tensor block_layer, SymInt num_layers, Tensor? scales=None) -> Tensor"
-)
+define("coefficient_grad(Tensor grad, Tensor task_vectors, Tensor block_layer, SymInt num_layers, Tensor? scales=None) -> Tensor")
 
 
 def coefficient_grad(

@@ -11,9 +11,7 @@ define("moments(Tensor[] matrices, Tensor[] bases) -> Tensor")
 WIDTH = 4  # the number of vectors is a multiple of it
 
 
-def gram_product(
-    matrices: list[torch.Tensor], bases: list[torch.Tensor], q: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def gram_product(matrices: list[torch.Tensor], bases: list[torch.Tensor], q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """z[i] = q[i] WᵀW with W = scale[i] · (bases[i] + matrices[i]), or q[i] WWᵀ where W has more columns than rows.
 
     Nothing of a matrix's size is allocated, and W is read once for both products. A fixed split of each matrix makes the

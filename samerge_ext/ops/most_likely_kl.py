@@ -71,8 +71,7 @@ def linear_most_likely_kl_with_grad(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         wide = accumulator(hidden)
         sums = [
-            x.new_zeros(x.shape, dtype=wide) if wants and x is not None else None
-            for x, wants in zip(inputs, wanted, strict=True)
+            x.new_zeros(x.shape, dtype=wide) if wants and x is not None else None for x, wants in zip(inputs, wanted, strict=True)
         ]
         of_hidden, of_head, of_bias = sums
         total = hidden.new_zeros((), dtype=wide)

@@ -52,9 +52,7 @@ class Layout:
             total += blocks[-1]
         layers = torch.arange(len(names), dtype=torch.int32)
         block_layer = layers.repeat_interleave(torch.tensor(blocks, dtype=torch.int64))
-        return cls(
-            tuple(names), tuple(shapes), tuple(dtypes), tuple(offsets), total * BLOCK, block_layer.to(device)
-        )
+        return cls(tuple(names), tuple(shapes), tuple(dtypes), tuple(offsets), total * BLOCK, block_layer.to(device))
 
     @property
     def num_layers(self) -> int:

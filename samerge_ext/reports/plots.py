@@ -18,9 +18,7 @@ if TYPE_CHECKING:  # an optional dependency
     from matplotlib.figure import Figure
 
 
-def plot_coefficients(
-    coefficients: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | Path
-) -> None:
+def plot_coefficients(coefficients: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | Path) -> None:
     """λ [T, L] as a heat map: tasks down, layers across, grouped by the block they belong to.
 
     The colours are centred on 0, so that a task that a layer leaves out is white and one it subtracts is blue.
@@ -37,9 +35,7 @@ def plot_coefficients(
     save_figure(figure, path)
 
 
-def plot_singular_values(
-    statistics: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | Path
-) -> None:
+def plot_singular_values(statistics: Tensor, tasks: Sequence[str], layer_names: Sequence[str], path: str | Path) -> None:
     """The k largest singular values of every layer, from statistics [T, L, 3 + k], on a log scale, a colour per task.
 
     The largest are drawn in full colour and the others fainter; a value of 0, as a vector's second, is left out.

@@ -36,8 +36,7 @@ def tasks():
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("ng20", 11293), ("r8", 5485), ("rt", 12808), ("debates", 886), ("tweets", 3432), ("amazon", 2985),
-     ("editorials", 2970)],
+    [("ng20", 11293), ("r8", 5485), ("rt", 12808), ("debates", 886), ("tweets", 3432), ("amazon", 2985), ("editorials", 2970)],
 )
 def test_every_line_of_the_corpus_is_read(name, count):
     assert len(read(name)) == count

@@ -28,6 +28,7 @@ TINY = replace(SMALL, tasks=("election", "tweets"), layers=1, max_tokens=8, step
 @functools.cache
 def few_texts(names):
     """The tasks with enough texts to tell models apart, read once."""
+
     def cut(split):
         return Split(split.texts[:200], split.labels[:200])
 

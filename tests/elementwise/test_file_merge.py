@@ -441,9 +441,7 @@ def test_a_full_disk(models, tmp_path, monkeypatch):
 )
 def test_an_input_that_goes_wrong_meanwhile(models, tmp_path, monkeypatch, harm, message):
     path = models / "news/model.safetensors"
-    monkeypatch.setattr(
-        file_plan.FilePlan, "in_order", lambda self, shard: (path.exists() and harm(path), list(shard.begins))[1]
-    )
+    monkeypatch.setattr(file_plan.FilePlan, "in_order", lambda self, shard: (path.exists() and harm(path), list(shard.begins))[1])
     with pytest.raises(CheckpointError, match=f"news/model.safetensors {message}|news/model.safetensors was {message}"):
         merge_files(merge_of(models), tmp_path / "out")
     assert_untouched(models, tmp_path, {})

@@ -40,9 +40,7 @@ def literal_learn(base, experts, batches, steps, *, rho=0.07, sam="paper", adapt
     learned = [coefficients, *(tensor for head in heads.values() for tensor in head.values())]
     for tensor in learned:
         tensor.requires_grad_()
-    optimizer = torch.optim.Adam(
-        [{"params": learned[:1], "weight_decay": 5e-4, "lr": 1e-3}, {"params": learned[1:], "lr": 0.01}]
-    )
+    optimizer = torch.optim.Adam([{"params": learned[:1], "weight_decay": 5e-4, "lr": 1e-3}, {"params": learned[1:], "lr": 0.01}])
 
     def gradients(at, step):
         at = [tensor.detach().requires_grad_() for tensor in at]

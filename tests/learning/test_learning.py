@@ -238,7 +238,10 @@ def test_bf16_autocast_stays_close_to_fp32():
     heads, batches = tiny.make_heads(torch.float32), tiny.make_batches(dtype=torch.float32)
     results = [
         sm.samerging(
-            tiny.make(1, torch.float32), packed, batches, tiny.shared_encoder(heads),
+            tiny.make(1, torch.float32),
+            packed,
+            batches,
+            tiny.shared_encoder(heads),
             config=sm.SAMergingConfig(steps=10, learning_rate=0.01, precision=precision, progress=False),
         ).coefficients
         for precision in ("fp32", "bf16")

@@ -45,9 +45,7 @@ def test_numbers_are_dropped_or_rescaled():
 def test_ties_after_dropping():
     """At p = 0 it is the elected sum of everything, which is TIES at density 1 without the mean."""
     packed = make_problem()[2]
-    assert torch.equal(
-        sm.dare(packed, 0.0, 0.5, rule="ties").merged, sm.ties(packed, 1.0, 0.5, normalize=False).merged
-    )
+    assert torch.equal(sm.dare(packed, 0.0, 0.5, rule="ties").merged, sm.ties(packed, 1.0, 0.5, normalize=False).merged)
     assert_close(sm.dare(packed, 0.0, 0.5).merged, sm.task_arithmetic(packed, 0.5).merged)
     mean = sm.dare(packed, 0.0, 1.0, normalize=True)
     assert_close(mean.merged, sm.average(packed).merged)

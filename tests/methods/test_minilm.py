@@ -32,7 +32,13 @@ def test_minilm_follows_the_literal_loop(adaptive):
     batches = {task: text_batches(texts, SMALL, 2) for task, texts in TEXTS.items()}
     rho = 0.5 if adaptive else 0.07
     expected = literal.learn(
-        base, experts, heads, batches, steps=20, rho=rho, adaptive=adaptive,
+        base,
+        experts,
+        heads,
+        batches,
+        steps=20,
+        rho=rho,
+        adaptive=adaptive,
         logits=lambda model, batch, head: 5 * encode(model, batch) @ head,
     )[-1]
     packed = sm.PackedWeights.from_modules(base, experts)

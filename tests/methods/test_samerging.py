@@ -66,7 +66,10 @@ def test_scaling_by_temperature_is_the_loss_times_tau_squared(problem):
     _, _, packed, heads, batches = problem
     losses = [
         sm.samerging(
-            tiny.make(1), packed, batches, tiny.plain(heads),
+            tiny.make(1),
+            packed,
+            batches,
+            tiny.plain(heads),
             config=sm.SAMergingConfig(steps=1, progress=False, temperature=3.0, scale_by_temperature=scaled),
         ).history[0]
         for scaled in (False, True)
@@ -78,7 +81,11 @@ def test_scaling_by_temperature_is_the_loss_times_tau_squared(problem):
 def test_sgd_with_momentum(problem):
     base, experts, packed, heads, batches = problem
     expected = literal.learn(
-        base, experts, heads, batches, steps=STEPS,
+        base,
+        experts,
+        heads,
+        batches,
+        steps=STEPS,
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=5e-4),
     )
     config = sm.SAMergingConfig(steps=STEPS, optimizer="sgd", learning_rate=1e-2, progress=False)
@@ -89,7 +96,14 @@ def test_sgd_with_momentum(problem):
 def test_adamerging_follows_the_literal_loop(problem, granularity):
     base, experts, packed, heads, batches = problem
     expected = literal.learn(
-        base, experts, heads, batches, steps=STEPS, loss="entropy", sam="off", task_wise=granularity == "task",
+        base,
+        experts,
+        heads,
+        batches,
+        steps=STEPS,
+        loss="entropy",
+        sam="off",
+        task_wise=granularity == "task",
         optimizer=lambda p: torch.optim.Adam(p, lr=1e-3),
     )
     config = sm.AdaMergingConfig(steps=STEPS, granularity=granularity, progress=False)
@@ -101,7 +115,10 @@ def test_tasks_per_batch_does_not_change_the_numbers(problem, tasks_per_batch):
     _, _, packed, heads, batches = problem
     results = [
         sm.samerging(
-            tiny.make(1), packed, batches, tiny.shared_encoder(heads),
+            tiny.make(1),
+            packed,
+            batches,
+            tiny.shared_encoder(heads),
             config=sm.SAMergingConfig(steps=5, progress=False, tasks_per_batch=n),
         )
         for n in (None, tasks_per_batch)

@@ -135,7 +135,10 @@ def test_the_kl_loss_is_the_one_of_samerging(packed):
     losses = [
         run(packed, steps=1, loss="kl", temperature=3.0).history[0]["losses"],
         sm.samerging(
-            tiny.make(1), packed, tiny.make_batches(), tiny.plain(tiny.make_heads()),
+            tiny.make(1),
+            packed,
+            tiny.make_batches(),
+            tiny.plain(tiny.make_heads()),
             config=sm.SAMergingConfig(steps=1, temperature=3.0, progress=False),
         ).history[0]["losses"],
     ]

@@ -181,9 +181,7 @@ def test_factors_are_kept_of_adapters_alone(models, write, tmp_path):
 @pytest.mark.parametrize("method", ["samerging", "adamerging", "statsmerging"])
 def test_a_learned_merge_is_the_one_from_python(models, write, tmp_path, method):
     result = run_recipe(load_recipe(write(**learned(models, merge_method=method)), {}), tmp_path / "out")
-    packed = sm.PackedWeights.from_folders(
-        models / "base", {task: models / task for task in LABELS}, heads="classifier.*"
-    )
+    packed = sm.PackedWeights.from_folders(models / "base", {task: models / task for task in LABELS}, heads="classifier.*")
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "base")
     texts = {
         "mood": [line for line in (models / "mood.txt").read_text().splitlines() if line],

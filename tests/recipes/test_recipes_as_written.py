@@ -92,7 +92,8 @@ def test_a_text_ends_with_its_line(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"text": 5}', '{"text": null}', '{"text": "\\ud800"}', '{"txt": "a"}', "[1]", "5", '"text"', "[" * 10**5],
+    "line",
+    ['{"text": 5}', '{"text": null}', '{"text": "\\ud800"}', '{"txt": "a"}', "[1]", "5", '"text"', "[" * 10**5],
     ids=lambda line: line[:20],
 )
 def test_a_line_without_a_text_is_named(tmp_path, line):

@@ -138,6 +138,7 @@ def test_contrast_in_light_and_dark():
     schemes = [dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
     assert len(schemes) == 2
     for colours in schemes:
+
         def contrast(one, other, colours=colours):
             low, high = sorted((luminance(colours[one]), luminance(colours[other])))
             return (high + 0.05) / (low + 0.05)

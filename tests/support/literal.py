@@ -40,8 +40,23 @@ def entropy(student):
 
 
 def learn(
-    base, experts, heads, batches, *, steps, loss="kl", temperature=2.0, sam="paper", rho=0.07, adaptive=False,
-    optimizer=None, task_wise=False, start=0.3, alpha=None, row_weights=None, beta=0.0,
+    base,
+    experts,
+    heads,
+    batches,
+    *,
+    steps,
+    loss="kl",
+    temperature=2.0,
+    sam="paper",
+    rho=0.07,
+    adaptive=False,
+    optimizer=None,
+    task_wise=False,
+    start=0.3,
+    alpha=None,
+    row_weights=None,
+    beta=0.0,
     logits=lambda model, batch, head: model(batch) @ head,
 ):
     """Coefficients [T, L] after each step; logits(model, batch, head) with a model that is called as a module is."""

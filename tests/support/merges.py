@@ -46,6 +46,7 @@ OTHERS = ("breadcrumbs", "della", "sce", "nuslerp", "nuslerp of rows", "nuslerp 
 def write(folder, shapes=None, dtype=torch.bfloat16, tasks=TASKS, **files):
     """A base and experts in folders, with configuration and tokenizer."""
     for seed, name in enumerate(("base", *tasks)):
+
         def tensors(seed=seed):
             for i, (tensor, shape) in enumerate((shapes or SHAPES).items()):
                 base = torch.randn(shape, generator=torch.Generator().manual_seed(i))

@@ -36,7 +36,5 @@ def _beyond_the_store(folder: Path, form: torch.dtype | str) -> float:
     for size in ("small", "large"):
         experts = {task: folder / size / task for task in EXPERTS}
         with PeakMemory() as peak:
-            packed = sm.PackedWeights.from_folders(
-                folder / size / "base", experts, dtype=torch.bfloat16, task_vector_dtype=form
-            )
+            packed = sm.PackedWeights.from_folders(folder / size / "base", experts, dtype=torch.bfloat16, task_vector_dtype=form)
     return (peak.rise - packed.base.nbytes - packed.task_vectors.nbytes) / MEGA

@@ -43,21 +43,50 @@ def test_packed_kernels_compile(capability, dtype):
 
     numbers, wide = FLOATS[dtype], "*fp64" if dtype == "fp64" else "*fp32"
     assert compile_kernel(
-        elected_sum._elected_sum, capability, out=numbers, base=numbers, task_vectors=numbers, weights=wide, scale=wide,
-        task_stride="i64", num_tasks=20, NORMALIZE=True, BLOCK=1024,
+        elected_sum._elected_sum,
+        capability,
+        out=numbers,
+        base=numbers,
+        task_vectors=numbers,
+        weights=wide,
+        scale=wide,
+        task_stride="i64",
+        num_tasks=20,
+        NORMALIZE=True,
+        BLOCK=1024,
     )
     shape = {"num_tasks": 20, "GROUP": 8, "BLOCK": 1024}
     assert compile_kernel(
-        weighted_sum._weighted_sum.fn, capability, out=numbers, base=numbers, task_vectors=numbers, coefficients=wide,
-        block_layer="*i32", num_layers="i32", task_stride="i64", **shape,
+        weighted_sum._weighted_sum.fn,
+        capability,
+        out=numbers,
+        base=numbers,
+        task_vectors=numbers,
+        coefficients=wide,
+        block_layer="*i32",
+        num_layers="i32",
+        task_stride="i64",
+        **shape,
     )
     assert compile_kernel(
-        coefficient_grad._sum_blocks, capability, block_sums=wide, grad=numbers, task_vectors=numbers, task_stride="i64",
-        num_blocks="i32", **shape,
+        coefficient_grad._sum_blocks,
+        capability,
+        block_sums=wide,
+        grad=numbers,
+        task_vectors=numbers,
+        task_stride="i64",
+        num_blocks="i32",
+        **shape,
     )
     assert compile_kernel(
-        coefficient_grad._sum_layers, capability, out=wide, block_sums=wide, block_layer="*i32", num_blocks="i32",
-        num_layers="i32", WIDTH=1024,
+        coefficient_grad._sum_layers,
+        capability,
+        out=wide,
+        block_sums=wide,
+        block_layer="*i32",
+        num_blocks="i32",
+        num_layers="i32",
+        WIDTH=1024,
     )
 
 
@@ -70,7 +99,14 @@ def test_selecting_kernels_compile(capability, bytes):
     of_rows, sizes = {"keys": "*i64", "ties": "*i64"}, {"count": "i32", "tiles": "i32"}
     for shift in {0, 8 * bytes - 16}:
         assert compile_kernel(
-            count_digits._count_digits, capability, counts="*i64", bits=bits, **of_rows, stride="i64", **sizes, SHIFT=shift,
+            count_digits._count_digits,
+            capability,
+            counts="*i64",
+            bits=bits,
+            **of_rows,
+            stride="i64",
+            **sizes,
+            SHIFT=shift,
             **width,
         )
     assert compile_kernel(
@@ -83,8 +119,19 @@ def test_selecting_kernels_compile(capability, bytes):
     )
     numbers, wide = {2: "*bf16", 4: "*fp32", 8: "*fp64"}[bytes], "*fp64" if bytes == 8 else "*fp32"
     assert compile_kernel(
-        drop._drop, capability, out=numbers, numbers=numbers, keys="*i32", thresholds="*i64", factors=wide, out_stride="i64",
-        stride="i64", key_stride="i64", **sizes, STRETCH=drop.STRETCH, BLOCK=launch.BLOCK,
+        drop._drop,
+        capability,
+        out=numbers,
+        numbers=numbers,
+        keys="*i32",
+        thresholds="*i64",
+        factors=wide,
+        out_stride="i64",
+        stride="i64",
+        key_stride="i64",
+        **sizes,
+        STRETCH=drop.STRETCH,
+        BLOCK=launch.BLOCK,
     )
 
 
@@ -99,11 +146,25 @@ def test_kernels_on_codes_compile(capability, dtype, bits):
     strides = {"code_stride": "i64", "scale_stride": "i64"}
     shape = {"num_tasks": 20, "BITS": bits, "TASKS": 8, "BLOCK": launch.BLOCK, "GROUP": launch.GROUP}
     assert compile_kernel(
-        weighted_sum._weighted_sum_of_codes, capability, out=numbers, base=numbers, **stored, coefficients=wide,
-        block_layer="*i32", num_layers="i32", **strides, **shape,
+        weighted_sum._weighted_sum_of_codes,
+        capability,
+        out=numbers,
+        base=numbers,
+        **stored,
+        coefficients=wide,
+        block_layer="*i32",
+        num_layers="i32",
+        **strides,
+        **shape,
     )
     assert compile_kernel(
-        coefficient_grad._sum_blocks_of_codes, capability, block_sums=wide, grad=numbers, **stored, **strides, num_blocks="i32",
+        coefficient_grad._sum_blocks_of_codes,
+        capability,
+        block_sums=wide,
+        grad=numbers,
+        **stored,
+        **strides,
+        num_blocks="i32",
         **shape,
     )
 
@@ -117,11 +178,27 @@ def test_softmax_kl_compiles(capability, dtype, loss):
     numbers, wide = FLOATS[dtype], "*fp64" if dtype == "fp64" else "*fp32"
     alone = loss == "entropy"
     assert compile_kernel(
-        softmax_kl._softmax_kl, capability, losses=wide, grad=numbers, student=numbers, teacher=None if alone else numbers,
-        teacher_weights=None if alone else wide, num_classes="*i64", row_scale=wide, student_stride="i32",
-        teacher_stride="i32", teacher_row_stride="i32", num_columns="i32", student_temperature="fp64",
-        teacher_temperature="fp64", beta="fp64", SAME_TEMPERATURE=True, LOSS=loss, TEACHERS=0 if alone else 3,
-        WIDTH=1 if alone else 4, **launch.row_tile(40000),
+        softmax_kl._softmax_kl,
+        capability,
+        losses=wide,
+        grad=numbers,
+        student=numbers,
+        teacher=None if alone else numbers,
+        teacher_weights=None if alone else wide,
+        num_classes="*i64",
+        row_scale=wide,
+        student_stride="i32",
+        teacher_stride="i32",
+        teacher_row_stride="i32",
+        num_columns="i32",
+        student_temperature="fp64",
+        teacher_temperature="fp64",
+        beta="fp64",
+        SAME_TEMPERATURE=True,
+        LOSS=loss,
+        TEACHERS=0 if alone else 3,
+        WIDTH=1 if alone else 4,
+        **launch.row_tile(40000),
     )
 
 
@@ -136,10 +213,27 @@ def test_matrix_kernels_compile(capability, numbers, tall):
     for wide in {"*fp64"} | ({"*fp32"} if numbers != "*fp64" else set()):
         of_q = {"q": wide, "scale": "*fp64"}
         assert compile_kernel(
-            gram_product._multiply, capability, partials=wide, **matrices, **of_q, **shape, width="i32", chunk="i32",
-            ADD_BASE=True, TALL=tall, VECTORS=launch.VECTORS, PANEL=launch.PANEL, TILE=launch.TILE,
+            gram_product._multiply,
+            capability,
+            partials=wide,
+            **matrices,
+            **of_q,
+            **shape,
+            width="i32",
+            chunk="i32",
+            ADD_BASE=True,
+            TALL=tall,
+            VECTORS=launch.VECTORS,
+            PANEL=launch.PANEL,
+            TILE=launch.TILE,
         )
     assert compile_kernel(
-        moments._segments, capability, partials="*fp64", **matrices, **shape, ADD_BASE=tall, SEGMENT=launch.SEGMENT,
+        moments._segments,
+        capability,
+        partials="*fp64",
+        **matrices,
+        **shape,
+        ADD_BASE=tall,
+        SEGMENT=launch.SEGMENT,
         BLOCK=launch.BLOCK,
     )
