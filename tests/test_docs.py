@@ -287,7 +287,7 @@ def check_samerge(arguments: list[str]) -> None:
     assert not unknown, f"samerge {arguments[0]} has no {unknown}"
     if "--study" in arguments:
         study = arguments[arguments.index("--study") + 1]
-        assert study == "STUDY" or study in re.findall(r"\w+", options["--study"].help), f"there is no study {study}"
+        assert study == "STUDY" or study in re.findall(r"[\w-]+", options["--study"].help), f"there is no study {study}"
 
 
 def make_targets() -> set[str]:
