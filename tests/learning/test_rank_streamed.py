@@ -244,7 +244,7 @@ def test_factors_are_planned_for_as_they_are_found(packed_twice):
         found = sum(side.nbytes for sides in Components.of(packed, 5).factors.values() for side in sides)
         assert found <= peaks[1] - peaks[0] <= 2 * found
     planned = plan(make(1), packed, streaming.make_batches(), streaming.logits, sm.SAMergingConfig(**SETTINGS))
-    assert {way.store for way in planned.ways} == {"device", "factors"}
+    assert {way.store for way in planned.ways} == {"device", "factors", "file"}
 
 
 def test_a_module_of_other_tests_streams_too():
