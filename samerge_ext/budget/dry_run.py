@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samerge_ext.budget.rehearsed_ranks import RehearsedRanks, room_for
+from samerge_ext.budget.rehearsed_ranks import RehearsedRanks
 from samerge_ext.learning.language_model import LanguageModel, OfExpert
 from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillation, imitation, uncertainty
 from samerge_ext.learning.nested import map_tensors
@@ -35,8 +35,8 @@ from samerge_ext.ops.chunked_rows import workspace_for
 from samerge_ext.ops.most_likely_kl import MostLikely
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import PackedWeights
-from samerge_ext.packing.shards import Shards, Spread
-from samerge_ext.packing.stores import InMemory, WholeStore, parts
+from samerge_ext.packing.shards import Shards, Spread, own
+from samerge_ext.packing.stores import InMemory, WholeStore, empty_like, parts
 
 
 @dataclass
@@ -118,8 +118,8 @@ def dry_run(
     with mode:
         module = _without_memory(module, fake)
         numel = packed.layout.numel if shards is None else shards.numel
-        base: Any = room_for(packed.base, numel, device)
-        task_vectors = room_for(packed.task_vectors, numel, device)
+        base: Any = empty_like(own(packed.base), numel, device)
+        task_vectors = empty_like(own(packed.task_vectors), numel, device)
         for part in (base, *parts(task_vectors).values()):
             meter.ignore(part)
         empty = _packed_without_memory(packed, base, task_vectors, shards, fake)

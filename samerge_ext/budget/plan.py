@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from samerge_ext.budget.dry_run import DryRun, dry_run
-from samerge_ext.budget.rehearsed_ranks import RehearsedRanks, room_for
+from samerge_ext.budget.rehearsed_ranks import RehearsedRanks
 from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.loop import check_spread
 from samerge_ext.learning.nested import map_tensors
@@ -25,7 +25,7 @@ from samerge_ext.packing.layout import BLOCK
 from samerge_ext.packing.packed_weights import PackedWeights
 from samerge_ext.packing.ranks import Ranks
 from samerge_ext.packing.shards import Shards, Spread, own
-from samerge_ext.packing.stores import on_host
+from samerge_ext.packing.stores import empty_like, on_host
 from samerge_ext.sizes import parse_bytes, show_bytes
 
 PLAN_FILE = "plan.json"  # in a run's checkpoint_dir
@@ -246,8 +246,8 @@ def _ways(
     factored = packed.task_vector_form == LORA and not on_host(task_vectors)
     # Of a number of a product, which is multiplied out before it is in its place.
     product_bytes = getattr(packed.task_vectors, "dtype", torch.float32).itemsize if factored else 0
-    of_base = room_for(packed.base, numel, "meta").nbytes
-    whole = of_base + room_for(packed.task_vectors, numel, "meta").nbytes
+    of_base = empty_like(own(packed.base), numel, "meta").nbytes
+    whole = of_base + empty_like(task_vectors, numel, "meta").nbytes
     stored = of_base + task_vectors.nbytes if factored else whole
     read = of_base if factored else whole  # of a file, in a pass
     on_cpu = device.type == "cpu"

@@ -8,11 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samerge_ext.packing.in_pieces import InPieces
-from samerge_ext.packing.quantised import QuantisedTaskVectors
 from samerge_ext.packing.ranks import Ranks
-from samerge_ext.packing.shards import own
-from samerge_ext.packing.stores import InMemory, Numbers
 
 
 @dataclass
@@ -65,13 +61,3 @@ class RehearsedRanks(Ranks):
 
     def _copy(self, tensor: Tensor) -> list[Tensor]:
         return [torch.empty_like(tensor)] if tensor.device.type == "cpu" else []
-
-
-def room_for(numbers: Numbers, length: int, device: torch.device | str) -> InMemory:
-    """Room for so many numbers of base or task vectors, which may be more than a rank of these has."""
-    numbers = own(numbers)
-    if isinstance(numbers, InPieces):
-        return numbers.empty(length, device)
-    if isinstance(numbers, QuantisedTaskVectors):
-        return QuantisedTaskVectors.zeros(len(numbers), length, numbers.form, device)
-    return torch.empty(*numbers.shape[:-1], length, dtype=numbers.dtype, device=device)

@@ -86,8 +86,16 @@ def merge(
         from samerge_ext.recipes.torchrun import rank_of_torchrun
 
         of_options = _rank(rank, ranks)
-        of_ranks = {"rank": of_options, "timeout": timeout}
-        run_recipe(recipe, out, overwrite=overwrite, report=report, shard_size=shard_size, progress=not quiet, **of_ranks)
+        run_recipe(
+            recipe,
+            out,
+            overwrite=overwrite,
+            report=report,
+            shard_size=shard_size,
+            rank=of_options,
+            timeout=timeout,
+            progress=not quiet,
+        )
         this = of_options or rank_of_torchrun()
     seconds = time.perf_counter() - started
     if json and is_speaker():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from functools import cached_property
@@ -26,7 +27,7 @@ from samerge_ext.demo.experts import (
 )
 
 
-class Bench:
+class Bench(ABC):
     """Everything that the cells of one variant and seed share, whatever the tasks are made of. Experts and base are folders.
 
     The seed varies the experts (order of their batches) and the calibration samples and their order.
@@ -50,37 +51,40 @@ class Bench:
     def full(self) -> bool:
         return self.protocol.name == "full"
 
-    @cached_property
+    @property
+    @abstractmethod
     def tasks(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Task -> its samples, in splits."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def heads(self) -> Heads:
-        raise NotImplementedError
+        """Frozen, of all tasks."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def base(self) -> Path:
-        raise NotImplementedError
+        """The folder of the pretrained encoder."""
 
+    @abstractmethod
     def expert(self, task: str) -> Path:
         """The folder of a task's expert, fine-tuned now if the cache does not have it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expert_path(self, task: str) -> Path:
         """Where that folder is, or will be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, folder: Path) -> nn.Module:
         """The encoder in the folder of an expert or of the base, in eval mode."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluator(self, split: str) -> Evaluator:
         """Of labelled samples: "test", or "tuning", a part of the training ones for choices that need labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calibration(self, samples: int, batch: int) -> dict[str, list[Any]]:
         """Unlabelled batches of so many samples per task."""
-        raise NotImplementedError
 
     @cached_property
     def experts(self) -> dict[str, Path]:

@@ -11,7 +11,6 @@ is the sum of the ranks, and that differs from the merged weights by rounding al
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -83,8 +82,8 @@ def save_merged(result: Result, path: str | Path, *, task_type: str | None = Non
     a warning that says why. Returns whether it is an adapter.
 
     The adapter's rank is the largest sum of the ranks that a layer's adapters have; heads of tasks are heads/TASK.safetensors
-    beside it. It is exact where adapters change layers by products alone: LoRA and rsLoRA of linear layers, Conv1D,
-    convolutions and embeddings; not DoRA, trained biases and modules_to_save that are no heads.
+    beside it, with coefficients.json. It is exact where adapters change layers by products alone: LoRA and rsLoRA of linear
+    layers, Conv1D, convolutions and embeddings; not DoRA, trained biases and modules_to_save that are no heads.
     task_type: of PEFT, "CAUSAL_LM" …, for the adapter's configuration.
 
     Raises CheckpointError where ``path`` is taken.
@@ -117,11 +116,9 @@ def save_merged(result: Result, path: str | Path, *, task_type: str | None = Non
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial_of(path, folder=True) as temporary:
-        for task, head in result.heads.items():
-            if head:
-                (temporary / "heads").mkdir(exist_ok=True)
-                save_file({n: t.contiguous().cpu() for n, t in head.items()}, temporary / "heads" / f"{task}.safetensors")
-        (temporary / "coefficients.json").write_text(json.dumps(result.summary(), indent=1))
+        for name, content in result.files_beside_weights().items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(temporary))
         replace_folder(temporary, path)

@@ -121,14 +121,7 @@ class Result:
             self._take_part(dtype)
             return Path(path)
         require_apart(path, [*map(Path, self.packed.inputs), *([] if self.packed.folder is None else [self.packed.folder])])
-        files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
-        for task, head in self.heads.items():
-            if head:
-                files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
-        if self.learner is not None:
-            files[f"learner/{LEARNER_FILE}"] = self.learner.to_bytes()
-        if self.features is not None:
-            files[f"learner/{FEATURES_FILE}"] = self.features.to_bytes()
+        files = self.files_beside_weights()
         companions = self._companions(companions)
         configuration = self._configuration(companions)
         if configuration and dtype:
@@ -146,6 +139,18 @@ class Result:
             written = write(tensors if self.packed.conversion is None else self.packed.as_stored(tensors.items()))
         self.packed.ranks.wait()
         return written
+
+    def files_beside_weights(self) -> dict[str, bytes | str]:
+        """The merge's own files in its folder, path -> content: coefficients.json, heads/ of tasks that have some, learner/."""
+        files: dict[str, bytes | str] = {"coefficients.json": json.dumps(self.summary(), indent=1)}
+        for task, head in self.heads.items():
+            if head:
+                files[f"heads/{task}.safetensors"] = save({n: t.contiguous().cpu() for n, t in head.items()})
+        if self.learner is not None:
+            files[f"learner/{LEARNER_FILE}"] = self.learner.to_bytes()
+        if self.features is not None:
+            files[f"learner/{FEATURES_FILE}"] = self.features.to_bytes()
+        return files
 
     def _take_part(self, dtype: torch.dtype | None) -> None:
         """What the other ranks do while the first one writes: merge with it what it merges layer by layer."""

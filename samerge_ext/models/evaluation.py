@@ -81,11 +81,11 @@ def evaluate(
     check_device(device)
     folder, paths = Path(folder), {task: Path(path) for task, path in files.items()}
     model = FolderModel.of(folder, {task: folder for task in paths})
+    if (classes or templates) and model.kind is not ZERO_SHOT:
+        raise ValueError(f"classes and templates are CLIP's; {folder} is for {model.kind.name}")
     if model.kind.reads == "pictures":
         load = lambda task: _loaded(model, task, dtype).to(device).eval()
         return _on_pictures(model, paths, load, classes or {}, templates or {}, batch_size, limit)
-    if classes or templates:
-        raise ValueError(f"classes and templates are CLIP's; {folder} is for {model.kind.name}")
     if model.kind.logits not in (causal_lm, sequence_classification):
         raise ValueError(
             f"{folder} is for {model.kind.name}; causal language models and sequence classifiers are evaluated, and on pictures "
@@ -166,9 +166,6 @@ def _on_pictures(
     limit: int | None,
 ) -> dict[str, Score]:
     """load: the module with a task's own head."""
-    zero_shot = model.kind is ZERO_SHOT
-    if (classes or templates) and not zero_shot:
-        raise ValueError(f"classes and templates are CLIP's; {model.base} is for {model.kind.name}")
     if unknown := sorted({*classes, *templates} - set(folders)):
         raise ValueError(f"classes and templates are given of {unknown}, pictures of {sorted(folders)}; name a task alike")
     called = {task: class_folders(folder) for task, folder in folders.items()}
@@ -179,7 +176,7 @@ def _on_pictures(
         own = (model.base / f"heads/{task}.safetensors").is_file()
         if module is None or (folder_of(model.base) / "heads").is_dir():
             module = load(task)
-        if zero_shot:
+        if model.kind is ZERO_SHOT:
             names = named[task]
             head = zero_shot_head(module, clip_tokenizer(model.base, module), names, texts.get(task, TEMPLATES))
             logits: Logits = zero_shot_classification({task: head})

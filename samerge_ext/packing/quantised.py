@@ -45,6 +45,13 @@ class QuantisedTaskVectors:
         tensors = {name: torch.zeros(rows, numel // per, dtype=dtype, device=device) for name, (rows, dtype, per) in parts}
         return cls(**tensors, shared=is_shared(form))
 
+    def empty(self, length: int, device: torch.device | str, pin_memory: bool = False) -> QuantisedTaskVectors:
+        """Room for ``length`` numbers of as many task vectors, in the same form."""
+        options: dict = {"device": device, "pin_memory": pin_memory}
+        parts = parts_of(len(self), self.form).items()
+        tensors = {name: torch.empty(rows, length // per, dtype=dtype, **options) for name, (rows, dtype, per) in parts}
+        return QuantisedTaskVectors(**tensors, shared=self.shared)
+
     @classmethod
     def of(cls, task_vectors: Tensor, form: str) -> QuantisedTaskVectors:  # [T, N]
         """Quantises task vectors that are at hand; `PackedWeights.from_*` quantises tensor by tensor."""

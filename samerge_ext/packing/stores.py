@@ -203,12 +203,10 @@ def empty_like(
 @overload
 def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_memory: bool = False) -> InMemory: ...
 def empty_like(numbers: Numbers, length: int, device: torch.device | str, pin_memory: bool = False) -> InMemory:
-    """Room for ``length`` of the numbers."""
-    if isinstance(numbers, InPieces):
+    """Room for ``length`` such numbers, which may be more than these are."""
+    if not isinstance(numbers, Tensor):
         return numbers.empty(length, device, pin_memory)
-    return map_parts(
-        lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pin_memory), narrow(numbers, 0, length)
-    )
+    return torch.empty(*numbers.shape[:-1], length, dtype=numbers.dtype, device=device, pin_memory=pin_memory)
 
 
 @overload

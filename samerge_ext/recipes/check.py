@@ -16,7 +16,6 @@ from samerge_ext.elementwise.ranks import held_by
 from samerge_ext.elementwise.record import RECORD
 from samerge_ext.learning.loop import calibration_set
 from samerge_ext.memory import machine_bytes, resident_bytes
-from samerge_ext.packing.factors import LORA
 from samerge_ext.packing.stores import check_device
 from samerge_ext.recipes.parameters import METHODS
 from samerge_ext.recipes.recipe import Recipe
@@ -172,7 +171,7 @@ def _of_learned(recipe: Recipe, ranks: int, nodes: int) -> Findings:
     writes = sum(numbers * to.itemsize for numbers, to in sizes)
     plan, budget = plan_weights(recipe, model, calibration, packed, ranks, nodes), settings.memory_budget
     chosen = plan.choose(budget, settings.host_memory_budget) if budget is not None else None
-    if (chosen is not None and chosen.store == "file") or (ranks > 1 and packed.task_vector_form != LORA):
+    if ranks > 1 or (chosen is not None and chosen.store == "file"):
         writes += packed.base.nbytes + packed.task_vectors.nbytes
     return Findings(
         recipe.merge_method,

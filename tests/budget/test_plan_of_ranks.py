@@ -10,6 +10,7 @@ import streaming
 import torch
 import yaml
 from classifiers import LABELS
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import samerge_ext as sm
@@ -135,3 +136,33 @@ def test_the_command_says_what_a_rank_of_files_writes(recipe):
 def test_the_command_refuses_what_the_merge_would(recipe, method, options, message):
     run = check(recipe(method), *options)
     assert run.exit_code == 1 and message in run.output, run.output
+
+
+def test_the_packed_file_of_ranks_takes_room_of_lora_experts_too(tmp_path):
+    """They read the base from it; its bytes, and the factors', are written beside the model's."""
+    models = classifiers.write(tmp_path)
+    tasks, name, rank, width = [f"lora-{task}" for task in LABELS], "bert.encoder.layer.0.attention.self.query", 2, 16
+    for seed, task in enumerate(tasks):
+        (tmp_path / task).mkdir()
+        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+        (tmp_path / f"{task}/adapter_config.json").write_text(json.dumps(settings))
+        torch.manual_seed(seed)
+        factors = {"lora_A": torch.randn(rank, width), "lora_B": torch.randn(width, rank)}
+        tensors = {f"base_model.model.{name}.{side}.weight": factor for side, factor in factors.items()}
+        save_file(tensors, tmp_path / f"{task}/adapter_model.safetensors")
+    said = {
+        "merge_method": "samerging",
+        "base_model": str(models / "base"),
+        "models": [str(tmp_path / task) for task in tasks],
+        "task_vector_dtype": "lora",
+        "calibration": {"files": {task: str(models / "mood.txt") for task in tasks}, "batch_size": 2},
+        "parameters": {"steps": 4},
+    }
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(said))
+    runs = [check(tmp_path / "merge.yaml", "--ranks", n, "--json") for n in (1, 2)]
+    assert [run.exit_code for run in runs] == [0, 0], [run.output for run in runs]
+    writes = [json.loads(run.stdout)["writes"] for run in runs]
+    experts = {task: tmp_path / task for task in tasks}
+    packed = sm.PackedWeights.describe(models / "base", experts, task_vector_dtype="lora")
+    assert packed.task_vectors.nbytes == len(tasks) * 2 * rank * width * 4
+    assert writes[1] - writes[0] == packed.base.nbytes + packed.task_vectors.nbytes
