@@ -30,6 +30,7 @@ from torch.func import functional_call
 import samerge_ext as sm
 from samerge_ext import reference
 from samerge_ext.learning.passes import losses_and_gradient
+from samerge_ext.learning.prefetch import Input
 from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.memory import PeakMemory
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
@@ -166,7 +167,7 @@ def sam_step(x: Problem, shared: bool = True, tasks_per_batch: int | None = None
     logits = sm.models.SharedEncoder(x.encode, x.head) if shared else plain
     learned = model.coefficients.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([learned], lr=1e-3, weight_decay=5e-4)
-    inputs = dict(zip(x.tasks, zip(x.images, x.teachers, strict=True), strict=True))
+    inputs = dict(zip(x.tasks, map(Input, x.images, x.teachers), strict=True))
     weights = dict.fromkeys(x.tasks, 1.0)
 
     def gradient_at(coefficients):

@@ -28,6 +28,7 @@ from samerge_ext.checkpoints.sealed import read_sealed
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.loop import make_passes
 from samerge_ext.learning.losses import Divergence, distillation
+from samerge_ext.learning.prefetch import Input
 from samerge_ext.learning.teaching import lessons
 from samerge_ext.memory import peak_resident_bytes
 from samerge_ext.sizes import parse_bytes, show_bytes
@@ -75,7 +76,7 @@ def beside_bare_passes(name: str) -> dict:
     config = sm.SAMergingConfig(sam="off", progress=False)
     calibration = Calibration(make_batches(shape), shape.tasks)
     _, taught = lessons(model, calibration, sm.models.causal_lm, config)
-    inputs = {task: (calibration.batches[task][0], taught[task][0]) for task in shape.tasks}
+    inputs = {task: Input(calibration.batches[task][0], taught[task][0]) for task in shape.tasks}
     loss_of = lambda student, lesson: distillation(student, lesson[0], Divergence(2.0, 2.0), None)
     passes = make_passes(model, sm.models.causal_lm, loss_of, config)
     point = model.coefficients.detach().flatten()

@@ -16,7 +16,7 @@ GPU_BYTES = 80e9
 NVLINK, INFINIBAND, OF_LINK = 450e9, 50e9, 0.8
 PASSES = 2  # of a step with SAM
 BF16, INT4 = 2.0, 0.53  # bytes a number; int4 with its scales in groups of 64
-TOKENS = 4 * 512  # of a task's batch
+EXAMPLES, LENGTH = 4, 512  # of a task's batch: texts, and tokens of each
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Case:
     @property
     def turns(self) -> int:
         return -(-self.experts // self.gpus)
+
+    @property
+    def tokens(self) -> int:
+        """That a GPU runs in a turn: with more GPUs than tasks, of its part of a batch."""
+        return LENGTH * -(-EXAMPLES // max(1, self.gpus // self.experts))
 
     @property
     def shared_out(self) -> float:
@@ -66,7 +71,7 @@ def cost(case: Case, streamed: bool) -> Cost:
     return Cost(
         memory,
         moved,
-        PASSES * turns * products * n * TOKENS / (REACHED * FLOPS),
+        PASSES * turns * products * n * case.tokens / (REACHED * FLOPS),
         reads / (OF_HBM * HBM),
         moved / (OF_LINK * link),
     )

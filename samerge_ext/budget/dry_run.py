@@ -27,6 +27,7 @@ from samerge_ext.learning.language_model import LanguageModel, OfExpert
 from samerge_ext.learning.losses import Answers, Divergence, Gradient, distillation, imitation, uncertainty
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits, answering, call_logits, losses_and_gradient, running
+from samerge_ext.learning.prefetch import Input, Inputs
 from samerge_ext.learning.teachers import expert_head
 from samerge_ext.learning.turns import tasks_of
 from samerge_ext.merged.model import MergedModel
@@ -123,7 +124,7 @@ def dry_run(
         for part in (base, *parts(task_vectors).values()):
             meter.ignore(part)
         empty = _packed_without_memory(packed, base, task_vectors, shards, fake)
-        inputs = {task: (map_tensors(fake, batch), task) for task, batch in batches.items()}
+        inputs = {task: Input(map_tensors(fake, batch), task) for task, batch in batches.items()}
         store = _DryStore(base, task_vectors, found.fetched) if streamed else None
         try:
             with meter:
@@ -131,9 +132,9 @@ def dry_run(
                 model.train_heads(train_heads, heads)
                 if rank:
                     model.use_components(Components.rehearsed(packed, rank, WholeStore(base, task_vectors)))
-                first, (batch, _) = next(iter(inputs.items()))
+                first = next(iter(inputs))
                 model.select_head(first)
-                logits = answering(logits, model.module, batch)
+                logits = answering(logits, model.module, inputs[first].batch)
                 if member is not None:
                     inputs = {task: inputs[task] for task in tasks_of(packed.tasks, member)}
                     if loss != "entropy" and not packed.experts:  # which are read from where they are
@@ -164,18 +165,16 @@ def dry_run(
 
 
 @torch.no_grad()
-def _experts(
-    model: MergedModel, member: RehearsedRanks, inputs: Mapping[str, tuple[Any, Any]], logits: Logits, precision: str
-) -> None:
+def _experts(model: MergedModel, member: RehearsedRanks, inputs: Inputs, logits: Logits, precision: str) -> None:
     """What a rank's experts say, each merged by all ranks while the others merge theirs."""
     member.traffic.at_their_own = member.size > 1
-    for task, (batch, _) in inputs.items():
+    for task, given in inputs.items():
         with model.teacher(task) as module:
             if isinstance(logits, LanguageModel):
                 with running(module, precision, f"the batch of task '{task}'"):
-                    logits.hidden_states(module, batch)
+                    logits.hidden_states(module, given.batch)
             else:
-                call_logits(logits, module, batch, task, precision)
+                call_logits(logits, module, given.batch, task, precision)
     member.traffic.at_their_own = False
 
 

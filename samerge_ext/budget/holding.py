@@ -115,7 +115,7 @@ def _held(
         on_cpu = device.type == "cpu"
         if on_cpu:
             trim_heap()  # it would count
-        way = planned_way(module, packed, calibration.batches, logits, config, teachers=teachers, heads=heads)
+        way = planned_way(module, packed, calibration.whole, logits, config, teachers=teachers, heads=heads)
         model = way.make(module, packed, config.initial_coefficient, device)
         model.planned_bytes = way.device_bytes
         if on_cpu:

@@ -18,6 +18,7 @@ from samerge_ext.learning.config import LearningConfig
 from samerge_ext.learning.loop import check_spread
 from samerge_ext.learning.nested import map_tensors
 from samerge_ext.learning.passes import Logits
+from samerge_ext.learning.turns import part_of_batch
 from samerge_ext.memory import machine_bytes, resident_bytes
 from samerge_ext.merged.model import MergedModel
 from samerge_ext.packing.factors import LORA
@@ -172,16 +173,20 @@ def plan(
     if device.type != "cpu" and torch.accelerator.current_accelerator() is None:
         raise ValueError(f"device='{device}': torch is built without GPUs here, and cannot plan for one; install one that is not")
     check_nodes(ranks, nodes)
+    is_spread, size = packed.shards is not None or ranks > 1, max(ranks, packed.ranks.size)
+    if is_spread:
+        check_spread(config)
+        batches = {
+            task: [part_of_batch(batch, row, packed.num_tasks, Ranks(None, row, size))[0] for batch in batches[task]]
+            for row, task in enumerate(packed.tasks)
+        }
     largest = {task: max(held, key=_numel) for task, held in batches.items()}
     run = partial(dry_run, device=device, tasks_per_batch=config.tasks_per_batch, precision=config.precision)
     rank = config.rank if config.granularity == "rank" else 0
     loss = getattr(config, "loss", "kl") if teachers else "entropy"
     top_k = getattr(config, "teacher_top_k", None) if teachers else None
     run = partial(run, loss=loss, top_k=top_k, train_heads=config.train_heads, heads=heads, rank=rank)
-    is_spread, size = packed.shards is not None or ranks > 1, max(ranks, packed.ranks.size)
-    if is_spread:
-        check_spread(config)
-    # Ranks beyond the last task run what others do.
+    # Ranks beyond the last task run as much as others do, or less.
     members = [RehearsedRanks(None, number, size) for number in range(min(size, packed.num_tasks))] if is_spread else [None]
     runs = [[run(module, packed, largest, logits, streamed=way, member=member) for way in (False, True)] for member in members]
     kept = 0

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from samerge_ext.learning.turns import part_of_batch
+from samerge_ext.packing.ranks import ALONE, Ranks
+
 
 class Calibration:
     """Batches per task, materialised once, so that cached teacher logits stay aligned with them.
@@ -16,7 +19,9 @@ class Calibration:
     shuffle: visit each task's batches in a new order every epoch, drawn from ``seed``; else in the order given.
     held_back: the share of every task's batches that nothing is learned from, at least one of each where it is not 0; they lie at
         equal distances among the others.
+    ranks: those that the merge is spread over. Where there are more of them than tasks, ``batches`` has this rank's parts.
 
+    whole: the batches as they were given. counts: task -> whether each of ``batches`` counts on this rank.
     learned_from, held_back: task -> the indices of its batches of the one and the other kind.
     """
 
@@ -28,6 +33,7 @@ class Calibration:
         shuffle: bool = False,
         seed: int = 0,
         held_back: float = 0.0,
+        ranks: Ranks = ALONE,
     ):
         unknown, missing = set(batches) - set(tasks), set(tasks) - set(batches)
         if unknown or missing:
@@ -35,10 +41,16 @@ class Calibration:
                 f"calibration has {sorted(batches)}, the packed tasks are {sorted(tasks)}: "
                 + (f"add batches for {sorted(missing)}" if missing else f"remove {sorted(unknown)}")
             )
-        self.batches = {task: list(batches[task]) for task in tasks}
-        for task, held in self.batches.items():
+        self.whole = {task: list(batches[task]) for task in tasks}
+        for task, held in self.whole.items():
             if not held:
                 raise ValueError(f"the calibration set of task '{task}' is empty; give it at least one unlabelled batch")
+        parts = {
+            task: [part_of_batch(batch, row, len(tasks), ranks) for batch in held]
+            for row, (task, held) in enumerate(self.whole.items())
+        }
+        self.batches = {task: [batch for batch, _ in of_task] for task, of_task in parts.items()}
+        self.counts = {task: [counts for _, counts in of_task] for task, of_task in parts.items()}
         self.shuffle, self.seed = shuffle, seed
         self.held_back = {task: _spread(len(held), held_back) for task, held in self.batches.items()}
         self.learned_from = {

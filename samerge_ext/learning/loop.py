@@ -17,7 +17,7 @@ from samerge_ext.learning.early_stopping import EarlyStopping
 from samerge_ext.learning.graphed import GraphedPasses, Passes, check_fixed_shapes
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import Logits, Objective, losses_and_gradient, mean_loss
-from samerge_ext.learning.prefetch import Inputs, inputs_of_steps
+from samerge_ext.learning.prefetch import Input, Inputs, inputs_of_steps
 from samerge_ext.learning.run_state import RunState, Stateful
 from samerge_ext.learning.sam import sam_gradient
 from samerge_ext.learning.step_log import StepLog
@@ -51,7 +51,9 @@ class Learned(nn.Module):
 
 def calibration_set(batches: Mapping[str, Iterable[Any]], packed: PackedWeights, config: LearningConfig) -> Calibration:
     """The calibration set of a run; raises ValueError where it does not fit the tasks or the configuration."""
-    calibration = Calibration(batches, packed.tasks, shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back)
+    calibration = Calibration(
+        batches, packed.tasks, shuffle=config.shuffle, seed=config.seed, held_back=config.share_held_back, ranks=packed.ranks
+    )
     config.weights(packed.tasks)
     check_device(config.device)
     if config.cuda_graph and (config.streamed or config.memory_budget is not None):
@@ -188,13 +190,14 @@ def held_back_loss(
 ) -> Callable[[], float]:
     """A function that gives the loss, at what is learned so far, of the batches that are held back."""
 
-    def inputs() -> Iterator[tuple[str, Any, Any, bool]]:
-        counts = {task: len(held) for task, held in calibration.held_back.items()}
-        for task, indices in turns_of_batches(counts, model.packed.ranks):
+    def inputs() -> Iterator[tuple[str, Input]]:
+        numbers = {task: len(held) for task, held in calibration.held_back.items()}
+        for task, indices in turns_of_batches(numbers, model.packed.ranks):
             for place, is_own in indices:
                 i = calibration.held_back[task][place]
-                pair = to_device((calibration.batches[task][i], targets[task][i] if targets else None), model.device)
-                yield task, *pair, is_own
+                counts = is_own and calibration.counts[task][i]
+                given = Input(calibration.batches[task][i], targets[task][i] if targets else None, counts)
+                yield task, to_device(given, model.device)
 
     def loss() -> float:
         coefficients, values = split(model, learned().detach())

@@ -95,7 +95,7 @@ def entropies(answers: Answers) -> Tensor:
     return entropy(answers, reduction="none")
 
 
-def scaled(gradient: Gradient, by: float) -> Gradient:
+def scaled(gradient: Gradient, by: float | Tensor) -> Gradient:
     """In place."""
     return map_tensors(lambda tensor: tensor.mul_(by), gradient)
 

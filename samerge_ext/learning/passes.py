@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from samerge_ext.learning.language_model import LanguageModel
 from samerge_ext.learning.losses import Answers, number_of_rows, scaled
+from samerge_ext.learning.prefetch import Input, Inputs
 from samerge_ext.learning.shared_encoder import SharedEncoder
 from samerge_ext.learning.turns import turns
 from samerge_ext.merged.model import MergedModel
@@ -51,7 +52,7 @@ def answering(logits: Logits, module: nn.Module, batch: Any, samples: int | None
 def losses_and_gradient(
     model: MergedModel,
     coefficients: Tensor,
-    inputs: Mapping[str, tuple[Any, Any]],
+    inputs: Inputs,
     logits: Logits,
     objective: Objective,
     *,
@@ -62,7 +63,7 @@ def losses_and_gradient(
     """Each task's loss [T] and ∂(Σ_t α_t loss_t)/∂λ [T, L] at ``coefficients`` [T, L].
 
     One merge, the forward and backward passes of ``tasks_per_batch`` tasks at a time, one contraction.
-    inputs: task -> (batch, target of the objective); where a model is spread over ranks, of this rank's tasks (`turns.tasks_of`).
+    inputs: of all tasks; where a model is spread over ranks, of this rank's (`turns.tasks_of`).
     """
     model.merge(coefficients)
     model.zero_gradients()
@@ -70,17 +71,19 @@ def losses_and_gradient(
     tasks = tuple(inputs) if model.packed.shards is None else model.packed.tasks
     losses: dict[str, Tensor] = {}
     for group in _groups(tasks, ranks, logits, tasks_per_batch):
-        outputs = _forward(model, {task: inputs[task][0] for task in group}, logits, precision)
+        outputs = _forward(model, {task: inputs[task].batch for task in group}, logits, precision)
+        rows = {task: number_of_rows(outputs[task]) for task in group if group[task] and inputs[task].counts}
+        shares = _shares(rows, tasks, ranks, model.device)
         tensors, gradients = [], []
         for task, answers in outputs.items():
             if not any(part.requires_grad for part in _parts(answers) if part is not None):
                 raise RuntimeError(
                     f"logits of task '{task}' carry no gradient; compute them from the module without no_grad or detach"
                 )
-            loss, gradient = objective(answers.detach() if isinstance(answers, Tensor) else answers, inputs[task][1])
-            if group[task]:
-                losses[task] = loss
-            gradient = scaled(gradient, task_weights[task] if group[task] else 0.0)
+            loss, gradient = objective(answers.detach() if isinstance(answers, Tensor) else answers, inputs[task].target)
+            if task in shares:
+                losses[task] = loss * shares[task]
+            gradient = scaled(gradient, task_weights[task] * shares.get(task, 0.0))
             by_part = [gradient] if isinstance(gradient, Tensor) else gradient
             for part, of_part in zip(_parts(answers), by_part, strict=True):
                 if part is not None and of_part is not None:
@@ -96,7 +99,7 @@ def losses_and_gradient(
 def mean_loss(
     model: MergedModel,
     coefficients: Tensor,
-    inputs: Iterable[tuple[str, Any, Any, bool]],
+    inputs: Iterable[tuple[str, Input]],
     logits: Logits,
     objective: Objective,
     *,
@@ -105,23 +108,20 @@ def mean_loss(
 ) -> float:
     """Σ_t α_t × the mean of the loss over all rows of task t's batches, at ``coefficients`` [T, L].
 
-    inputs: (task, batch, target, whether it counts); of a model that is spread over ranks, this rank's.
+    inputs: with their tasks; of a model that is spread over ranks, this rank's.
     """
     model.merge(coefficients)
-    losses: dict[str, list[Tensor]] = {}
-    rows: dict[str, list[int]] = {}
-    for task, batch, target, counts in inputs:
+    found = torch.zeros(2, model.packed.num_tasks, dtype=torch.float64, device=model.device)  # losses of all rows, and rows
+    for task, given in inputs:
         model.select_head(task)
-        answers = answers_to(logits, model.module, batch, task, precision)
-        loss = objective(answers, target)[0].double()
-        if counts:
-            losses.setdefault(task, []).append(loss)
-            rows.setdefault(task, []).append(number_of_rows(answers))
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for task, of_task in losses.items():
-        weights = torch.tensor(rows[task], dtype=torch.float64, device=model.device) / sum(rows[task])
-        total += task_weights[task] * (torch.stack(of_task) @ weights)
-    return model.packed.ranks.sum(total).item()
+        answers = answers_to(logits, model.module, given.batch, task, precision)
+        loss = objective(answers, given.target)[0].double()
+        if given.counts:
+            rows = number_of_rows(answers)
+            found[:, model.packed.tasks.index(task)] += torch.stack([loss * rows, loss.new_tensor(rows)])
+    losses, rows = model.packed.ranks.sum(found)
+    weights = torch.tensor([task_weights[task] for task in model.packed.tasks], dtype=torch.float64, device=model.device)
+    return (weights * losses / rows).sum().item()
 
 
 def _groups(tasks: Sequence[str], ranks: Ranks, logits: Logits, tasks_per_batch: int | None) -> Iterator[dict[str, bool]]:
@@ -131,6 +131,15 @@ def _groups(tasks: Sequence[str], ranks: Ranks, logits: Logits, tasks_per_batch:
     for first in range(0, len(found), at_once):
         group = found[first : first + at_once]
         yield {task: (task, True) in group for task, _ in group}
+
+
+def _shares(rows: Mapping[str, int], tasks: Sequence[str], ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Of each task whose rows count here, how much of its batch they are. rows: task -> how many."""
+    if ranks.size <= len(tasks):
+        return dict.fromkeys(rows, 1.0)
+    here = torch.tensor([rows.get(task, 0) for task in tasks], dtype=torch.float64, device=device)
+    shares = here / ranks.sum(here.clone())
+    return {task: shares[place] for place, task in enumerate(tasks) if task in rows}
 
 
 def _forward(model: MergedModel, batches: Mapping[str, Any], logits: Logits, precision: str) -> dict[str, Answers]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.nested import map_tensors, to_device
 
-# task -> (batch, target): what a step runs on. A target is what the objective compares logits with, or None.
-Inputs = dict[str, tuple[Any, Any]]
+
+class Input(NamedTuple):
+    """A task's batch; what the objective compares its answers with, or None; whether what comes of it counts."""
+
+    batch: Any
+    target: Any
+    counts: bool = True
+
+
+Inputs = Mapping[str, Input]  # by task: what a step runs on
 
 
 def inputs_of_steps(
@@ -27,10 +35,10 @@ def inputs_of_steps(
     batches = {task: [_pinned(batch) if on_gpu else batch for batch in calibration.batches[task]] for task in tasks}
 
     def fetch(step: int) -> Inputs:
-        indices = calibration.at(step)
+        indices = {task: index for task, index in calibration.at(step).items() if task in batches}
         return {
-            task: to_device((batches[task][indices[task]], targets[task][indices[task]] if targets else None), device)
-            for task in tasks
+            task: to_device(Input(batches[task][i], targets[task][i] if targets else None, calibration.counts[task][i]), device)
+            for task, i in indices.items()
         }
 
     return _one_ahead(fetch, device, steps) if on_gpu else map(fetch, steps)

@@ -1,22 +1,36 @@
-"""Whose batches are whose: tasks dealt to the ranks of a merge.
+"""Whose batches are whose: tasks, and where there are more ranks than tasks the rows of their batches, dealt to the ranks.
 
-Task t is rank t mod W's, whose teachers' answers stay there. Where weights are gathered, all ranks must run a pass whenever one
-does. A rank that has no task for a turn, and one beyond the last task, keeps the others company: it runs one that it has, or that
-another rank has too, and its results do not count.
+Task t is rank t mod W's, whose teachers' answers stay there. Beyond the last task ranks begin with the first one again: those of
+one task have a part of each of its batches. Where weights are gathered, all ranks must run a pass whenever one does. A rank that
+has no task for a turn, or no part of a batch, keeps the others company: it runs what it has, or what another rank has too, and
+its results do not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from samerge_ext.learning.nested import split_rows
 from samerge_ext.packing.ranks import Ranks
 
 
 def turns(tasks: Sequence[str], ranks: Ranks) -> list[tuple[str, bool]]:
     """What this rank runs, one turn after the other, as many as any rank: a task, and whether it counts here."""
-    own = [(task, True) for task in tasks[ranks.rank :: ranks.size]]
-    company = (tasks[ranks.rank % len(tasks)], False)
+    first = ranks.rank % len(tasks)
+    own = [(task, True) for task in tasks[first :: ranks.size]]
+    company = (tasks[first], False)
     return own + [company] * (-(-len(tasks) // ranks.size) - len(own))
+
+
+def part_of_batch(batch: Any, task: int, tasks: int, ranks: Ranks) -> tuple[Any, bool]:
+    """What this rank runs of a batch of the task of that number, and whether it counts: of others' tasks and with fewer ranks
+    than tasks the whole batch, which does."""
+    if ranks.rank % tasks != task or ranks.size <= tasks:
+        return batch, True
+    parts = split_rows(batch, len(range(task, ranks.size, tasks)))
+    place = ranks.rank // tasks
+    return parts[min(place, len(parts) - 1)], place < len(parts)
 
 
 def tasks_of(tasks: Sequence[str], ranks: Ranks) -> list[str]:

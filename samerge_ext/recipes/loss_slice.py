@@ -17,6 +17,7 @@ from samerge_ext.learning.loop import calibration_set
 from samerge_ext.learning.losses import number_of_rows
 from samerge_ext.learning.nested import to_device
 from samerge_ext.learning.passes import losses_and_gradient, mean_loss
+from samerge_ext.learning.prefetch import Input
 from samerge_ext.learning.teaching import lessons
 from samerge_ext.methods.configs import SAMergingConfig
 from samerge_ext.methods.samerging import distillation
@@ -55,7 +56,7 @@ def loss_slice(recipe: Recipe, coefficients: Mapping[str, Mapping[str, float]], 
         for task, of_task in taught.items():
             rows = [number_of_rows(answers) for answers, _ in of_task]
             for batch, lesson, count in zip(held.batches[task], of_task, rows, strict=True):
-                inputs = {task: to_device((batch, lesson), merged.device)}
+                inputs = {task: to_device(Input(batch, lesson), merged.device)}
                 share = {task: weights[task] * count / sum(rows)}
                 gradient += gradient_of(inputs=inputs, task_weights=share)[1]
 
@@ -65,7 +66,7 @@ def loss_slice(recipe: Recipe, coefficients: Mapping[str, Mapping[str, float]], 
 
         def loss_at(distance: float) -> float:
             inputs = (
-                (task, *to_device(pair, merged.device), True)
+                (task, to_device(Input(*pair), merged.device))
                 for task in packed.tasks
                 for pair in zip(held.batches[task], taught[task], strict=True)
             )

@@ -69,6 +69,17 @@ def test_ranks_hold_their_part_of_the_stores(width=1024):
     assert memory.device_bytes - file.device_bytes == stored // 2 - 2 * file.piece * 4 * (1 + len(TASKS))
 
 
+def test_of_more_ranks_than_tasks_each_runs_a_part_of_a_batch():
+    """Of weights as small as these, what counts are activations and the experts' logits, of half as many rows each time."""
+    module, packed, _ = streaming.chain(TASKS)
+    batches = {task: [torch.randn(200_000, 40)] for task in TASKS}
+    three, six, twelve = (
+        plan(module, packed, batches, streaming.logits, CONFIG, ranks=ranks).ways[0].device_bytes for ranks in (3, 6, 12)
+    )
+    assert three - six > 200_000 // 2 * 40 * 4 * 3
+    assert 1.8 < (three - six) / (six - twelve) < 2.2
+
+
 def test_other_ranks_than_began_a_run_plan_anew(tmp_path):
     streamed = planned(2).ways[1]
     for ranks in (2, 1):

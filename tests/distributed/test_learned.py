@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import samerge_ext as sm
 from samerge_ext.budget.plan import Plan
 from samerge_ext.checkpoints.sealed import read_sealed_object
+from samerge_ext.learning.calibration import Calibration
 from samerge_ext.learning.turns import tasks_of, turns, turns_of_batches
 from samerge_ext.packing import ranks
 from samerge_ext.packing.in_pieces import InPieces
@@ -42,11 +43,15 @@ def learn(packed, module, batches, forward, method=sm.samerging, config=sm.SAMer
     return [*learned, headed.flat(result.heads)] if settings.get("train_heads") else learned
 
 
-def of_streaming(share, dtype=torch.float64, form=None, **settings):
+def of_streaming(share, dtype=torch.float64, form=None, rows=4, **settings):
+    """Of a module with dropout, as it is trained: learned methods turn that off."""
     torch.manual_seed(0)
     packed = streaming.make_packed(streaming.make(dtype=dtype), tasks=TASKS, task_vector_dtype=form)
-    uneven = {task: batches[: 1 + place] for place, (task, batches) in enumerate(streaming.make_batches(tasks=TASKS).items())}
-    return learn(share(packed), streaming.make(1, dtype), uneven, streaming.logits, **settings)
+    uneven = {
+        task: [batch[:rows] for batch in batches[: 1 + place]]
+        for place, (task, batches) in enumerate(streaming.make_batches(tasks=TASKS).items())
+    }
+    return learn(share(packed), streaming.make(1, dtype, dropout=0.5).train(), uneven, streaming.logits, **settings)
 
 
 def of_a_shared_encoder(share, **settings):
@@ -84,6 +89,7 @@ CASES = {  # name -> a learned merge of a function that shards
     "fp32": lambda share: of_streaming(share, **FP32),
     "streamed fp32": lambda share: of_streaming(share, **FP32, streamed=True),
     "task-wise": lambda share: of_streaming(share, streamed=True, granularity="task", sam="off", optimizer="sgd"),
+    "batches of one row": lambda share: of_streaming(share, rows=1, streamed=True),
     "adamerging": lambda share: of_streaming(share, method=sm.adamerging, config=sm.AdaMergingConfig, streamed=True),
     "int8": lambda share: of_streaming(share, **FP32, form="int8", streamed=True),
     "int4-residual": lambda share: of_streaming(share, **FP32, form="int4-residual"),
@@ -100,8 +106,9 @@ CASES = {  # name -> a learned merge of a function that shards
 
 
 FEW = ("resident", "streamed", "streamed fp32", "one task at a time", "heads")
-# Of three tasks: ranks without a task in a turn, and one without any.
-WORLDS = {1: FEW, 2: tuple(CASES), 3: FEW, 4: FEW}
+# Of two or three tasks: ranks without a task in a turn, and in a world of four ranks that have parts of a task's batches.
+IN_PARTS = ("batches of one row", "adamerging", "LoRA experts", "heads, resident", "tied language model", "language model")
+WORLDS = {1: FEW, 2: tuple(CASES), 3: FEW, 4: (*FEW, *IN_PARTS)}
 
 
 def every_case(names):
@@ -176,7 +183,8 @@ def test_the_collectives_move_what_the_formula_says(world):
     per_pass = {
         "gather": turns_of_a_pass * 2 * units + 4 * size * len(TASKS) * layers,  # λ of all ranks
         "scatter": turns_of_a_pass * units,
-        "sum": 4 * len(TASKS) * (layers + 1),  # ∂loss/∂λ and the losses
+        # ∂loss/∂λ and the losses, and how many rows of which batch a rank has
+        "sum": 4 * len(TASKS) * (layers + 1) + 8 * len(TASKS) * (size > len(TASKS)),
     }
     for of_rank in found:
         assert of_rank[2] == {name: 2 * number for name, number in per_pass.items()}
@@ -406,16 +414,34 @@ def test_what_would_go_wrong_is_refused_on_all_ranks(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_every_batch_counts_on_one_rank_and_all_run_as_many(size):
-    counts = {"a": 3, "b": 1, "c": 2, "d": 2, "e": 4}
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 13])
+def test_every_row_counts_on_one_rank_and_all_run_as_many_batches(size):
+    numbers = {"a": 3, "b": 1, "c": 2, "d": 2, "e": 4}
+    rows = iter(range(1000))
+    batches = {
+        task: [torch.tensor([next(rows) for _ in range(1 + i + number)]) for i in range(number)]
+        for task, number in numbers.items()
+    }
+    batches["c"][1] = {"rows": batches["c"][1], "of one row": torch.zeros(1)}  # which cannot be divided
     everyone = [Ranks(None, rank, size) for rank in range(size)]
-    assert sorted(task for each in everyone for task, is_own in turns(tuple(counts), each) if is_own) == sorted(counts)
-    assert len({len(turns(tuple(counts), each)) for each in everyone}) == 1
-    batches = [turns_of_batches(counts, each) for each in everyone]
-    assert len({tuple(len(indices) for _, indices in of_rank) for of_rank in batches}) == 1
-    own = Counter((task, index) for of_rank in batches for task, indices in of_rank for index, is_own in indices if is_own)
-    assert own == Counter((task, index) for task, count in counts.items() for index in range(count))
-    for each, of_rank in zip(everyone, batches, strict=True):
-        for task in tasks_of(tuple(counts), each):  # its teacher's answers are here
-            assert {index for name, indices in of_rank if name == task for index, _ in indices} >= set(range(counts[task]))
+    assert len({len(turns(tuple(numbers), each)) for each in everyone}) == 1
+    runs, found = set(), Counter()
+    for each in everyone:
+        calibration, of_rank = Calibration(batches, tuple(numbers), ranks=each), turns_of_batches(numbers, each)
+        runs.add(tuple(len(indices) for _, indices in of_rank))
+        for task, indices in of_rank:
+            for index, is_own in indices:
+                batch = calibration.batches[task][index]
+                batch = batch["rows"] if isinstance(batch, dict) else batch
+                assert len(batch)
+                found.update(batch.tolist() if is_own and calibration.counts[task][index] else [])
+        for task in tasks_of(tuple(numbers), each):  # its teacher's answers are here
+            assert {index for name, indices in of_rank if name == task for index, _ in indices} >= set(range(numbers[task]))
+    assert len(runs) == 1
+    assert found == Counter(range(next(rows)))
+    if size == 13:  # of task a's batch of six rows three ranks have two
+        assert [len(Calibration(batches, tuple(numbers), ranks=everyone[rank]).batches["a"][2]) for rank in (0, 5, 10)] == [
+            2,
+            2,
+            2,
+        ]

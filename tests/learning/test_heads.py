@@ -30,6 +30,7 @@ from helpers import ROOT
 import samerge_ext as sm
 from samerge_ext.checkpoints.sealed import read_sealed
 from samerge_ext.learning.loop import make_passes
+from samerge_ext.learning.prefetch import Input
 from samerge_ext.ops.softmax_kl import softmax_kl_with_grad
 
 
@@ -107,7 +108,7 @@ def test_gradients_of_heads_are_those_of_finite_differences(forward):
     def objective(student, teacher):
         return softmax_kl_with_grad(student, teacher, student_temperature=2.0, teacher_temperature=2.0)
 
-    inputs = {task: (batches[task][0], experts[task](batches[task][0]).detach()) for task in packed.tasks}
+    inputs = {task: Input(batches[task][0], experts[task](batches[task][0]).detach()) for task in packed.tasks}
     config = sm.SAMergingConfig(sam="off", task_weights={"red": 2.0})
     passes = make_passes(model, with_given(heads) if forward == "given" else logits, objective, config)
     point = torch.cat([model.coefficients.detach().flatten(), model.trained_heads.start])

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import samerge_ext as sm
 from samerge_ext.learning.passes import losses_and_gradient
+from samerge_ext.learning.prefetch import Input
 from samerge_ext.ops.softmax_kl import argmax_cross_entropy_with_grad
 from samerge_ext.statistics.features import Features
 
@@ -40,7 +41,7 @@ class Merged(torch.autograd.Function):
             losses, ctx.gradient = losses_and_gradient(
                 model,
                 coefficients.detach(),
-                {task: (held[0], teachers[task]) for task, held in batches.items()},
+                {task: Input(held[0], teachers[task]) for task, held in batches.items()},
                 tiny.plain(heads),
                 argmax_cross_entropy_with_grad,
                 task_weights=dict.fromkeys(batches, 1.0),
