@@ -31,6 +31,7 @@ from samerge_ext.learning.prefetch import Input, Inputs
 from samerge_ext.learning.teachers import expert_head
 from samerge_ext.learning.turns import tasks_of
 from samerge_ext.merged.model import MergedModel
+from samerge_ext.merged.streamed import let_go, weights_of
 from samerge_ext.ops._common import accumulator
 from samerge_ext.ops.chunked_rows import workspace_for
 from samerge_ext.ops.most_likely_kl import MostLikely
@@ -264,12 +265,14 @@ def _most_likely_without_numbers(answers: Answers, k: int) -> MostLikely:
 
 
 def _without_memory(module: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the module whose parameters and buffers are fake; the module itself is not touched."""
-    memo = {}
+    """A copy of the module whose parameters and buffers are fake; the module itself, which may be streamed, is not touched."""
+    memo: dict[int, Any] = {id(weights): weights for weights in weights_of(module)}
     for tensor in (*module.parameters(), *module.buffers()):
         empty = fake(tensor)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(getattr(module, "_orig_mod", module), memo)
+    copied = copy.deepcopy(getattr(module, "_orig_mod", module), memo)
+    let_go(copied)
+    return copied
 
 
 def _packed_without_memory(

@@ -221,7 +221,9 @@ def _most(runs: Sequence[DryRun]) -> DryRun:
 
 def _held(module: nn.Module, packed: PackedWeights, device: torch.device) -> int:
     """What this process holds, without the module's weights, which make room, and without base and task vectors."""
-    freed = sum(p.nbytes for p in {id(p): p for p in module.parameters()}.values() if p.device.type == "cpu")
+    of_module = {id(p): p for p in module.parameters() if p.device.type == "cpu"}.values()
+    # A view of a flat tensor frees nothing, nor does what stands for a parameter of a streamed model.
+    freed = sum(p.nbytes for p in of_module if p.untyped_storage().nbytes() == p.nbytes)
     base, task_vectors = own(packed.base), own(packed.task_vectors)
     return resident_bytes() - freed + OVERHEAD - sum(each.nbytes for each in (base, task_vectors) if _is_on_the_host(each))
 

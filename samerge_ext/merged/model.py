@@ -14,7 +14,7 @@ from samerge_ext.checkpoints.sources import matches
 from samerge_ext.merged.heads import TrainedHeads, find_trained
 from samerge_ext.merged.resident import Places, ResidentWeights, set_parameter
 from samerge_ext.merged.spread import SpreadWeights
-from samerge_ext.merged.streamed import StreamedWeights
+from samerge_ext.merged.streamed import StreamedWeights, let_go
 from samerge_ext.merged.streamed_rows import StreamedRows
 from samerge_ext.packing.components import Components
 from samerge_ext.packing.packed_weights import Buffers, PackedWeights
@@ -33,6 +33,7 @@ class MergedModel(nn.Module):
         model.contract()                    # adds to model.coefficients.grad, [T, L]
 
     The module is taken over: its parameters become views of `merged`, its buffers the average of the experts'.
+    That of an earlier merge is taken over from it, and has these weights from then on.
     It stays the user's own object (`.module`), with its hooks, and runs under autocast and torch.compile.
 
     Streamed, a unit's weights exist only while it runs: they are merged just before, freed after, and merged again in its
@@ -65,6 +66,7 @@ class MergedModel(nn.Module):
         super().__init__()
         module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper renames every parameter
         self.packed = packed
+        let_go(module)  # which an earlier merge may have streamed
         places = _places(module, packed)
         self.module = module if train else module.eval()
         if streamed:

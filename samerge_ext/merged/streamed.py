@@ -7,8 +7,9 @@ merged again. A layer's gradient is contracted into that of λ and of its compon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class StreamedWeights:
             if own:
                 unit = Unit.of(name, {layer for _, _, layer in own}, packed.layout, store.piece)
                 self.units.append(unit)
-                self._replace_forward(part, unit, own)
+                part.forward = _Forward(self, part, unit, own, part.forward, part.__dict__.get("forward"))
 
     def use_components(self, components: Components) -> None:
         """From the next `merge` on; gradients are forgotten."""
@@ -135,23 +136,20 @@ class StreamedWeights:
             set_parameter(owner, leaf, absent)
             owner._parameters.absent[leaf] = _Absent(absent, self, layer)
 
-    def _replace_forward(self, part: nn.Module, unit: Unit, places: list[tuple[nn.Module, str, int]]) -> None:
-        forward = part.forward
+    def run(self, streamed: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A unit's own forward, with its weights in their places."""
+        merges, unit = self._merges, streamed.unit
 
-        def streamed(*args: Any, **kwargs: Any) -> Any:
-            merges = self._merges
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if merges != self._merges:
+                raise RuntimeError(f"the weights of '{unit.name}' were merged again between its forward and its backward")
+            with _in_place(streamed.places, self._merged(unit)):
+                return streamed.own(*args, **kwargs)
 
-            def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if merges != self._merges:
-                    raise RuntimeError(f"the weights of '{unit.name}' were merged again between its forward and its backward")
-                with _in_place(places, self._merged(unit)):
-                    return forward(*args, **kwargs)
-
-            if not torch.is_grad_enabled():
-                return run(args, kwargs)
-            return checkpoint(run, args, kwargs, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(part)))
-
-        part.forward = streamed
+        if not torch.is_grad_enabled():
+            return run(args, kwargs)
+        kept = lambda: (nullcontext(), _buffers_kept(streamed.part))
+        return checkpoint(run, args, kwargs, use_reentrant=False, context_fn=kept)
 
     def merged_alone(self, layer: int) -> Tensor:
         return self._merged(self._alone[layer])[layer]
@@ -226,6 +224,21 @@ class _Contracted(torch.autograd.Function):
         return None, None, None, None, None
 
 
+@dataclass
+class _Forward:
+    """What is called in the place of a unit's forward. own: that one; before: what stood in its place, where anything did."""
+
+    weights: StreamedWeights
+    part: nn.Module
+    unit: Unit
+    places: list[tuple[nn.Module, str, int]]
+    own: Callable[..., Any]
+    before: Callable[..., Any] | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.weights.run(self, args, kwargs)
+
+
 class _Parameters(dict[str, Any]):
     """A module's own parameters. One that is absent, since no running unit holds it, is merged when it is read."""
 
@@ -275,6 +288,23 @@ def _buffers_kept(part: nn.Module) -> Iterator[None]:
     finally:
         for owner, leaf, buffer in buffers:
             owner._buffers[leaf] = buffer
+
+
+def weights_of(module: nn.Module) -> list[StreamedWeights]:
+    """Those that merge the module's units as it runs, where it is streamed."""
+    held = (part._parameters.absent.values() for part in module.modules() if isinstance(part._parameters, _Parameters))
+    return list({id(absent.weights): absent.weights for of_part in held for absent in of_part}.values())
+
+
+def let_go(module: nn.Module) -> None:
+    """Makes a streamed module an ordinary one, of parameters that have no numbers."""
+    for part in module.modules():
+        if isinstance(streamed := part.__dict__.get("forward"), _Forward):
+            del part.forward
+            if streamed.before is not None:
+                part.forward = streamed.before
+        if isinstance(part._parameters, _Parameters):
+            part._parameters = dict(part._parameters)
 
 
 def rows_of(owner: nn.Module, leaf: str) -> StreamedRows | None:

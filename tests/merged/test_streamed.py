@@ -5,6 +5,7 @@ import gc
 import weakref
 
 import pytest
+import streaming
 import tiny
 import torch
 from helpers import PATH_TOLERANCE, assert_close
@@ -58,6 +59,37 @@ def test_a_learned_merge_takes_the_same_path(dtype, settings):
     assert (streamed - resident).norm() <= PATH_TOLERANCE[dtype] * resident.norm()
     for x, y in zip(*(result.history for result in results), strict=True):
         assert y["loss"] == pytest.approx(x["loss"], rel=PATH_TOLERANCE[dtype])
+
+
+WAYS = {"resident": {}, "streamed": {"streamed": True}, "planned": {"memory_budget": "100GB"}}
+
+
+@pytest.mark.parametrize("second", WAYS)
+@pytest.mark.parametrize("first", WAYS)
+def test_a_module_can_be_merged_again(first, second):
+    """As one does in a notebook: of an earlier merge nothing is left in it."""
+    packed, module = make_packed(make()), make(1)
+
+    def learn(module, way):
+        config = sm.SAMergingConfig(steps=2, progress=False, **WAYS[way])
+        return sm.samerging(module, packed, make_batches(), streaming.logits, config=config)
+
+    learn(module, first)
+    again, fresh = learn(module, second), learn(make(1), second)
+    assert torch.equal(again.coefficients, fresh.coefficients)
+    tokens = make_batches()["red"][0]
+    with torch.no_grad():
+        assert torch.equal(again.module(tokens), fresh.module(tokens))
+    if second != "streamed":
+        assert all(type(part._parameters) is dict and "forward" not in vars(part) for part in module.modules())
+
+
+def test_a_forward_of_the_users_own_is_back_after_streaming():
+    module = make(1)
+    module.blocks[0].forward = own = module.blocks[0].forward
+    for streamed in (True, False):
+        sm.MergedModel(module, make_packed(make()), streamed=streamed)
+    assert module.blocks[0].forward is own
 
 
 def test_a_shared_encoder_streams_too():
