@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import assert_alike, assert_close
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import samerge_ext as sm
 from samerge_ext.cli.commands import app
 from samerge_ext.models import find_pictures, picture_batches, zero_shot_classification, zero_shot_head
+from samerge_ext.models.evaluation import evaluate
 from samerge_ext.models.folders import FolderModel
 
 pytest.importorskip("transformers")
@@ -202,6 +204,30 @@ def test_a_recipe_merges_streamed_as_python_does_resident(name, tmp_path):
     loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     for name, tensor in expected.state_dict().items():
         assert_alike(loaded.state_dict()[name].float(), tensor, name)
+
+
+@pytest.mark.parametrize("name", ["ViT", "ViT of SigLIP", "ResNet"], indirect=True)
+def test_accuracy_is_that_of_open_clips_own_classifier(name, tmp_path):
+    save_folder(tmp_path, name)
+    folder, kinds = f"local-dir:{tmp_path / 'base'}", CLASSES["a"]
+    model, _, preprocess = open_clip.create_model_and_transforms(folder)
+    tokenizer, templates = open_clip.get_tokenizer(folder), [template.format for template in TEMPLATES]
+    head = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, kinds, templates)
+    torch.manual_seed(0)
+    right = []
+    for number, kind in enumerate(kinds):
+        (tmp_path / "a" / kind.replace(" ", "_")).mkdir(parents=True)
+        for i in range(12):
+            picture = Image.fromarray(torch.randint(256, (40, 33, 3), dtype=torch.uint8).numpy())
+            picture.save(tmp_path / "a" / kind.replace(" ", "_") / f"{i}.png")
+            with torch.no_grad():
+                logits = model.encode_image(preprocess(picture)[None], normalize=True) @ head
+            right.append(logits.argmax().item() == number)
+    assert 0 < sum(right) < len(right)
+    (tmp_path / "classes.txt").write_text("\n".join(kinds))
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    files = {"classes": {"a": tmp_path / "classes.txt"}, "templates": {"a": tmp_path / "templates.txt"}}
+    assert evaluate(tmp_path / "base", {"a": tmp_path / "a"}, **files)["a"].accuracy == pytest.approx(sum(right) / len(right))
 
 
 @pytest.mark.parametrize("name", ["ViT"], indirect=True)
