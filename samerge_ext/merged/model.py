@@ -38,7 +38,7 @@ class MergedModel(nn.Module):
 
     Streamed, a unit's weights exist only while it runs: they are merged just before, freed after, and merged again in its
     backward, where activations are computed again; a layer's gradient is contracted and freed as it appears. All else is
-    the same, but that there is no `merged`, no torch.compile, and module.state_dict() holds no weights: save a Result.
+    the same, but that there is no `merged`, no torch.compile, and no module.state_dict(), which is an error: save a Result.
 
     module: of the experts' architecture; its weights are replaced, so they may be random, or on `meta` if streamed.
     packed: the base and the task vectors.

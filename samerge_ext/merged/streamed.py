@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from samerge_ext.checkpoints.sources import Source
 from samerge_ext.merged.resident import Places, set_parameter
@@ -131,7 +132,7 @@ class StreamedWeights:
         nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
         for owner, leaf, layer in places:
             if not isinstance(owner._parameters, _Parameters):
-                owner._parameters = _Parameters(owner._parameters)
+                owner._parameters = _Parameters(owner._parameters, owner.register_state_dict_pre_hook(_refuse))
             absent = nn.Parameter(nan.expand(self.packed.layout.shapes[layer]), requires_grad=False)
             set_parameter(owner, leaf, absent)
             owner._parameters.absent[leaf] = _Absent(absent, self, layer)
@@ -242,8 +243,9 @@ class _Forward:
 class _Parameters(dict[str, Any]):
     """A module's own parameters. One that is absent, since no running unit holds it, is merged when it is read."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter | None]):
+    def __init__(self, parameters: dict[str, nn.Parameter | None], refusal: RemovableHandle):
         super().__init__(parameters)
+        self.refusal = refusal
         self.absent: dict[str, _Absent] = {}
 
     def __getitem__(self, leaf: str) -> Tensor | None:
@@ -251,6 +253,14 @@ class _Parameters(dict[str, Any]):
         if leaf in self.absent and value is self.absent[leaf].stand_in:
             return self.absent[leaf].merged()
         return value
+
+
+def _refuse(owner: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a module's state dict: what would be saved has no numbers."""
+    raise RuntimeError(
+        f"the weights of '{prefix.removesuffix('.')}' are merged when they are needed, and no state dict has them; the Result of "
+        "the merge has: save_pretrained(path) writes them one by one, state_dict() makes them all"
+    )
 
 
 class _Absent(NamedTuple):
@@ -304,7 +314,8 @@ def let_go(module: nn.Module) -> None:
             if streamed.before is not None:
                 part.forward = streamed.before
         if isinstance(part._parameters, _Parameters):
-            part._parameters = dict(part._parameters)
+            part._parameters.refusal.remove()
+            part._parameters = dict(part._parameters.items())
 
 
 def rows_of(owner: nn.Module, leaf: str) -> StreamedRows | None:

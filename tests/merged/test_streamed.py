@@ -84,6 +84,18 @@ def test_a_module_can_be_merged_again(first, second):
         assert all(type(part._parameters) is dict and "forward" not in vars(part) for part in module.modules())
 
 
+def test_a_streamed_module_has_no_state_dict_until_it_is_merged_again():
+    """What stands for its weights is NaN, which nobody wants in a file."""
+    module, packed = make(1), make_packed(make())
+    sm.MergedModel(module, packed, streamed=True)
+    with pytest.raises(
+        RuntimeError, match=r"the weights of '.+' are merged when .* save_pretrained\(path\) writes them one by one"
+    ):
+        module.state_dict()
+    sm.MergedModel(module, packed)
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+
+
 def test_a_forward_of_the_users_own_is_back_after_streaming():
     module = make(1)
     module.blocks[0].forward = own = module.blocks[0].forward
