@@ -133,8 +133,8 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
     return seconds, peak * 1024 / 1e6
 
 
-def by_ranks(command: list[str], folder: Path, method: str, ranks: int) -> str:
-    """Merges by one process and by ranks, into files of 100 MB; says what came of it."""
+def by_ranks(command: list[str], folder: Path, method: str, ranks: int) -> dict:
+    """Merges by one process and by ranks, into files of 100 MB: how many of the same bytes, and in what seconds."""
     outs = {count: folder / f"{method}-by-{count}" for count in (1, ranks)}
     seconds = {}
     for count, out in outs.items():
@@ -151,9 +151,8 @@ def by_ranks(command: list[str], folder: Path, method: str, ranks: int) -> str:
     digests = [_digests(out) for out in outs.values()]
     if digests[0] != digests[1]:
         sys.exit(f"{method}: other bytes by {ranks} ranks than by one process: {digests}")
-    return (
-        f"{method}: {len(digests[0])} files of the same bytes, by one in {seconds[1]:.1f} s, by {ranks} in {seconds[ranks]:.1f} s"
-    )
+    found = {"method": method, "ranks": ranks, "files_of_the_same_bytes": len(digests[0])}
+    return found | {"seconds_by_one": seconds[1], "seconds_by_ranks": seconds[ranks]}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -259,7 +258,8 @@ def main() -> None:
         recipe = write_recipe(folder, method)
         commands = {"samerge": [str(Path(sys.executable).with_name("samerge")), "merge", str(recipe)]}
         if options.ranks:
-            print(by_ranks(commands["samerge"], folder, method, options.ranks), flush=True)
+            results.append(by_ranks(commands["samerge"], folder, method, options.ranks))
+            print(results[-1], flush=True)
         if options.mergekit:
             commands["mergekit"] = [str(options.mergekit), "--no-copy-tokenizer", "--quiet", str(recipe)]
         if options.device == "cuda":

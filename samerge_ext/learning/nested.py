@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +24,24 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def split_rows(value: Any, parts: int) -> list[Any]:
-    """``value`` as at most so many, each with as many rows of its tensors as any other or one more; whole, where it has none or
-    they have not as many rows each."""
-    rows: list[int] = []
-    map_tensors(lambda tensor: rows.append(len(tensor) if tensor.dim() else 0), value)
-    parts = min(parts, rows[0]) if len(set(rows)) == 1 else 1
+    """``value`` as at most so many, each with as many rows of its tensors as any other or one more; whole, where these have not
+    equally many rows, and where there is anything else in it: texts, say, of which nobody knows whose they are."""
+    rows = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else 0 for leaf in _leaves(value) if leaf is not None}
+    parts = min(parts, *rows) if len(rows) == 1 else 1
 
     def part(place: int) -> Any:
         return map_tensors(lambda tensor: tensor.tensor_split(parts)[place], value)
 
     return [part(place) for place in range(parts)] if parts > 1 else [value]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in dicts, tuples and lists."""
+    if not isinstance(value, Mapping | tuple | list):
+        yield value
+        return
+    for item in value.values() if isinstance(value, Mapping) else value:
+        yield from _leaves(item)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

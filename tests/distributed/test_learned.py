@@ -422,7 +422,9 @@ def test_every_row_counts_on_one_rank_and_all_run_as_many_batches(size):
         task: [torch.tensor([next(rows) for _ in range(1 + i + number)]) for i in range(number)]
         for task, number in numbers.items()
     }
-    batches["c"][1] = {"rows": batches["c"][1], "of one row": torch.zeros(1)}  # which cannot be divided
+    batches["c"][0] = {"rows": batches["c"][0], "texts": ["a", "b", "c"]}  # neither can be divided
+    batches["c"][1] = {"rows": batches["c"][1], "of one row": torch.zeros(1)}
+    batches["d"][1] = {"rows": batches["d"][1], "nothing": None}
     everyone = [Ranks(None, rank, size) for rank in range(size)]
     assert len({len(turns(tuple(numbers), each)) for each in everyone}) == 1
     runs, found = set(), Counter()
