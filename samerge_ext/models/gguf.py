@@ -101,12 +101,24 @@ def _reader(path: Path, gguf: Any) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; pass the .gguf file itself")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _bounded(gguf.GGUFReader)(path)
     except Exception as error:  # of any type: the file is not checked before it is read
         raise CheckpointError(f"{path} is no GGUF file, or is damaged ({cut(str(error), 200)}); download it again") from error
     if (count := _field(reader, "split.count")) and count > 1:
         raise CheckpointError(f"{path} is one of {count} parts; join them with `llama-gguf-split --merge`")
     return reader
+
+
+def _bounded(reader: Any) -> Any:
+    """The class, which does not go on reading behind the end of a file, where a number of values without any has no bound."""
+
+    class Bounded(reader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *others: Any, **named: Any) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it counts {int(count)} more of {np.dtype(dtype)} at byte {int(offset)} of {len(self.data)}")
+            return super()._get(offset, dtype, count, *others, **named)
+
+    return Bounded
 
 
 def _field(reader: Any, key: str) -> Any:

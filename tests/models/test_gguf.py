@@ -196,6 +196,19 @@ def test_a_damaged_file_is_named(tmp_path, keep):
         folder_of_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
+def test_a_list_that_does_not_end_within_the_file_ends_the_reading(tmp_path):
+    """The package gguf reads on behind the end: what is there has no bytes, and so many elements no end."""
+    path = tmp_path / "m.gguf"
+    write(path, make())
+    content = bytearray(path.read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    length = content.index(key) + len(key) + 8  # behind what it is, and what its elements are
+    content[length : length + 8] = (2**22).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is no GGUF file, or is damaged .it counts 1 more of int32 at byte"):
+        folder_of_gguf(path, tmp_path / "out")
+
+
 def test_the_command_writes_the_folder_and_says_what_is_wrong(tmp_path):
     from typer.testing import CliRunner
 
