@@ -53,7 +53,7 @@ def folder_of_gguf(
     path = Path(path)
     require_target(Path(out_folder), overwrite=overwrite)
     reader = _reader(path, gguf)
-    architecture = _field(reader, "general.architecture")
+    architecture = _field(path, reader, "general.architecture")
     try:
         told = load_gguf_checkpoint(str(path))["config"]
         told.pop("_model_name_or_path", None)  # a name of the model, which would be taken for a folder
@@ -104,7 +104,7 @@ def _reader(path: Path, gguf: Any) -> Any:
         reader = _bounded(gguf.GGUFReader)(path)
     except Exception as error:  # of any type: the file is not checked before it is read
         raise CheckpointError(f"{path} is no GGUF file, or is damaged ({cut(str(error), 200)}); download it again") from error
-    if (count := _field(reader, "split.count")) and count > 1:
+    if isinstance(count := _field(path, reader, "split.count"), int | np.integer) and count > 1:
         raise CheckpointError(f"{path} is one of {count} parts; join them with `llama-gguf-split --merge`")
     return reader
 
@@ -121,9 +121,12 @@ def _bounded(reader: Any) -> Any:
     return Bounded
 
 
-def _field(reader: Any, key: str) -> Any:
+def _field(path: Path, reader: Any, key: str) -> Any:
     field = reader.fields.get(key)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except Exception as error:  # of any type: a text that is none, say
+        raise CheckpointError(f"{path}: {key} cannot be read ({error}); download it again") from error
 
 
 def _check_layers(path: Path, reader: Any, config: Any) -> None:
@@ -135,7 +138,7 @@ def _check_layers(path: Path, reader: Any, config: Any) -> None:
 
 def _check_positions(path: Path, reader: Any, architecture: str, like: str | Path | None) -> None:
     """transformers leaves out what a file says of scaled rotary positions."""
-    kind = _field(reader, f"{architecture}.rope.scaling.type")
+    kind = _field(path, reader, f"{architecture}.rope.scaling.type")
     factors = [tensor.name for tensor in reader.tensors if tensor.name in ROPE_FACTORS]
     if like is None and (factors or kind not in (None, "none")):
         raise CheckpointError(

@@ -209,6 +209,14 @@ def test_a_list_that_does_not_end_within_the_file_ends_the_reading(tmp_path):
         folder_of_gguf(path, tmp_path / "out")
 
 
+def test_a_text_that_is_none_is_named(tmp_path):
+    path = tmp_path / "m.gguf"
+    write(path, make())
+    path.write_bytes(path.read_bytes().replace(b"llama", b"\x94lama", 1))
+    with pytest.raises(CheckpointError, match=r"m\.gguf: general\.architecture cannot be read \(.*can't decode byte 0x94"):
+        folder_of_gguf(path, tmp_path / "out")
+
+
 def test_the_command_writes_the_folder_and_says_what_is_wrong(tmp_path):
     from typer.testing import CliRunner
 
