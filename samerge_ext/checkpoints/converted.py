@@ -50,6 +50,7 @@ class Conversion:
 
     def __init__(self, module: Any, added: Mapping[str, Tensor] | None = None, left_out: Iterable[str] = ()):
         self._module = module
+        self._expected = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
         self._added, self._left_out = dict(added or {}), frozenset(left_out)
 
     def base(self, source: Source) -> Source:
@@ -90,7 +91,7 @@ class Conversion:
             )
 
     def _converted(self, source: Source) -> tuple[Source, list[_Group], list]:
-        expected = self._module.state_dict()
+        expected = self._expected
         transforms = [] if all(name in expected for name in source.names) else _transforms(self._module)
         if transforms:
             groups = _groups(source, self._module, expected, transforms)

@@ -257,8 +257,9 @@ class _Parameters(dict[str, Any]):
 
 def _refuse(owner: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Before a module's state dict: what would be saved has no numbers."""
+    name = prefix.removesuffix(".") or type(owner).__name__
     raise RuntimeError(
-        f"the weights of '{prefix.removesuffix('.')}' are merged when they are needed, and no state dict has them; the Result of "
+        f"the weights of '{name}' are merged when they are needed, and no state dict has them; the Result of "
         "the merge has: save_pretrained(path) writes them one by one, state_dict() makes them all"
     )
 

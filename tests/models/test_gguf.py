@@ -172,7 +172,7 @@ def test_a_folder_of_the_original_tells_what_the_file_does_not(tmp_path):
 def test_what_does_not_make_a_model_is_refused_before_any_work(tmp_path, monkeypatch, options, message):
     if "split" in options:
         options = {}
-        monkeypatch.setattr("samerge_ext.models.gguf._field", lambda reader, key: 3)
+        monkeypatch.setattr("samerge_ext.models.gguf._field", lambda path, reader, key: 3)
     write(tmp_path / "m.gguf", make(), **options)
     monkeypatch.setattr("samerge_ext.models.gguf._dequantised", lambda *_: pytest.fail("dequantised"))
     with pytest.raises(CheckpointError, match=message) as refused:
