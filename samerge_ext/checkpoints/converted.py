@@ -91,13 +91,12 @@ class Conversion:
             )
 
     def _converted(self, source: Source) -> tuple[Source, list[_Group], list]:
-        expected = self._expected
-        transforms = [] if all(name in expected for name in source.names) else _transforms(self._module)
+        transforms = [] if all(name in self._expected for name in source.names) else _transforms(self._module)
         if transforms:
-            groups = _groups(source, self._module, expected, transforms)
+            groups = _groups(source, self._module, self._expected, transforms)
         else:
             groups = [_Group(name, None, [(None, name)], {name: _empty(source, name)}) for name in source.names]
-        order = list(expected) if transforms else list(source.names)
+        order = list(self._expected) if transforms else list(source.names)
         return _Converted(source, self._module, groups, order), groups, transforms
 
     def _written(self, source: Source) -> tuple[Source, list[_Group]]:

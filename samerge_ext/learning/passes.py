@@ -138,7 +138,7 @@ def _shares(rows: Mapping[str, int], tasks: Sequence[str], ranks: Ranks, device:
     if ranks.size <= len(tasks):
         return dict.fromkeys(rows, 1.0)
     here = torch.tensor([rows.get(task, 0) for task in tasks], dtype=torch.float64, device=device)
-    shares = here / ranks.sum(here.clone())
+    shares = here / ranks.sum(here.clone()).clamp_(min=1)  # of a batch without rows there is nothing to share
     return {task: shares[place] for place, task in enumerate(tasks) if task in rows}
 
 

@@ -75,7 +75,7 @@ class StreamedWeights:
             if own:
                 unit = Unit.of(name, {layer for _, _, layer in own}, packed.layout, store.piece)
                 self.units.append(unit)
-                part.forward = _Forward(self, part, unit, own, part.forward, part.__dict__.get("forward"))
+                part.forward = _Forward(self, part, unit, own, part.forward)
 
     def use_components(self, components: Components) -> None:
         """From the next `merge` on; gradients are forgotten."""
@@ -227,14 +227,13 @@ class _Contracted(torch.autograd.Function):
 
 @dataclass
 class _Forward:
-    """What is called in the place of a unit's forward. own: that one; before: what stood in its place, where anything did."""
+    """What is called in the place of a unit's own forward."""
 
     weights: StreamedWeights
     part: nn.Module
     unit: Unit
     places: list[tuple[nn.Module, str, int]]
     own: Callable[..., Any]
-    before: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.weights.run(self, args, kwargs)
@@ -301,10 +300,10 @@ def _buffers_kept(part: nn.Module) -> Iterator[None]:
             owner._buffers[leaf] = buffer
 
 
-def weights_of(module: nn.Module) -> list[StreamedWeights]:
+def weights_of(module: nn.Module) -> set[StreamedWeights]:
     """Those that merge the module's units as it runs, where it is streamed."""
     held = (part._parameters.absent.values() for part in module.modules() if isinstance(part._parameters, _Parameters))
-    return list({id(absent.weights): absent.weights for of_part in held for absent in of_part}.values())
+    return {absent.weights for of_part in held for absent in of_part}
 
 
 def let_go(module: nn.Module) -> None:
@@ -312,8 +311,8 @@ def let_go(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(streamed := part.__dict__.get("forward"), _Forward):
             del part.forward
-            if streamed.before is not None:
-                part.forward = streamed.before
+            if part.forward != streamed.own:  # which was not the class's
+                part.forward = streamed.own
         if isinstance(part._parameters, _Parameters):
             part._parameters.refusal.remove()
             part._parameters = dict(part._parameters.items())

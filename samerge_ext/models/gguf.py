@@ -104,7 +104,7 @@ def _reader(path: Path, gguf: Any) -> Any:
         reader = _bounded(gguf.GGUFReader)(path)
     except Exception as error:  # of any type: the file is not checked before it is read
         raise CheckpointError(f"{path} is no GGUF file, or is damaged ({cut(str(error), 200)}); download it again") from error
-    if isinstance(count := _field(path, reader, "split.count"), int | np.integer) and count > 1:
+    if isinstance(count := _field(path, reader, "split.count"), int) and count > 1:
         raise CheckpointError(f"{path} is one of {count} parts; join them with `llama-gguf-split --merge`")
     return reader
 
@@ -125,7 +125,7 @@ def _field(path: Path, reader: Any, key: str) -> Any:
     field = reader.fields.get(key)
     try:
         return None if field is None else field.contents()
-    except Exception as error:  # of any type: a text that is none, say
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: {key} cannot be read ({error}); download it again") from error
 
 
