@@ -20,6 +20,12 @@ if find_spec("torchvision"):
         pass
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every test draws the same numbers in every run, and so do the fixtures that it is the first to need."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Fills the memory of torch.empty with NaN, in Python as in C++, so that what is not written shows."""

@@ -34,7 +34,7 @@ def arguments(loss, rows, width, classes, teachers=1, hidden=torch.float32, head
     for i, x in enumerate(numbers):
         is_head = i % 3 == 1
         numbers[i] = (x * (scale / x.shape[1] ** 0.5 if is_head else 1)).to(hidden if i % 3 == 0 else head)
-    weights = torch.rand(teachers, rows, dtype=wide) + 0.5 if loss != "entropy" else None
+    weights = random_normal((teachers, rows), seed=1, dtype=wide)[0].abs() + 0.5 if loss != "entropy" else None
     given = (*numbers[:3], numbers[3::3], numbers[4::3], numbers[5::3], weights, None, torch.linspace(-1, 2, rows, dtype=wide))
     return given, ("kl" if loss in BETA else loss, 2.0, 1.5, BETA.get(loss, 0.0))
 
