@@ -210,7 +210,12 @@ def _modules(folder: Path) -> set[str]:
 
 
 def _goes_along(path: Path) -> bool:
-    return not _matches(path.name, (*WEIGHTS, *OTHERS))
+    return _is_megatrons(path) or not _matches(path.name, WEIGHTS + OTHERS)
+
+
+def _is_megatrons(path: Path) -> bool:
+    """What Megatron-LM keeps beside its checkpoints of torch.distributed, its configuration among it, and loads none without."""
+    return path.name == "common.pt" and "sharded_backend" in _json(path.with_name("metadata.json"))
 
 
 def _is_tokenizers(name: str) -> bool:

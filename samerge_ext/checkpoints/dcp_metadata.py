@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from samerge_ext.checkpoints.reading import MAX_JSON_BYTES, CheckpointError, cut
 
 # What training states call the model in them.
 MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
+# Keys of Megatron-LM, which knows no path to a tensor.
+OF_AN_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 MOST_BESIDE = 1024  # parts of a tensor that have rows in common, as parts along its second dimension do
 
 
@@ -119,7 +122,7 @@ def _joined(*parts: Any) -> str:
     return "/".join(map(str, parts))
 
 
-_OF_METADATA = "torch.distributed.checkpoint.metadata"
+_OF_METADATA, _OF_PLANS = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 _KNOWN: Mapping[tuple[str, str], type | Callable] = {
     (_OF_METADATA, "Metadata"): _Record,
     (_OF_METADATA, "TensorStorageMetadata"): _Tensor,
@@ -130,6 +133,12 @@ _KNOWN: Mapping[tuple[str, str], type | Callable] = {
     (_OF_METADATA, "StorageMeta"): _Record,
     (_OF_METADATA, "_MEM_FORMAT_ENCODING"): _alone,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
+    # What every rank wrote, which Megatron-LM keeps beside it all.
+    (_OF_PLANS, "SavePlan"): _Record,
+    (_OF_PLANS, "WriteItem"): _Record,
+    (_OF_PLANS, "WriteItemType"): _alone,
+    (_OF_PLANS, "TensorWriteData"): _Record,
+    (_OF_PLANS, "BytesIOWriteData"): _Record,
     ("torch.serialization", "_get_layout"): _alone,
     ("torch", "Size"): tuple,
     ("pathlib", "PosixPath"): _joined,
@@ -167,7 +176,7 @@ def _of_model(paths: Mapping[str, tuple]) -> dict[str, str]:
     """Name of a tensor in the model -> its key."""
     roots = {path[: depth + 1] for path in paths.values() for depth, part in enumerate(path[:-1]) if part in MODEL_KEYS}
     if not roots:
-        return {key: key for key, path in paths.items() if len(path) == 1}
+        return {key: key for key, path in paths.items() if len(path) == 1 and not OF_AN_OPTIMIZER.match(key)}
     root = min(roots, key=lambda root: (len(root), MODEL_KEYS.index(root[-1])))
     names: dict[str, str] = {}
     for key, path in paths.items():

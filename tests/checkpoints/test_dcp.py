@@ -15,6 +15,7 @@ from folders import assert_same, read_all
 from helpers import assert_close
 from torch.distributed.checkpoint import metadata as torchs
 
+from samerge_ext.checkpoints.dcp_writing import save_dcp
 from samerge_ext.checkpoints.folder import open_checkpoint
 from samerge_ext.checkpoints.reading import CheckpointError
 from samerge_ext.checkpoints.saving import save_checkpoint
@@ -49,6 +50,41 @@ def test_some_numbers_of_a_tensor(tmp_path, start, count):
             out = torch.full_like(expected, torch.nan)
             checkpoint.read_into(name, start, out)
             assert torch.equal(out, expected), name
+
+
+def as_megatron(folder):
+    """Of what torch wrote, the form of Megatron-Core 0.16: no paths to tensors, every rank's plan, and common.pt."""
+    from torch.distributed.checkpoint import planner
+
+    with open(folder / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    metadata.planner_data = None
+    chunk = torchs.ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([3]))
+    of_tensor = planner.TensorWriteData(chunk=chunk, properties=torchs.TensorProperties(), size=torch.Size([3]))
+    items = [
+        planner.WriteItem(index=torchs.MetadataIndex("a"), type=planner.WriteItemType.SHARD, tensor_data=of_tensor),
+        planner.WriteItem(
+            index=torchs.MetadataIndex("b"), type=planner.WriteItemType.BYTE_IO, bytes_io_data=planner.BytesIOWriteData(nbytes=3)
+        ),
+    ]
+    metadata.all_local_plans = [planner.SavePlan(items=items, storage_data=None, planner_data=None)]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    torch.save({"iteration": 3}, folder / "common.pt")
+    return folder
+
+
+def test_a_checkpoint_of_megatron_is_read_and_merged(tmp_path):
+    of_optimizer = {f"{of}optimizer.state.exp_avg.scale": torch.ones(3) for of in ("", "chained_1.")}
+    extra = {"layers.0._extra_state/shard_0_1": io.BytesIO(b"x")}
+    folders = [as_megatron(save({**tensors(), **of_optimizer, **extra}, tmp_path / name)) for name in ("base", "expert")]
+    base, expert = folders
+    assert_same(read_all(base), tensors())
+    merge_files(FileMerge([("task", expert)], lambda *_: Combination([0.5]), base, base), tmp_path / "merged")
+    assert (tmp_path / "merged" / "common.pt").read_bytes() == (base / "common.pt").read_bytes()
+    save_dcp(tmp_path / "merged", tmp_path / "again", key=None)
+    assert {"common.pt", "metadata.json"} <= {path.name for path in (tmp_path / "again").iterdir()}
+    assert_same(read_all(tmp_path / "again"), tensors())
 
 
 def test_numbers_that_are_stored_as_their_conjugates(tmp_path):
