@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -253,7 +254,9 @@ class _Run:
             if in_turn is not None:
                 results: Iterator[tuple[Piece, Tensor]] = ((piece, plan.rules[""].merge(piece)) for piece in in_turn.of(extent))
             else:
-                results = merge_pieces(plan.rules[name], self._pieces.of(extent))
+                rule = plan.rules[name]
+                parts = (merge_pieces(rule, self._pieces.of(part)) for part in extent.in_parts(rule.parts))
+                results = itertools.chain.from_iterable(parts)
             for piece, merged in results:
                 narrowed = _narrowed(name, merged[: piece.size], plan.written_dtype(name))
                 writer.write(plan.called[name], piece.start, self._pieces.to_host(narrowed))

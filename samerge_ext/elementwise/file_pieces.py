@@ -37,6 +37,11 @@ class Extent:
     unit: int = 1
     start: int = 0
 
+    def in_parts(self, count: int) -> list[Extent]:
+        """Equal ones."""
+        size = self.size // count
+        return [replace(self, start=self.start + part * size, size=size) for part in range(count)]
+
 
 class FilePieces:
     """Reads pieces; every thread has buffers of its own, whose size does not depend on the model's.
@@ -118,8 +123,8 @@ class FilePieces:
     def _cut(self, tensor: Extent) -> list[Extent]:
         """The extents of its pieces."""
         at_once = self.capacity // tensor.unit * tensor.unit
-        starts = range(0, tensor.size, at_once)
-        return [replace(tensor, size=min(at_once, tensor.size - start), start=start) for start in starts]
+        end = tensor.start + tensor.size
+        return [replace(tensor, size=min(at_once, end - start), start=start) for start in range(tensor.start, end, at_once)]
 
     def _one_by_one(self, extents: Iterable[Extent]) -> Iterator[Piece]:
         (slot,) = self._slots(1)

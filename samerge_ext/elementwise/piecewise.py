@@ -58,6 +58,7 @@ class Rule:
     rounds = 0
     alone = False  # whether tensors are merged one after the other, since what a rule holds grows with its tensor
     unit = 1  # numbers of a tensor, from its first one on, that lie in one piece together
+    parts = 1  # equal parts of a tensor, of whole units, that are merged one after the other, each by itself
     unseen: Collection[int] = ()  # rows of a piece of which the rule drops numbers, whatever they are
 
     def look(self, piece: Piece) -> None:
@@ -152,6 +153,7 @@ def merge_packed(
     for group in [layers] if whole else [[layer] for layer in layers]:
         first = group[0]
         rule = rule_of("", torch.Size([sum(numbers)])) if whole else rule_of(layout.names[first], layout.shapes[first])
+        assert rule.parts == 1  # blocks are of whole tensors
         at_once = _piece(task_vectors, rule.unit)
         longest = min(at_once, max(layout.extent(layer)[1] for layer in group))
         if of == "task_vectors" and (room is None or room.shape[1] < longest):

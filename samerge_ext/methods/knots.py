@@ -23,7 +23,7 @@ from samerge_ext.merged.result import Result
 from samerge_ext.methods.ties import Ties
 from samerge_ext.ops.singular import singular_vectors
 from samerge_ext.packing.layout import Layout
-from samerge_ext.packing.matrices import MatrixChange, Patterns, fitting, matrix_changes, oriented, whole
+from samerge_ext.packing.matrices import MatrixChange, Patterns, Place, matrix_changes, whole
 from samerge_ext.packing.packed_weights import PackedWeights
 
 
@@ -51,18 +51,19 @@ def knots(
     densities = per_task(density, packed.tasks, "density", 0.0, 1.0)
     shares = per_task(weights, packed.tasks, "weights", -torch.inf, torch.inf)
     combination = Combination(shares, scale, normalize=True, elect=True)
-    turned = fitting(packed.layout, transposed)
     wide = torch.promote_types(packed.base.dtype, torch.float32)
     bases: dict[str, Tensor] = {}
     coefficients: dict[str, Tensor] = {}
-    for name, changes in matrix_changes(packed, "knots", transposed=transposed):
-        bases[name], coefficients[name] = (part.to(wide) for part in _in_one_basis(changes))
+    places: dict[str, Place] = {}
+    for place, changes in matrix_changes(packed, "knots", transposed=transposed):
+        places[str(place)] = place
+        bases[str(place)], coefficients[str(place)] = (part.to(wide) for part in _in_one_basis(changes))
     rotated = _packed(packed.tasks, coefficients)
     elected = merge_packed(rotated, lambda name, shape: Ties(shape.numel(), wide, densities, combination), whole=True)
     merged = packed.base.clone()
     targets = packed.layout.views(merged)
     for name, values in rotated.layout.views(elected).items():
-        oriented(targets[name], name in turned).add_(bases[name] @ values)
+        places[name].of(targets).add_(bases[name] @ values)
     return Result.of_weights(packed, merged, "knots", module, time.perf_counter() - started)
 
 

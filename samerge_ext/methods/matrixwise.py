@@ -18,7 +18,6 @@ from samerge_ext.packing.matrices import (
     fitting,
     matrix_changes,
     matrix_views,
-    oriented,
 )
 from samerge_ext.packing.packed_weights import PackedWeights
 
@@ -39,14 +38,13 @@ def merge_matrixwise(
     quantised; TypeError where they lie in a file. LoRA factors are taken as they are.
     """
     started = time.perf_counter()
-    turned, left_out = fitting(packed.layout, transposed), fitting(packed.layout, averaged)
+    left_out = fitting(packed.layout, averaged)
     changes = matrix_changes(packed, method, transposed=transposed)
     merged = packed.merge(packed.coefficients(scale / packed.num_tasks))
     bases, targets = packed.layout.views(packed.base), packed.layout.views(merged)
-    for name, of_tasks in changes:
-        if bases[name].dim() > 1 and name not in left_out:
-            base, target = (oriented(views[name], name in turned) for views in (bases, targets))
-            target.copy_(rule(of_tasks).mul_(scale).add_(base))
+    for place, of_tasks in changes:
+        if not place.is_vector and place.name not in left_out:
+            place.of(targets).copy_(rule(of_tasks).mul_(scale).add_(place.of(bases)))
     return Result.of_weights(packed, merged, method, module, time.perf_counter() - started)
 
 

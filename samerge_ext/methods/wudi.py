@@ -10,7 +10,8 @@ second term makes unique and keeps near the sum of the task vectors:
 ACE-Merging (arXiv 2603.02945) solves a neighbouring problem; docs/methods.md says what differs.
 
 M is a sum of one part for each task, τ'_t = (τ_t τ_tᵀτ_t / ‖τ_t‖² + μ τ_t)(G + μ I)⁻¹: preconditioned task vectors. Tensors of
-one dimension are added up, which is what a matrix becomes for a large μ; a tensor [m, …] counts as [m, rest].
+one dimension are added up, which is what a matrix becomes for a large μ; a tensor [m, …] counts as [m, rest], and a stack of a
+mixture's experts or of layers as what is stacked (`packing.matrices.stack_of`).
 
 Of LoRA experts, τ_t = A_t R_t, only what the factors span is solved for. With all R_t in one matrix R and D of the blocks
 A_tᵀA_t / ‖τ_t‖² is G = Rᵀ D R, and since R (Rᵀ D R + μ I)⁻¹ = (R Rᵀ D + μ I)⁻¹ R, τ'_t = A_t R'_t keeps its rank:
@@ -31,7 +32,16 @@ from samerge_ext.elementwise.piecewise import Piece, Rule
 from samerge_ext.merged.result import Result
 from samerge_ext.packing.factors import FactoredTaskVectors
 from samerge_ext.packing.kept_experts import experts_of
-from samerge_ext.packing.matrices import MatrixChange, Patterns, fitting, matrix_changes, matrix_views, turned_round, whole
+from samerge_ext.packing.matrices import (
+    MatrixChange,
+    Patterns,
+    fitting,
+    matrix_changes,
+    matrix_views,
+    stack_of,
+    turned_round,
+    whole,
+)
 from samerge_ext.packing.packed_weights import PackedWeights
 
 RIDGE = 0.3
@@ -98,7 +108,7 @@ def wudi(
 
 
 class Wudi(Rule):
-    """WUDI over a matrix of ``shape``, for T = count task vectors: a `piecewise.Rule`.
+    """WUDI over a matrix of ``shape``, or a stack of them, for T = count task vectors: a `piecewise.Rule`.
 
     What it holds from its round to the last piece are T Grams [n, n] in the task vectors' type, fp32 at least, and a factor in
     fp64. A piece has whole rows, some of which are solved for at once; of a matrix that is stored [inputs, outputs] it has all.
@@ -110,9 +120,10 @@ class Wudi(Rule):
         self, name: str, shape: torch.Size, count: int, ridge: float = RIDGE, scale: float = 1.0, transposed: bool = False
     ):
         self.name, self.count, self.ridge, self.scale, self.turned = name, count, ridge, scale, transposed
+        self.parts, shape = stack_of(name, shape)
         self.inputs = shape[0] if transposed else shape[1:].numel()
         self.unit = max(1, shape.numel() if transposed else self.inputs)
-        self._left = shape.numel()
+        self._size = self._left = shape.numel()  # of a part
         self._mu = 0.0
         self._grams: Tensor | None = None  # [T, n, n]
         self._factor: Tensor | None = None  # [n, n]
@@ -144,6 +155,7 @@ class Wudi(Rule):
         self._left -= piece.size
         if not self._left:
             self._grams = self._factor = None  # the rules of all tensors are held
+            self._left = self._size
         return out
 
     def _matrices(self, rows: Tensor) -> Tensor:  # [T, numbers] -> [T, m, n]
@@ -234,17 +246,17 @@ def _preconditioned_factors(
     packed: PackedWeights, stored: FactoredTaskVectors, ridge: float, transposed: Patterns, summed: Patterns
 ) -> FactoredTaskVectors:
     layout, changes = stored.layout, dict(stored.changes)
-    turned, left_out = fitting(layout, transposed), fitting(layout, summed)
-    for name, found in matrix_changes(packed, "preconditioning", transposed=transposed):
-        layer = layout.names.index(name)
-        if len(layout.shapes[layer]) < 2 or name in left_out:
+    left_out = fitting(layout, summed)
+    for place, found in matrix_changes(packed, "preconditioning", transposed=transposed):
+        name, layer = place.name, layout.names.index(place.name)
+        if place.is_vector or name in left_out:
             continue
         factors = [change for change in found if not isinstance(change, Tensor)]
         if len(factors) == len(found):
             solved: Sequence[MatrixChange] = _solved_factors(factors, ridge, name)
         else:  # an adapter's own tensor, beside factors
             solved = [part.to(stored.dtype) for part in _solved([whole(change) for change in found], ridge, name)]
-        changes[layer] = tuple(turned_round(change) if name in turned else change for change in solved)
+        changes[layer] = tuple(turned_round(change) if place.turned else change for change in solved)
     return FactoredTaskVectors(layout, changes, stored.num_tasks, stored.dtype)
 
 

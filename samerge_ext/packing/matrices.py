@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +15,57 @@ from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_weights import PackedWeights
 
 Patterns = str | Sequence[str]
+# A mixture's experts as one tensor [k, m, n]; and equal layers as one, [k, …], as Megatron-LM stores them.
+OF_EXPERTS = re.compile(r"(^|[._])(experts|moe)([._]|$)")
+OF_LAYERS = re.compile(r"(^|\.)layers\.(?!\d)")
 MatrixChange = Tensor | tuple[Tensor, Tensor]  # what an expert adds to a matrix: [m, n], or its factors [m, r] and [r, n]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix, or a vector, among a layout's tensors: all of one, or number ``part`` of a stack."""
+
+    name: str
+    part: int | None
+    is_vector: bool
+    turned: bool
+
+    def of(self, views: Mapping[str, Tensor]) -> Tensor:
+        """It, as `oriented`, in the tensors of one row."""
+        tensor = views[self.name]
+        return oriented(tensor if self.part is None else stacked(self.name, tensor)[self.part], self.turned)
+
+    def __str__(self) -> str:
+        return self.name if self.part is None else f"{self.name}[{self.part}]"
+
+
+def stack_of(name: str, shape: torch.Size) -> tuple[int, torch.Size]:
+    """How many tensors of one shape a tensor is, one after the other, and that shape: 1 but for stacks, of which each counts as
+    a tensor of its own: [k, m, n] of a mixture's experts, and [k, …] of layers."""
+    depth = int(bool(OF_LAYERS.search(name)) and len(shape) > 1 and "conv" not in name)
+    depth += bool(OF_EXPERTS.search(name)) and len(shape) == depth + 3
+    return shape[:depth].numel(), torch.Size(shape[depth:])
+
+
+def stacked(name: str, tensor: Tensor) -> Tensor:
+    """[k, …], the k tensors of `stack_of`."""
+    count, shape = stack_of(name, tensor.shape)
+    return tensor.view(count, *shape)
+
+
+def places(layout: Layout, name: str, turned: bool) -> list[Place]:
+    """Of the matrices or vectors that a tensor is."""
+    whole = layout.shapes[layout.names.index(name)]
+    count, shape = stack_of(name, whole)
+    parts: Iterable[int | None] = (None,) if shape == whole else range(count)
+    return [Place(name, part, len(shape) < 2, turned) for part in parts]
 
 
 def matrix_views(
     layout: Layout, rows: Iterable[Tensor], *, transposed: Patterns = (), left_out: Patterns = ()
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]; a tensor [m, …] counts as [m, rest].
+    """Every matrix's name and, of each of the rows [N], a view of it [outputs, inputs]; a tensor [m, …] counts as [m, rest], and
+    a stack as its parts.
 
     transposed: shell-style patterns of those that are stored [inputs, outputs]. left_out: of those that are passed over.
     Raises ValueError, before the first one, for a pattern that fits nothing.
@@ -27,23 +73,30 @@ def matrix_views(
     views = [layout.views(row) for row in rows]
     turned, out = fitting(layout, transposed), fitting(layout, left_out)
     return (
-        (name, [oriented(of_row[name], name in turned) for of_row in views])
-        for name, first in views[0].items()
-        if first.dim() > 1 and name not in out
+        (str(place), [place.of(of_row) for of_row in views])
+        for name in views[0]
+        for place in places(layout, name, name in turned)
+        if not place.is_vector and name not in out
     )
 
 
-def matrix_changes(packed: PackedWeights, method: str, *, transposed: Patterns = ()) -> Iterator[tuple[str, list[MatrixChange]]]:
-    """Every tensor's name and what each of the T tasks adds to it, as [outputs, inputs], or [1, n] for a vector.
+def matrix_changes(
+    packed: PackedWeights, method: str, *, transposed: Patterns = ()
+) -> Iterator[tuple[Place, list[MatrixChange]]]:
+    """Every matrix and vector, and what each of the T tasks adds to it, as [outputs, inputs], or [1, n] for a vector.
 
-    LoRA factors are given as they are. Raises ValueError for a pattern that fits nothing and where task vectors are quantised,
-    TypeError where they lie in a file; while it goes on, ValueError for NaN and Inf.
+    LoRA factors are given as they are, of whole tensors. Raises ValueError for a pattern that fits nothing and where task vectors
+    are quantised, TypeError where they lie in a file; while it goes on, ValueError for NaN and Inf.
     """
     turned, stored = fitting(packed.layout, transposed), packed.task_vectors
     if isinstance(stored, FactoredTaskVectors):
         return _of_factors(packed, stored, turned)
     views = [packed.layout.views(row) for row in packed.exact_task_vectors(method)]
-    return ((name, _checked(name, [oriented(of_task[name], name in turned) for of_task in views])) for name in views[0])
+    return (
+        (place, _checked(name, [place.of(of_task) for of_task in views]))
+        for name in views[0]
+        for place in places(packed.layout, name, name in turned)
+    )
 
 
 def whole(change: MatrixChange) -> Tensor:
@@ -89,7 +142,7 @@ def oriented(tensor: Tensor, turned: bool) -> Tensor:
 
 def _of_factors(
     packed: PackedWeights, stored: FactoredTaskVectors, turned: Collection[str]
-) -> Iterator[tuple[str, list[MatrixChange]]]:
+) -> Iterator[tuple[Place, list[MatrixChange]]]:
     bases = packed.layout.views(packed.base)
     for layer, of_tasks in stored.changes.items():
         name = packed.layout.names[layer]
@@ -101,7 +154,7 @@ def _of_factors(
             else:
                 factors = (packed.base.new_zeros(m, 0), packed.base.new_zeros(0, n)) if change is None else change
                 found.append(turned_round(factors) if name in turned else factors)
-        yield name, _checked(name, found)
+        yield Place(name, None, bases[name].dim() < 2, name in turned), _checked(name, found)
 
 
 def _checked(name: str, found: list[MatrixChange]) -> list[MatrixChange]:

@@ -26,6 +26,7 @@ from samerge_ext.methods.sce import Sce
 from samerge_ext.methods.slerp import Slerp
 from samerge_ext.methods.ties import Ties
 from samerge_ext.methods.wudi import Wudi
+from samerge_ext.packing.matrices import stack_of
 from samerge_ext.recipes.parameters import VALUES, seed
 from samerge_ext.recipes.tensor_settings import resolve
 
@@ -131,7 +132,7 @@ def _karcher(given: Given) -> Rule:
 
 def _wudi(given: Given) -> Rule:
     scale = given.one("lambda", 1.0)
-    if len(given.shape) < 2:
+    if len(stack_of(given.name, given.shape)[1]) < 2:
         return Combination([scale] * given.count)
     ridge, turned = given.one("ridge", wudi.RIDGE), given.one("transposed", False)
     return Wudi(given.name, given.shape, given.count, ridge, scale, turned)
