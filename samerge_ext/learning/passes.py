@@ -73,7 +73,7 @@ def losses_and_gradient(
     for group in _groups(tasks, ranks, logits, tasks_per_batch):
         outputs = _forward(model, {task: inputs[task].batch for task in group}, logits, precision)
         rows = {task: number_of_rows(outputs[task]) for task in group if group[task] and inputs[task].counts}
-        shares = _shares(rows, tasks, ranks, model.device)
+        shares = shares_of_batches(rows, tasks, ranks, model.device)
         tensors, gradients = [], []
         for task, answers in outputs.items():
             if not any(part.requires_grad for part in _parts(answers) if part is not None):
@@ -133,7 +133,7 @@ def _groups(tasks: Sequence[str], ranks: Ranks, logits: Logits, tasks_per_batch:
         yield {task: (task, True) in group for task, _ in group}
 
 
-def _shares(rows: Mapping[str, int], tasks: Sequence[str], ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def shares_of_batches(rows: Mapping[str, int], tasks: Sequence[str], ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """Of each task whose rows count here, how much of its batch they are. rows: task -> how many."""
     if ranks.size <= len(tasks):
         return dict.fromkeys(rows, 1.0)
