@@ -42,6 +42,8 @@ class Place:
 def stack_of(name: str, shape: torch.Size) -> tuple[int, torch.Size]:
     """How many tensors of one shape a tensor is, one after the other, and that shape: 1 but for stacks, of which each counts as
     a tensor of its own: [k, m, n] of a mixture's experts, and [k, …] of layers."""
+    if 0 in shape:
+        return 1, shape
     depth = int(bool(OF_LAYERS.search(name)) and len(shape) > 1 and "conv" not in name)
     depth += bool(OF_EXPERTS.search(name)) and len(shape) == depth + 3
     return shape[:depth].numel(), torch.Size(shape[depth:])

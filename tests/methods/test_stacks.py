@@ -85,7 +85,8 @@ def test_what_is_a_stack(name):
     assert stack_of(name, torch.Size(whole)) == (count, torch.Size(shape))
 
 
-def test_layers_of_experts():
+def test_layers_of_experts_and_stacks_of_nothing():
     name, shape = "decoder.layers.mlp.experts.linear_fc1.weight", torch.Size([2, 3, 4, 5])
     assert stack_of(name, shape) == (6, torch.Size([4, 5]))
     assert stack_of("encoder.layers.conv1.weight", torch.Size([4, 3, 3])) == (1, torch.Size([4, 3, 3]))
+    assert stack_of("mlp.experts.w1", torch.Size([0, 4, 3])) == (1, torch.Size([0, 4, 3]))
