@@ -91,7 +91,8 @@ def corrupted_rows() -> list[Row]:
 
 def statistics_rows() -> list[Row]:
     """What shows how statistics of the experts' own bear being averaged."""
-    wanted = ("pretrained", "average", "average" + AGAIN, "Task Arithmetic, best λ", "Task Arithmetic, best λ" + AGAIN, CEILING)
+    merges = ("average", "Task Arithmetic, best λ", "WUDI", "SAMerging")
+    wanted = ("pretrained", *merges, *(label + AGAIN for label in merges), CEILING)
     return [row for row in vision_rows() if row.label in wanted]
 
 
