@@ -15,7 +15,7 @@ from samerge_ext.packing.layout import Layout
 from samerge_ext.packing.packed_weights import PackedWeights
 
 Patterns = str | Sequence[str]
-# A mixture's experts as one tensor [k, m, n]; and equal layers as one, [k, …], as Megatron-LM stores them.
+# A mixture's experts as one tensor [k, m, n], or their biases [k, n]; and equal layers as one, [k, …], as Megatron-LM has them.
 OF_EXPERTS = re.compile(r"(^|[._])(experts|moe)([._]|$)")
 OF_LAYERS = re.compile(r"(^|\.)layers\.(?!\d)")
 MatrixChange = Tensor | tuple[Tensor, Tensor]  # what an expert adds to a matrix: [m, n], or its factors [m, r] and [r, n]
@@ -41,11 +41,11 @@ class Place:
 
 def stack_of(name: str, shape: torch.Size) -> tuple[int, torch.Size]:
     """How many tensors of one shape a tensor is, one after the other, and that shape: 1 but for stacks, of which each counts as
-    a tensor of its own: [k, m, n] of a mixture's experts, and [k, …] of layers."""
+    a tensor of its own: [k, m, n] of a mixture's experts, [k, n] of their biases, and [k, …] of layers."""
     if 0 in shape:
         return 1, shape
     depth = int(bool(OF_LAYERS.search(name)) and len(shape) > 1 and "conv" not in name)
-    depth += bool(OF_EXPERTS.search(name)) and len(shape) == depth + 3
+    depth += bool(OF_EXPERTS.search(name)) and len(shape) - depth == (2 if name.endswith("bias") else 3)
     return shape[:depth].numel(), torch.Size(shape[depth:])
 
 

@@ -15,6 +15,7 @@ from samerge_ext.recipes.data_free import file_merge
 # By the name of what is stacked: what is left of one, and how many there are.
 STACKS = {
     "mlp.experts.gate_up_proj": ((6, 4), 3),  # transformers' Mixtral, gpt-oss, Llama 4
+    "mlp.experts.gate_up_proj_bias": ((6,), 3),
     "block_sparse_moe.input_linear.weight": ((4, 5), 2),  # Granite
     "decoder.layers.mlp.linear_fc1.weight": ((7, 3), 2),  # Megatron-LM
     "decoder.layers.mlp.linear_fc1.bias": ((7,), 2),
