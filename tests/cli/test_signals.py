@@ -173,6 +173,33 @@ def saving_slowly(told):
             time.sleep(60)
 
 
+class SlowToGo:
+    def __init__(self, told):
+        self.told = told
+
+    def __del__(self):
+        self.told.send("goes")
+        time.sleep(0.3)
+
+
+def finalising(told):
+    from samerge_ext.cli.signals import one_line_for_signals
+
+    with one_line_for_signals():
+        SlowToGo(told)
+        time.sleep(60)
+
+
+def test_a_signal_in_a_finaliser_is_heeded_after_it(tmp_path):
+    """What is raised in there Python prints and forgets."""
+    process, heard = started(tmp_path, finalising)
+    assert heard.recv() == "goes"
+    os.kill(process.pid, signal.SIGTERM)
+    found, *printed = ended(process, tmp_path)
+    assert found == 143, printed
+    assert_one_line(tuple(printed), signal.SIGTERM)
+
+
 def test_signals_that_come_together_are_one_and_a_later_one_ends_at_once(tmp_path):
     """`timeout` sends its signal to the command and to its group."""
     process, heard = started(tmp_path, saving_slowly)
