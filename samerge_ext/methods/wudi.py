@@ -123,7 +123,7 @@ class Wudi(Rule):
         self.parts, shape = stack_of(name, shape)
         self.inputs = shape[0] if transposed else shape[1:].numel()
         self.unit = max(1, shape.numel() if transposed else self.inputs)
-        self._size = self._left = shape.numel()  # of a part
+        self._size = shape.numel()  # of a part
         self._mu = 0.0
         self._grams: Tensor | None = None  # [T, n, n]
         self._factor: Tensor | None = None  # [n, n]
@@ -152,10 +152,8 @@ class Wudi(Rule):
         target = self._matrices(out[None, : piece.size])[0]  # [m, n]
         for some, rows in zip(target.split(AT_ONCE), self._matrices(piece.rows()).split(AT_ONCE, 1), strict=True):
             some += self.scale * self._solved(rows)
-        self._left -= piece.size
-        if not self._left:
+        if (piece.start + piece.size) % self._size == 0:
             self._grams = self._factor = None  # the rules of all tensors are held
-            self._left = self._size
         return out
 
     def _matrices(self, rows: Tensor) -> Tensor:  # [T, numbers] -> [T, m, n]

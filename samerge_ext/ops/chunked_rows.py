@@ -13,7 +13,7 @@ from ._common import accumulator
 from .head_products import Head
 
 _ON_CPU, _ON_GPU = 64 * 2**20, 2**30  # bytes of workspace
-_TOGETHER = 16  # rows: that many are multiplied in the time of any fewer
+_TOGETHER = 16  # rows or columns of a product
 _KEPT_BACK = 1 / 8  # of it, for what softmax_kl and the library that multiplies take for themselves
 
 
@@ -103,7 +103,13 @@ def rows_at_once(student: Head, teachers: list[Head], matrices: int, workspace_b
             f"workspace_bytes is {workspace_bytes}, too little for one row: {matrices} times {len(student.weight)} logits and a "
             f"slab of the head take {needed} bytes"
         )
-    return rows - rows % _TOGETHER if rows > _TOGETHER else rows
+    return even(rows)
+
+
+def even(count: int) -> int:
+    """At most so many rows or columns of a product, which suit it: 16 rows are multiplied in the time of any fewer, and of a
+    multiple of 16 columns rows begin as vectors do (MKL multiplies into 624 at 1.5 times its speed into 631)."""
+    return count - count % _TOGETHER if count > _TOGETHER else count
 
 
 def workspace_for(workspace_bytes: int | None, device: torch.device) -> int:

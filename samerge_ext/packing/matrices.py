@@ -55,9 +55,8 @@ def stacked(name: str, tensor: Tensor) -> Tensor:
     return tensor.view(count, *shape)
 
 
-def places(layout: Layout, name: str, turned: bool) -> list[Place]:
-    """Of the matrices or vectors that a tensor is."""
-    whole = layout.shapes[layout.names.index(name)]
+def places(name: str, whole: torch.Size, turned: bool) -> list[Place]:
+    """Of the matrices or vectors that a tensor of this shape is."""
     count, shape = stack_of(name, whole)
     parts: Iterable[int | None] = (None,) if shape == whole else range(count)
     return [Place(name, part, len(shape) < 2, turned) for part in parts]
@@ -76,8 +75,8 @@ def matrix_views(
     turned, out = fitting(layout, transposed), fitting(layout, left_out)
     return (
         (str(place), [place.of(of_row) for of_row in views])
-        for name in views[0]
-        for place in places(layout, name, name in turned)
+        for name, first in views[0].items()
+        for place in places(name, first.shape, name in turned)
         if not place.is_vector and name not in out
     )
 
@@ -96,8 +95,8 @@ def matrix_changes(
     views = [packed.layout.views(row) for row in packed.exact_task_vectors(method)]
     return (
         (place, _checked(name, [place.of(of_task) for of_task in views]))
-        for name in views[0]
-        for place in places(packed.layout, name, name in turned)
+        for name, first in views[0].items()
+        for place in places(name, first.shape, name in turned)
     )
 
 

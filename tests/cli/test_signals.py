@@ -174,25 +174,26 @@ def saving_slowly(told):
 
 
 class SlowToGo:
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, told, seconds):
+        self.told, self.seconds = told, seconds
 
     def __del__(self):
         self.told.send("goes")
-        time.sleep(0.3)
+        time.sleep(self.seconds)
 
 
-def finalising(told):
+def finalising(told, seconds):
     from samerge_ext.cli.signals import one_line_for_signals
 
     with one_line_for_signals():
-        SlowToGo(told)
+        SlowToGo(told, seconds)
         time.sleep(60)
 
 
-def test_a_signal_in_a_finaliser_is_heeded_after_it(tmp_path):
+@pytest.mark.parametrize("seconds", [0.3, 60])
+def test_a_signal_in_a_finaliser_is_heeded_after_it_or_a_second(tmp_path, seconds):
     """What is raised in there Python prints and forgets."""
-    process, heard = started(tmp_path, finalising)
+    process, heard = started(tmp_path, finalising, seconds)
     assert heard.recv() == "goes"
     os.kill(process.pid, signal.SIGTERM)
     found, *printed = ended(process, tmp_path)

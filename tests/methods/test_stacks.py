@@ -23,16 +23,12 @@ STACKS = {
 ALONE = {"mlp.experts.0.weight": (4, 3), "block_sparse_moe.gate.weight": (3, 4), "conv.weight": (4, 2, 3), "layers.0.w": (3, 2)}
 METHODS = {
     "wudi": sm.wudi,
-    "preconditioned": lambda packed: merged_with_all(sm.preconditioned(packed)),
+    "preconditioned": lambda packed: sm.task_arithmetic(sm.preconditioned(packed), 1.0),
     "tsv_m": sm.tsv_m,
     "iso_c": sm.iso_c,
     "knots": lambda packed: sm.knots(packed, density=1.0),
     "boosted": sm.subspace_boosting,
 }
-
-
-def merged_with_all(packed):
-    return sm.task_arithmetic(packed, 1.0)
 
 
 def models(tasks=3, times=1):
