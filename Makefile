@@ -16,8 +16,8 @@ SITE := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-pa
 SOURCES := setup.py pyproject.toml requirements-demo.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 VADER := vaderSentiment-3.3.2.tar.gz
 
-GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
-GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_files.py tests/whole/test_gpu_ranks.py
+GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl softmax_kl_calls linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
+GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_merges.py tests/whole/test_gpu_operators.py tests/whole/test_gpu_files.py tests/whole/test_gpu_ranks.py
 
 .PHONY: help setup data data-vision demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-hosts test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 

@@ -99,6 +99,20 @@ def each_level(request):
         backend._C.set_cpu_level(before)
 
 
+@pytest.fixture(params=("cuda", "triton"))
+def on_gpu(request):
+    """Either implementation for GPUs, and a GPU as the default device."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def on_gpu_by_name(request, on_gpu):
+    """As `on_gpu`, with tensors still created on the CPU: methods must place what they create themselves."""
+    torch.set_default_device("cpu")
+    return on_gpu
+
+
 @pytest.fixture
 def threads():
     """A function that sets the number of threads until the test ends."""

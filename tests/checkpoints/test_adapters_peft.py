@@ -4,16 +4,13 @@ that the documentation lists."""
 import json
 import random
 import re
-import shutil
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close
 from safetensors.torch import load_file, save_file
-from vocabularies import write_tokenizer
 
 import samerge_ext as sm
 from samerge_ext.checkpoints.lora import model_of, open_expert
@@ -22,90 +19,28 @@ from samerge_ext.elementwise.piecewise import Combination
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-transformers.logging.disable_progress_bar()
+from peft_adapters import (  # noqa: E402
+    GPT2,
+    MODELS,
+    SIZES,
+    T5,
+    assert_is_pefts,
+    bert,
+    gpt2,
+    load,
+    merged_by_peft,
+    packed_of,
+    write,
+    write_models,
+)
 
-SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
-GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-T5 = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
 DOCS = (Path(__file__).parents[2] / "docs/learn.md").read_text()
 REASONS = re.findall(r"^- `([^`]+)`: ", DOCS.partition("## What is refused")[2].partition("\n## ")[0], re.MULTILINE)
 
 
-def llama(**settings):
-    config = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, **settings)
-    return transformers.LlamaForCausalLM(config)
-
-
-def bert():
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, intermediate_size=24, num_labels=3))
-
-
-def gpt2(kind=transformers.GPT2LMHeadModel):
-    return kind(transformers.GPT2Config(**GPT2, num_labels=3, pad_token_id=0))
-
-
-def resnet():
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
-    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
-
-
-# A model, the layers of it that an adapter may target, and the modules that it may save whole.
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-MODELS = {
-    "llama": (llama, [*ATTENTION, "embed_tokens", "lm_head"], ["lm_head", "embed_tokens"]),
-    "tied llama": (partial(llama, tie_word_embeddings=True), [*ATTENTION, "embed_tokens", "lm_head"], ["embed_tokens"]),
-    "bert": (bert, ["query", "key", "value", "dense", "word_embeddings"], ["classifier"]),
-    "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc", "wte"], ["ln_f"]),
-    "gpt2 classifier": (partial(gpt2, transformers.GPT2ForSequenceClassification), ["attn.c_proj", "c_fc", "score"], ["score"]),
-    "resnet": (resnet, ["convolution", "classifier.1"], ["classifier"]),
-}
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A folder for each model, made once."""
-    folder = tmp_path_factory.mktemp("bases")
-    for name, (make, _, _) in MODELS.items():
-        torch.manual_seed(0)
-        make().eval().save_pretrained(folder / name)
-    return folder
-
-
-def load(folder):
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, architecture).from_pretrained(folder)
-
-
-def write(base, folder, config, seed=0):
-    """Saves an adapter whose trained tensors were all moved."""
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(load(base), config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder)
-
-
-def merged_by_peft(base, folder, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(load(base), folder, **options).merge_and_unload()
-
-
-def packed_of(base, folder, form=None):
-    """The adapter's model as it is packed."""
-    packed = sm.PackedWeights.from_folders(base, {"one": folder}, task_vector_dtype=form)
-    packed = packed.in_memory()
-    return packed.state_dict(packed.merge(packed.coefficients(1.0)))
-
-
-def assert_is_pefts(found, base, folder):
-    truth = merged_by_peft(base, folder).state_dict()
-    for name in found:
-        assert_close(found[name].float(), truth[name].double(), name)
+    return write_models(tmp_path_factory.mktemp("bases"))
 
 
 def random_config(choose, targets, savable):
@@ -288,99 +223,6 @@ def test_other_architectures(tmp_path, make, settings):
     write(tmp_path / "base", tmp_path / "lora", peft.LoraConfig(init_lora_weights=False, **settings))
     for form in (None, "lora"):
         assert_is_pefts(packed_of(tmp_path / "base", tmp_path / "lora", form), tmp_path / "base", tmp_path / "lora")
-
-
-@pytest.mark.parametrize(
-    ("settings", "tied"),
-    [
-        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
-        ({"trainable_token_indices": [1, 30]}, False),
-        ({"modules_to_save": ["embed_tokens"]}, True),
-        ({"modules_to_save": ["lm_head"]}, True),
-        ({"modules_to_save": ["embed_tokens", "lm_head"]}, True),
-    ],
-)
-def test_tied_embeddings_are_changed_together_or_refused(bases, tmp_path, settings, tied):
-    write(bases / "tied llama", tmp_path, peft.LoraConfig(target_modules=["q_proj"], **settings))
-    if tied:
-        with pytest.raises(ValueError, match="is tied to"):
-            packed_of(bases / "tied llama", tmp_path)
-    else:
-        assert_is_pefts(packed_of(bases / "tied llama", tmp_path), bases / "tied llama", tmp_path)
-
-
-def test_tokens_trained_alone(bases, tmp_path):
-    write(bases / "llama", tmp_path, peft.TrainableTokensConfig(token_indices=[4, 9]))
-    assert_is_pefts(packed_of(bases / "llama", tmp_path), bases / "llama", tmp_path)
-    write(bases / "llama", tmp_path, peft.LoraConfig(r=2, trainable_token_indices={"embed_tokens": [1], "lm_head": [2, 7]}))
-    for form in (None, "lora"):
-        assert_is_pefts(packed_of(bases / "llama", tmp_path, form), bases / "llama", tmp_path)
-
-
-def test_the_advice_for_added_tokens_works(bases, tmp_path):
-    model = load(bases / "llama")
-    model.resize_token_embeddings(34, mean_resizing=False)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
-    with pytest.raises(ValueError, match="The expert has 34 tokens, the base 32: .*tokenizer: union"):
-        packed_of(bases / "llama", tmp_path / "lora")
-    resized = load(bases / "llama")
-    resized.resize_token_embeddings(34)
-    resized.save_pretrained(tmp_path / "base")
-    truth = adapted.merge_and_unload().state_dict()
-    with pytest.warns(UserWarning, match="says that it is an adapter of"):
-        found = packed_of(tmp_path / "base", tmp_path / "lora")
-    for name, tensor in found.items():
-        assert_close(tensor, truth[name].double(), name)
-
-
-@pytest.mark.parametrize(
-    ("model", "settings"),
-    [
-        ("llama", {"target_modules": ["q_proj"]}),
-        ("tied llama", {"target_modules": ["q_proj"]}),
-        ("llama", {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}),
-        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
-    ],
-)
-def test_tokens_that_were_added_before_an_adapter_was_trained(bases, tmp_path, model, settings):
-    """The adapter holds all rows, those of the added tokens too; beside the tokenizer that knows them it is an expert as any."""
-    resized = load(bases / model)
-    resized.resize_token_embeddings(34, mean_resizing=False)
-    adapted = peft.get_peft_model(resized, peft.LoraConfig(**settings, init_lora_weights=False))
-    if "modules_to_save" in settings:
-        with torch.no_grad():
-            adapted.get_input_embeddings().weight[:] += 0.5
-    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
-    truth = adapted.merge_and_unload().state_dict()
-    words = [f"w{i}" for i in range(32)]
-    shutil.copytree(bases / model, tmp_path / "base")
-    write_tokenizer(tmp_path / "base", words)
-    write_tokenizer(tmp_path / "lora", [*words, "<x>", "<y>"], ("<x>", "<y>"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        packed = sm.PackedWeights.from_folders(tmp_path / "base", {"task": tmp_path / "lora"}, tokenizer="union")
-    found = packed.state_dict(packed.merge(packed.one_hot("task")))
-    assert packed.tokenizer.rows == 34 and [token["content"] for token in packed.tokenizer.added.values()] == ["<x>", "<y>"]
-    for name, tensor in found.items():
-        assert_close(tensor, truth[name].double(), name)
-    with pytest.raises(ValueError, match="task_vector_dtype='lora' keeps factors of the rows as they are stored"):
-        options = {"tokenizer": "union", "task_vector_dtype": "lora"}
-        sm.PackedWeights.from_folders(tmp_path / "base", {"task": tmp_path / "lora"}, **options)
-
-
-def test_an_adapter_that_lost_the_rows_of_its_head_is_refused(bases, tmp_path):
-    """PEFT saves those of the embeddings, which have factors, and not those of the untied head beside them."""
-    resized = load(bases / "llama")
-    resized.resize_token_embeddings(34, mean_resizing=False)
-    adapted = peft.get_peft_model(resized, peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
-    words = [f"w{i}" for i in range(32)]
-    shutil.copytree(bases / "llama", tmp_path / "base")
-    write_tokenizer(tmp_path / "base", words)
-    write_tokenizer(tmp_path / "lora", [*words, "<x>", "<y>"], ("<x>", "<y>"))
-    with pytest.raises(ValueError, match="has 34 rows, and 'lm_head.weight' 32: rows of some tokens are missing"):
-        sm.PackedWeights.from_folders(tmp_path / "base", {"task": tmp_path / "lora"}, tokenizer="union")
 
 
 @pytest.mark.parametrize(

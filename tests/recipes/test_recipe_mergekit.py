@@ -1,65 +1,22 @@
 """mergekit's YAML as people write it: what is merged, what is refused and how, what goes along, and what the reader is told."""
 
 import json
-import warnings
 
 import pytest
 import torch
 import yaml
 from folders import read_all
-from safetensors.torch import save_file
-from typer.testing import CliRunner
+from mergekit_recipes import SHAPES, load, merged, recipe, same, told, write_models
 
-from samerge_ext.cli import commands
-from samerge_ext.cli.common import tasks_and_folders
 from samerge_ext.recipes.entries import parse_model
 from samerge_ext.recipes.recipe import load_recipe
-from samerge_ext.recipes.run import run_recipe
-
-SHAPES = {"embed.weight": (6, 4), "layers.0.mlp.weight": (4, 4), "layers.1.mlp.weight": (4, 4), "norm.bias": (4,)}
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """The folders base, a and b, with a configuration, in the working directory."""
+    """The working directory, with the folders base, a and b."""
     monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("base", "a", "b")):
-        generator = torch.Generator().manual_seed(seed)
-        (tmp_path / name).mkdir()
-        tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float32) for name, shape in SHAPES.items()}
-        save_file(tensors, tmp_path / name / "model.safetensors")
-        (tmp_path / name / "config.json").write_text('{"dtype": "float32"}')
-    return tmp_path
-
-
-def recipe(method="task_arithmetic", models=("a", "b"), **keys):
-    entries = [{"model": m, "parameters": {"weight": 0.5}} if isinstance(m, str) else m for m in models]
-    return {"merge_method": method, "base_model": "base", "models": entries, **keys}
-
-
-def load(root, content):
-    path = root / "recipe.yaml"
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
-    return load_recipe(path, {})
-
-
-def merged(root, content, out="out"):
-    run_recipe(load(root, content), root / out, overwrite=True)
-    return read_all(root / out)
-
-
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
-
-
-def told(work):
-    """What a function returns, and the warnings it gives."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        result = work()
-    return result, "\n".join(str(warning.message) for warning in said)
+    return write_models(tmp_path)
 
 
 def test_empty_keys_are_not_there(root):
@@ -346,56 +303,3 @@ def test_what_only_other_models_have_is_said(root):
     (root / "base/config.json").write_text("{}")
     _, said = told(lambda: merged(root, recipe(models=["a"], chat_template="auto")))
     assert not said
-
-
-def command(*arguments):
-    return CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
-
-
-@pytest.mark.parametrize("out", ["merged[ties]", "sub[/v2]", "out [v2] ö", "x" * 90])
-def test_the_path_that_is_reported_is_the_path(root, out):
-    load(root, recipe())
-    run = command("merge", root / "recipe.yaml", root / out)
-    assert run.exit_code == 0 and f"written to {root / out}\n" in run.output and (root / out / "model.safetensors").exists()
-
-
-def test_notes_are_lines(root):
-    load(root, recipe(allow_crimes=True))
-    run = command("merge", root / "recipe.yaml", root / "out")
-    assert run.exit_code == 0 and "note: allow_crimes: mergekit's options; they change nothing here\n" in run.output
-
-
-def test_folders_that_cannot_be_written_or_read_end_in_a_message(root, monkeypatch):
-    (root / "file").write_text("x")
-    load(root, recipe())
-    run = command("merge", root / "recipe.yaml", root / "file/out")
-    assert run.exit_code == 1 and f"error: {root / 'file/out.state'}: Not a directory" in run.output
-    run = command("merge", root / "recipe.yaml", root / ("x" * 253))
-    assert run.exit_code == 1 and "File name too long" in run.output
-    run = command("merge", root / "recipe.yaml", root / "out", "--parameter", "weight={")
-    assert run.exit_code == 2 and "not valid YAML" in run.output
-
-    def denied(*_, **__):
-        raise PermissionError(13, "Permission denied", "a/model.safetensors")
-
-    monkeypatch.setattr("samerge_ext.elementwise.opening.open_checkpoint", denied)
-    run = command("merge", root / "recipe.yaml", root / "out")
-    assert run.exit_code == 1 and "error: a/model.safetensors: Permission denied" in run.output
-
-
-def test_inputs_are_never_written_over(root):
-    before = {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
-    for out in ("base", "a", "a/inside", "."):
-        load(root, recipe())
-        run = command("merge", root / "recipe.yaml", root / out, "--overwrite")
-        assert run.exit_code == 1 and "which is merged; write to" in run.output, run.output
-    assert {path: path.read_bytes() for path in before} == before and not list(root.glob("*.state"))
-
-
-def test_tasks_and_folders_of_the_command_line(root):
-    (root / "lr=1e-4/last").mkdir(parents=True)
-    (root / "x=y").mkdir()
-    found = tasks_and_folders(["news=a", "lr=1e-4/last", "t=lr=1e-4/last", "x=y", "b/", "gone/lr=1/x"])
-    assert [(task, str(path)) for task, path in found] == [
-        ("news", "a"), ("last", "lr=1e-4/last"), ("t", "lr=1e-4/last"), ("x=y", "x=y"), ("b", "b"), ("x", "gone/lr=1/x"),
-    ]  # fmt: skip

@@ -55,7 +55,7 @@ for name, (packed, logits, settings) in cases.items():
 print(json.dumps(found), flush=True)
 os._exit(0)  # as emulated_cuda.py's pytest_unconfigure
 """
-GPU_TESTS = ("tests/whole/test_gpu.py", "tests/whole/test_gpu_files.py")
+GPU_TESTS = [f"tests/whole/test_gpu{part}.py" for part in ("", "_merges", "_operators", "_files")]
 # Of the tests marked gpu, what is left to a GPU, by the words of their names.
 LEFT_TO_A_GPU = (
     *("triton",),  # interpreted, by test_triton.py
