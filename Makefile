@@ -19,7 +19,7 @@ VADER := vaderSentiment-3.3.2.tar.gz
 GPU_TESTS := $(patsubst %,tests/ops/test_%.py,weighted_sum coefficient_grad codes elected_sum magnitudes drop softmax_kl softmax_kl_calls linear_softmax_kl merged_linear_softmax_kl gram_product lanczos svd_topk svd_topk_vectors layer_stats)
 GPU_TESTS += tests/whole/test_gpu.py tests/whole/test_gpu_merges.py tests/whole/test_gpu_operators.py tests/whole/test_gpu_files.py tests/whole/test_gpu_ranks.py
 
-.PHONY: help setup data data-vision demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-hosts test-lm-eval check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
+.PHONY: help setup data data-vision demo lint test test-levels soak fuzz mergekit-differential test-fusion-bench test-open-clip test-hosts test-lm-eval test-megatron check-pages bench bench-quick sanitize gpu-build first-gpu test-gpu bench-gpu bench-gpu-large clean
 
 help:
 	@echo "make demo    merge real experts and show what came out"
@@ -33,6 +33,7 @@ help:
 	@echo "make fuzz    an hour of damaged files for every reader; FUZZ_SECONDS=… for another time"
 	@echo "make mergekit-differential   ten random recipes and more of each method through mergekit and through samerge"
 	@echo "make test-lm-eval   a merged folder in lm-evaluation-harness, in an environment of its own"
+	@echo "make test-megatron   checkpoints of Megatron-Core merged and loaded by it again, with megatron-core in a folder of its own"
 	@echo "make check-pages   look at reports in a headless Chromium, with an accessibility checker; needs node and npm"
 	@echo "make test-fusion-bench   FusionBench's own algorithms on our classes in the place of its own"
 	@echo "make sanitize   test the CPU loops under AddressSanitizer and UndefinedBehaviorSanitizer, without torch"
@@ -162,6 +163,15 @@ $(LM_EVAL)/ready:
 	$(LM_EVAL)/bin/python -m pip install --quiet lm_eval==0.4.13 transformers accelerate
 	touch $@
 
+# Checkpoints of Megatron-Core, there and back, on CPUs.
+MEGATRON := .cache-megatron
+test-megatron: $(VENV)/test-ready $(MEGATRON)/ready
+	MEGATRON=$(CURDIR)/$(MEGATRON) $(BIN)/python -m pytest tests/checkpoints/test_megatron.py
+
+$(MEGATRON)/ready:
+	$(INSTALL) --no-deps --target $(MEGATRON) megatron-core==0.16.1
+	touch $@
+
 # Reports in a headless Chromium, with node and npm.
 PAGES := .cache-pages
 
@@ -241,4 +251,4 @@ bench-gpu-large: gpu-build
 	rm -f .cache-large-models/*.packed
 
 clean:
-	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(FUSION_BENCH) $(OPEN_CLIP) $(LM_EVAL) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(DATA) build dist *.egg-info samerge_ext/*.so samerge-demo .cache-large-models .cache-fuzz $(MERGEKIT) $(FUSION_BENCH) $(OPEN_CLIP) $(LM_EVAL) $(MEGATRON) $(PAGES) .ruff_cache .mypy_cache .import_linter_cache
